@@ -1,0 +1,236 @@
+"""The profile file: what one machine was measured to cost, and where each figure comes from.
+
+A profile is JSON (``format`` = ``mhcplan.profile``): the device and software it was measured on,
+op timings, transfer timings and rates. Times are integer nanoseconds, sizes bytes, rates bytes (or
+flops) per second. ``spread_percent`` is half the distance between the 10th and the 90th percentile
+of the samples, as a share of the median.
+
+Sources: ``measured`` (this shape on this device) or ``assumed`` (a published or datasheet figure;
+``citation`` says which). *Interpolated* and *extrapolated* are properties of a look-up, never of a
+row in a file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+
+from mhcplan.profiles.specs import HardwareSpec, Spec
+from mhcplan.profiles.vocabulary import VOCABULARY, OpKey, op_key
+
+PROFILE_FORMAT = "mhcplan.profile"
+PROFILE_VERSION = 1
+
+Pattern = Literal["send_recv", "send_recv_both", "all_to_all", "all_reduce", "reduce_scatter",
+                  "all_gather"]  # fmt: skip
+Medium = Literal["intra_node", "inter_node"]
+MeasuredOrAssumed = Literal["measured", "assumed"]
+
+
+class ProfileError(ValueError):
+    """A profile file that cannot be used; the message names the field."""
+
+
+class Figure(Spec):
+    """Where a number comes from; ``citation`` is needed for an assumed one."""
+
+    source: MeasuredOrAssumed
+    citation: str = ""
+
+    @model_validator(mode="after")
+    def _assumed_is_cited(self) -> Self:
+        if self.source == "assumed" and not self.citation:
+            raise ValueError("source=assumed needs a citation")
+        return self
+
+
+class Segment(Spec):
+    """A kernel of an op, as the SMs see it.
+
+    ``ctas`` of which ``ctas_per_sm`` fit on one SM at once; ``cta_ns`` is the life of one CTA; a
+    ``persistent`` kernel's CTAs live as long as the kernel. The op's duration is the sum of its
+    segments' ``duration_ns`` and the gaps between them.
+    """
+
+    name: str
+    duration_ns: PositiveInt
+    ctas: PositiveInt
+    ctas_per_sm: PositiveInt
+    cta_ns: PositiveInt
+    persistent: bool
+    hbm_bytes: NonNegativeInt = 0
+
+
+class OpTiming(Figure):
+    """One op at one shape.
+
+    ``duration_ns``: median time on the stream, hot; ``host_ns``: median time of the host to issue
+    it; ``saved_bytes``, ``deferred_bytes``, ``workspace_bytes``: as the allocator saw them, None
+    where not measured (workspace is the peak beyond inputs, outputs and what is kept).
+    """
+
+    kind: str
+    pass_: Annotated[str, Field(alias="pass", min_length=1, max_length=1)]
+    shape: dict[str, NonNegativeInt]
+    dtype: str = "bf16"
+    duration_ns: PositiveInt
+    spread_percent: Annotated[float, Field(ge=0)] = 0.0
+    samples: NonNegativeInt = 0
+    host_ns: NonNegativeInt
+    segments: tuple[Segment, ...] = ()
+    saved_bytes: NonNegativeInt | None = None
+    deferred_bytes: NonNegativeInt | None = None
+    workspace_bytes: NonNegativeInt | None = None
+
+    @model_validator(mode="after")
+    def _in_vocabulary(self) -> Self:
+        if self.kind not in VOCABULARY:
+            raise ValueError(f"kind={self.kind!r} is not an op of this version")
+        op_key(self.kind, self.pass_, **self.shape)
+        return self
+
+    @property
+    def key(self) -> OpKey:
+        """What this row is looked up by."""
+        return op_key(self.kind, self.pass_, **self.shape)
+
+
+class TransferTiming(Figure):
+    """One message size of one pattern.
+
+    ``bytes``: of the buffer on each rank: the message (send_recv), the whole send buffer with the
+    own part (all_to_all), the full tensor (all_reduce, reduce_scatter input, all_gather output).
+    """
+
+    pattern: Pattern
+    medium: Medium = "intra_node"
+    group_size: Annotated[int, Field(ge=2)]
+    bytes: PositiveInt
+    duration_ns: PositiveInt
+    spread_percent: Annotated[float, Field(ge=0)] = 0.0
+    samples: NonNegativeInt = 0
+    host_ns: NonNegativeInt = 0
+    ctas: NonNegativeInt | None = None
+
+
+class Rate(Figure):
+    """A ceiling measured in the same session: what the machine can do at best."""
+
+    name: Literal["copy_bytes", "gemm_bf16_flops", "read_bytes"]
+    per_second: PositiveInt
+    spread_percent: Annotated[float, Field(ge=0)] = 0.0
+
+
+class Overheads(Figure):
+    """Costs that belong to no op, in ns and bytes."""
+
+    launch_ns: NonNegativeInt
+    event_record_ns: NonNegativeInt
+    event_wait_ns: NonNegativeInt
+    context_bytes: NonNegativeInt
+    communicator_bytes: NonNegativeInt
+    allocator_margin_percent: Annotated[float, Field(ge=0)]
+
+
+class Provenance(Spec):
+    """What ran, on what, when, and how to run it again."""
+
+    device: str
+    num_devices: PositiveInt
+    driver: str
+    sm_clock_mhz: NonNegativeInt
+    power_watts: Annotated[float, Field(ge=0)]
+    versions: dict[str, str]
+    environment: dict[str, str]
+    measured_on: str
+    command: str
+    code_sha256: str
+
+
+class Profile(Spec):
+    """A whole profile file; see the module's docstring."""
+
+    format: Literal["mhcplan.profile"] = PROFILE_FORMAT
+    format_version: Annotated[int, Field(ge=1, le=PROFILE_VERSION)] = PROFILE_VERSION
+    name: str
+    hardware: HardwareSpec
+    provenance: tuple[Provenance, ...]
+    rates: tuple[Rate, ...]
+    overheads: Overheads
+    ops: tuple[OpTiming, ...]
+    transfers: tuple[TransferTiming, ...]
+
+    @model_validator(mode="after")
+    def _no_row_twice(self) -> Self:
+        seen: set[object] = set()
+        for row in self.ops:
+            if row.key in seen:
+                raise ValueError(f"ops: {row.key} appears twice")
+            seen.add(row.key)
+        for row in self.transfers:
+            key = (row.pattern, row.medium, row.group_size, row.bytes)
+            if key in seen:
+                raise ValueError(f"transfers: {key} appears twice")
+            seen.add(key)
+        return self
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the canonical JSON: equal profiles have equal digests."""
+        text = json.dumps(self.model_dump(mode="json", by_alias=True), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def parse_profile(text: str, origin: str) -> Profile:
+    """Read a profile from JSON text; ``origin`` names it in errors.
+
+    Raises:
+        ProfileError: malformed JSON, another format, a newer version, or a bad field (named).
+    """
+    try:
+        raw = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ProfileError(f"{origin}: not valid JSON ({error.msg}, line {error.lineno})") from None
+    if not isinstance(raw, dict) or raw.get("format") != PROFILE_FORMAT:
+        found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
+        raise ProfileError(f"{origin}: format={found!r} is not {PROFILE_FORMAT!r}")
+    version = raw.get("format_version")
+    if isinstance(version, int) and version > PROFILE_VERSION:
+        raise ProfileError(
+            f"{origin}: format_version={version} is newer than this mhcplan reads"
+            f" (up to {PROFILE_VERSION}); upgrade mhcplan"
+        )
+    try:
+        return Profile.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "profile"
+        raise ProfileError(f"{origin}: {where}: {first['msg']}") from None
+
+
+def read_profile(path: Path) -> Profile:
+    """Read a profile file.
+
+    Raises:
+        ProfileError: unreadable file, or see :func:`parse_profile`.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ProfileError(f"{path}: cannot be read ({error})") from None
+    return parse_profile(text, str(path))
+
+
+def profile_text(profile: Profile) -> str:
+    """The file's text: one row a line, so that profiles can be compared by eye and by diff."""
+    data = profile.model_dump(mode="json", by_alias=True, exclude_none=True)
+    head = {k: v for k, v in data.items() if k not in ("ops", "transfers")}
+    lines = [json.dumps(head, indent=1)[:-2]]
+    for table in ("ops", "transfers"):
+        rows = ",\n  ".join(json.dumps(row) for row in data[table])
+        lines.append(f',\n "{table}": [\n  {rows}\n ]' if rows else f',\n "{table}": []')
+    return "".join(lines) + "\n}\n"

@@ -1,0 +1,416 @@
+"""The op vocabulary: every kind of op that a step is made of, with its shape and its work.
+
+An *op* is one launch group on one stream (a kernel, or a few that always run back to back) or one
+collective. An op's cost is looked up by its :class:`OpKey`: kind, pass and shape. The lowering
+writes these keys, :mod:`mhcplan.kernels.layers` implements them (a test proves that the names
+agree) and ``mhcplan profile measure`` times exactly those callables.
+
+Passes: F forward, I input gradient, W weight gradient, B = I and W fused in one launch group (used
+where W is not deferred and fusing saves memory traffic), R recompute, O optimizer and other work on
+parameters, once a step.
+
+Axes: ``tokens`` T of one microbatch on one rank; ``hidden`` C; ``n`` the expansion rate; ``rows``
+token copies that a rank's experts compute (T x top_k when routing is balanced); all are integers.
+``flops`` and ``bytes`` of a kind are the least work of a pass: the roofline that interpolation
+between measured shapes is anchored to. bf16 activations, fp32 coefficients and weight gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+Shape = Mapping[str, int]
+
+BF16, FP32 = 2, 4
+# bf16 weight, fp32 gradient, fp32 master and two AdamW moments: design.md, "Memory"
+ADAMW_BYTES_PER_PARAMETER = FP32 + 2 * FP32 + 4 * FP32 + BF16  # gradient, master, moments, weight
+
+
+class OpKey(NamedTuple):
+    """What a cost is looked up by. ``shape`` is sorted by axis name, so equal shapes are equal."""
+
+    kind: str
+    pass_: str
+    shape: tuple[tuple[str, int], ...]
+
+    def __str__(self) -> str:
+        axes = " ".join(f"{axis}={value}" for axis, value in self.shape)
+        return f"{self.kind}.{self.pass_} {axes}"
+
+
+def op_key(kind: str, pass_: str, **shape: int) -> OpKey:
+    """Make the key of ``kind`` in ``pass_``.
+
+    Raises:
+        KeyError: the vocabulary has no such kind.
+        ValueError: the kind has no such pass, or the axes are not exactly the kind's axes.
+    """
+    op = VOCABULARY[kind]
+    if pass_ not in op.passes:
+        raise ValueError(f"{kind} has passes {op.passes}, not {pass_!r}")
+    if set(shape) != set(op.axes):
+        raise ValueError(f"{kind} has axes {sorted(op.axes)}, not {sorted(shape)}")
+    return OpKey(kind, pass_, tuple(sorted(shape.items())))
+
+
+@dataclass(frozen=True)
+class OpKind:
+    """One kind of op.
+
+    Attributes:
+        axes: names of the shape's integers.
+        passes: letters among F, I, W, B, R, O.
+        category: class of time in the report: ``compute``, ``mhc`` or ``optimizer``.
+        flops, bytes: least work of (shape, pass): floating-point operations, bytes of HBM.
+        saved: bytes that F keeps for I beyond the op's own inputs and outputs.
+        deferred: bytes that I leaves for W (inputs and output gradients of its linears).
+    """
+
+    axes: tuple[str, ...]
+    passes: str
+    category: str
+    flops: Callable[[Shape, str], int]
+    bytes: Callable[[Shape, str], int]
+    saved: Callable[[Shape], int]
+    deferred: Callable[[Shape], int]
+
+
+def _none(_shape: Shape) -> int:
+    return 0
+
+
+def _kind(
+    axes: str,
+    passes: str,
+    category: str,
+    *,
+    flops: Callable[[Shape, str], int],
+    bytes: Callable[[Shape, str], int],
+    saved: Callable[[Shape], int] = _none,
+    deferred: Callable[[Shape], int] = _none,
+) -> OpKind:
+    return OpKind(tuple(axes.split()), passes, category, flops, bytes, saved, deferred)
+
+
+# -- mHC (paper section 4.3.1 and Table 2; bytes of F as fused: reference "I/O after fusion") --------
+
+
+def coefficients(n: int) -> int:
+    """Coefficients of one token and site: H_pre n, H_post n, H_res n^2."""
+    return n * n + 2 * n
+
+
+def coefficient_bytes(n: int, tokens: int) -> int:
+    """fp32 coefficients that a site keeps for its backward and for recompute."""
+    return coefficients(n) * FP32 * tokens
+
+
+def _mhc_bytes(elements: dict[str, tuple[int, int]]) -> Callable[[Shape, str], int]:
+    """Bytes from {pass: (a, b)}: (a n + b) C bf16 elements a token."""
+
+    def least(s: Shape, p: str) -> int:
+        per_row, fixed = elements[p]
+        return (per_row * s["n"] + fixed) * s["hidden"] * BF16 * s["tokens"]
+
+    return least
+
+
+def _mhc_pre_flops(s: Shape, p: str) -> int:
+    # projection 2 nC (n^2+2n), applied once in F, once in W (dphi) and once in I (dx)
+    gemm = 2 * s["n"] * s["hidden"] * coefficients(s["n"]) * s["tokens"]
+    mix = 2 * s["n"] * s["hidden"] * s["tokens"]
+    return {"F": gemm + mix, "I": gemm + 2 * mix, "W": gemm, "B": 2 * gemm + 2 * mix}[p]
+
+
+def _mhc_mix_flops(s: Shape, p: str) -> int:
+    mix = 2 * s["n"] * (s["n"] + 1) * s["hidden"] * s["tokens"]
+    return mix if p in "FR" else 2 * mix
+
+
+# -- GEMM-like ops -----------------------------------------------------------------------------------
+
+
+def _gemm_bytes(rows: int, inputs: int, outputs: int, weights: int, p: str) -> int:
+    """Least bytes of a group of linears: activations in and out, bf16 weights, fp32 weight gradient
+    read and written in W (it accumulates over microbatches)."""
+    activations = rows * (inputs + outputs) * BF16
+    return activations + weights * (2 * FP32 if p == "W" else BF16)
+
+
+def swiglu_weights(hidden: int, ffn: int) -> int:
+    """Parameters of one SwiGLU: gate, up and down."""
+    return 3 * hidden * ffn
+
+
+def _ffn_flops(s: Shape, _p: str) -> int:
+    return 2 * s["tokens"] * swiglu_weights(s["hidden"], s["ffn"])
+
+
+def _ffn_bytes(s: Shape, p: str) -> int:
+    inner = 3 * s["ffn"]
+    weights = swiglu_weights(s["hidden"], s["ffn"])
+    scale = 1 if p == "F" else 2
+    return scale * _gemm_bytes(s["tokens"], s["hidden"] + inner, s["hidden"] + inner, weights, p)
+
+
+def _ffn_saved(s: Shape) -> int:
+    return s["tokens"] * 2 * s["ffn"] * BF16  # gate and up; silu(gate) * up is made again in I
+
+
+def _ffn_deferred(s: Shape) -> int:
+    # input, its inner product, gradients of gate|up and of the output
+    return s["tokens"] * (2 * s["hidden"] + 3 * s["ffn"]) * BF16
+
+
+def _expert_flops(s: Shape, _p: str) -> int:
+    return 2 * s["rows"] * swiglu_weights(s["hidden"], s["ffn"])
+
+
+def _expert_bytes(s: Shape, p: str) -> int:
+    inner = 3 * s["ffn"]
+    weights = s["experts"] * swiglu_weights(s["hidden"], s["ffn"])
+    scale = 1 if p == "F" else 2
+    return scale * _gemm_bytes(s["rows"], s["hidden"] + inner, s["hidden"] + inner, weights, p)
+
+
+def _expert_saved(s: Shape) -> int:
+    return s["rows"] * 2 * s["ffn"] * BF16
+
+
+def _expert_deferred(s: Shape) -> int:
+    return s["rows"] * (2 * s["hidden"] + 3 * s["ffn"]) * BF16
+
+
+def _mla_weights(s: Shape) -> int:
+    qk = s["nope"] + s["rope"]
+    heads, hidden, rank = s["heads"], s["hidden"], s["q_rank"]
+    query = heads * qk * (rank if rank else hidden) + hidden * rank
+    down = hidden * (s["kv_rank"] + s["rope"])
+    return query + down + s["kv_rank"] * heads * (s["nope"] + s["v"]) + heads * s["v"] * hidden
+
+
+def _score_flops(tokens: int, seq: int, heads: int, qk: int, v: int, p: str) -> int:
+    """Causal attention: half of the score matrix; I does five products where F does two."""
+    forward = tokens * seq * heads * (qk + v)
+    return {"F": forward, "I": 5 * forward // 2, "W": 0}[p]
+
+
+def _mla_flops(s: Shape, p: str) -> int:
+    linears = 2 * s["tokens"] * _mla_weights(s)
+    qk = s["nope"] + s["rope"]
+    return linears + _score_flops(s["tokens"], s["seq"], s["heads"], qk, s["v"], p)
+
+
+def _mla_widths(s: Shape) -> int:
+    """Activations a token that pass through HBM between the parts of the sublayer."""
+    heads, qk = s["heads"], s["nope"] + s["rope"]
+    latent = s["kv_rank"] + s["rope"] + s["q_rank"]
+    return 2 * s["hidden"] + 2 * latent + heads * (2 * qk + 2 * s["v"])
+
+
+def _mla_bytes(s: Shape, p: str) -> int:
+    scale = 2 if p == "I" else 1
+    return _gemm_bytes(s["tokens"], scale * _mla_widths(s), 0, _mla_weights(s), p)
+
+
+def _mla_saved(s: Shape) -> int:
+    heads, qk = s["heads"], s["nope"] + s["rope"]
+    latent = s["kv_rank"] + s["rope"] + 2 * s["q_rank"] + s["kv_rank"]  # before and after the norms
+    bf16 = latent + heads * (2 * qk + 2 * s["v"])  # q, k after RoPE, v, attention output
+    return s["tokens"] * (bf16 * BF16 + heads * FP32)  # and the softmax statistics
+
+
+def _mla_deferred(s: Shape) -> int:
+    heads, qk = s["heads"], s["nope"] + s["rope"]
+    inputs = s["hidden"] + s["q_rank"] + s["kv_rank"] + heads * s["v"]
+    grads = heads * qk + s["q_rank"] + s["kv_rank"] + s["rope"] + heads * (s["nope"] + s["v"])
+    return s["tokens"] * (inputs + grads + s["hidden"]) * BF16
+
+
+def _gqa_weights(s: Shape) -> int:
+    return s["hidden"] * s["head_dim"] * 2 * (s["heads"] + s["kv_heads"])
+
+
+def _gqa_flops(s: Shape, p: str) -> int:
+    d = s["head_dim"]
+    return 2 * s["tokens"] * _gqa_weights(s) + _score_flops(
+        s["tokens"], s["seq"], s["heads"], d, d, p
+    )
+
+
+def _gqa_widths(s: Shape) -> int:
+    return 2 * s["hidden"] + s["head_dim"] * 2 * (s["heads"] + s["kv_heads"])
+
+
+def _gqa_bytes(s: Shape, p: str) -> int:
+    scale = 2 if p == "I" else 1
+    return _gemm_bytes(s["tokens"], scale * _gqa_widths(s), 0, _gqa_weights(s), p)
+
+
+def _gqa_saved(s: Shape) -> int:
+    width = s["head_dim"] * 2 * (s["heads"] + s["kv_heads"])
+    return s["tokens"] * (width * BF16 + s["heads"] * FP32)
+
+
+def _gqa_deferred(s: Shape) -> int:
+    width = s["head_dim"] * (2 * s["heads"] + 2 * s["kv_heads"])
+    return s["tokens"] * (width + 2 * s["hidden"]) * BF16
+
+
+def _router_flops(s: Shape, _p: str) -> int:
+    return 2 * s["tokens"] * s["hidden"] * s["experts"]
+
+
+def _router_bytes(s: Shape, p: str) -> int:
+    if p == "W":
+        return s["tokens"] * (s["hidden"] * BF16 + s["experts"] * FP32)
+    return s["tokens"] * (1 + s["top_k"] + (p == "I")) * s["hidden"] * BF16
+
+
+def _copy_bytes(axis: str, *, copies: int) -> Callable[[Shape, str], int]:
+    return lambda s, _p: copies * s[axis] * s["hidden"] * BF16
+
+
+def _zero_flops(_s: Shape, _p: str) -> int:
+    return 0
+
+
+def _pointwise_flops(s: Shape, _p: str) -> int:
+    return 4 * s["tokens"] * s["hidden"]
+
+
+def _head_flops(s: Shape, _p: str) -> int:
+    return 2 * s["tokens"] * s["hidden"] * s["vocab"]
+
+
+def _head_bytes(s: Shape, p: str) -> int:
+    return _gemm_bytes(s["tokens"], s["hidden"], 2 * s["vocab"], s["hidden"] * s["vocab"], p)
+
+
+_MHC = "n hidden tokens"
+_MLA = "tokens seq hidden heads nope rope v kv_rank q_rank"
+_GQA = "tokens seq hidden heads kv_heads head_dim"
+
+VOCABULARY: dict[str, OpKind] = {
+    # site wrap: coefficients and pre-apply (F_pre), then F_post,res
+    "mhc_pre": _kind(
+        _MHC + " steps",
+        "FIWB",
+        "mhc",
+        flops=_mhc_pre_flops,
+        bytes=_mhc_bytes({"F": (2, 1), "I": (4, 2), "W": (1, 0), "B": (4, 2)}),
+    ),
+    "mhc_post": _kind(
+        _MHC, "FI", "mhc", flops=_mhc_mix_flops, bytes=_mhc_bytes({"F": (2, 1), "I": (2, 2)})
+    ),
+    "mhc_recompute": _kind(
+        _MHC + " sites",
+        "R",
+        "mhc",
+        flops=lambda s, p: s["sites"] * _mhc_mix_flops(s, p),
+        bytes=lambda s, _p: (
+            (s["n"] + s["sites"] + s["sites"] + s["n"] * (s["sites"] - 1))
+            * s["hidden"] * BF16 * s["tokens"]
+        ),
+    ),
+    "hc_pre": _kind(
+        _MHC,
+        "FIWB",
+        "mhc",
+        flops=_mhc_pre_flops,
+        bytes=_mhc_bytes({"F": (2, 1), "I": (4, 2), "W": (1, 0), "B": (4, 2)}),
+    ),
+    "hc_post": _kind(
+        _MHC, "FI", "mhc", flops=_mhc_mix_flops, bytes=_mhc_bytes({"F": (2, 1), "I": (2, 2)})
+    ),
+    "mhc_expand": _kind(
+        _MHC, "FI", "mhc", flops=_zero_flops, bytes=_mhc_bytes({"F": (1, 1), "I": (1, 1)})
+    ),
+    "mhc_collapse": _kind(
+        _MHC, "FB", "mhc", flops=_zero_flops, bytes=_mhc_bytes({"F": (1, 1), "B": (3, 1)})
+    ),
+    # the plain residual: x + f, and the sum of the two gradients of x
+    "residual": _kind(
+        "hidden tokens", "FI", "compute", flops=_zero_flops, bytes=_copy_bytes("tokens", copies=3)
+    ),
+    "norm": _kind(
+        "hidden tokens",
+        "FIR",
+        "compute",
+        flops=_pointwise_flops,
+        bytes=lambda s, p: (3 if p == "I" else 2) * s["tokens"] * s["hidden"] * BF16,
+        saved=lambda s: s["tokens"] * FP32,
+    ),
+    "attention_mla": _kind(
+        _MLA, "FIW", "compute",
+        flops=_mla_flops, bytes=_mla_bytes, saved=_mla_saved, deferred=_mla_deferred,
+    ),
+    "attention_gqa": _kind(
+        _GQA, "FIW", "compute",
+        flops=_gqa_flops, bytes=_gqa_bytes, saved=_gqa_saved, deferred=_gqa_deferred,
+    ),
+    "dense_ffn": _kind(
+        "tokens hidden ffn", "FIW", "compute",
+        flops=_ffn_flops, bytes=_ffn_bytes, saved=_ffn_saved, deferred=_ffn_deferred,
+    ),
+    "shared_experts": _kind(
+        "tokens hidden ffn", "FIW", "compute",
+        flops=_ffn_flops, bytes=_ffn_bytes, saved=_ffn_saved, deferred=_ffn_deferred,
+    ),
+    # MoE: gate, top-k and the gather into expert order; grouped GEMMs; the weighted sum
+    "router": _kind(
+        "tokens hidden experts top_k", "FIW", "compute",
+        flops=_router_flops, bytes=_router_bytes,
+        # routing weights fp32, expert index and slot of each copy int64, logits fp32
+        saved=lambda s: s["tokens"] * (s["top_k"] * (FP32 + 8 + 8) + s["experts"] * FP32),
+        deferred=lambda s: s["tokens"] * (s["hidden"] * BF16 + s["experts"] * FP32),
+    ),
+    # from (source rank, expert) order to expert order and back; only where ep > 1
+    "regroup": _kind(
+        "rows hidden", "FI", "compute", flops=_zero_flops, bytes=_copy_bytes("rows", copies=2)
+    ),
+    "experts": _kind(
+        "rows hidden ffn experts", "FIW", "compute",
+        flops=_expert_flops, bytes=_expert_bytes, saved=_expert_saved, deferred=_expert_deferred,
+    ),
+    "unpermute": _kind(
+        "tokens hidden top_k", "FI", "compute",
+        flops=_zero_flops,
+        bytes=lambda s, p: (
+            (s["top_k"] + 2 + (s["top_k"] if p == "I" else 0)) * s["tokens"] * s["hidden"] * BF16
+        ),
+    ),
+    "embedding": _kind(
+        "tokens hidden vocab", "FW", "compute",
+        flops=_zero_flops,
+        bytes=lambda s, p: s["tokens"] * s["hidden"] * (2 * BF16 if p == "F" else BF16 + 2 * FP32),
+    ),
+    # final norm is an op of its own; logits, softmax and loss, whose F leaves dlogits in place
+    "head": _kind(
+        "tokens hidden vocab", "FIW", "compute",
+        flops=_head_flops, bytes=_head_bytes,
+        saved=lambda s: s["tokens"] * s["vocab"] * BF16,
+        deferred=lambda s: s["tokens"] * (s["vocab"] + s["hidden"]) * BF16,
+    ),
+    "adamw": _kind(
+        "parameters", "O", "optimizer",
+        flops=_zero_flops, bytes=lambda s, _p: s["parameters"] * ADAMW_BYTES_PER_PARAMETER,
+    ),
+    "zero_gradients": _kind(
+        "parameters", "O", "optimizer",
+        flops=_zero_flops, bytes=lambda s, _p: s["parameters"] * FP32,
+    ),
+}  # fmt: skip
+
+# Communication: the op's kind says what it is for, its pattern says how it moves bytes.
+TRANSFER_PATTERNS = {
+    "pp_send": "send_recv",
+    "pp_recv": "send_recv",
+    "dispatch": "all_to_all",
+    "combine": "all_to_all",
+    "grad_reduce": "reduce_scatter",
+    "param_gather": "all_gather",
+    "copy_reduce": "all_reduce",
+}
