@@ -56,7 +56,7 @@ _DEEPSEEK_V3 = ModelSpec(
     num_dense_blocks=3,
     dense_ffn_dim=18432,
     moe=Moe(num_experts=256, top_k=8, num_shared_experts=1, ffn_dim=2048),
-    source=f"{V3_REPORT}, section 4.2; configs/config_671B.json of its repository",
+    source=f"{V3_REPORT}, section 4.2; inference/configs/config_671B.json of its repository",
     assumed=("the multi-token-prediction module is off", "bf16 GEMMs, where V3 trained in FP8"),
 )
 
@@ -77,7 +77,7 @@ def _v4(
         vocab_size=VOCAB_SIZE,
         attention=Mla(num_heads=heads, q_lora_rank=q_rank),
         moe=moe,
-        source=f"{V4_REPORT}, section 4.2.1; attention widths: config.json of its checkpoints",
+        source=f"{V4_REPORT}; attention widths: config.json of its checkpoints",
         assumed=(
             attention,
             "the first three blocks are routed by hash in V4: priced like the others",
@@ -116,13 +116,21 @@ MODELS: Mapping[str, ModelSpec] = {
 
 # -- machines -------------------------------------------------------------------------------------
 
-# 400 Gbit/s InfiniBand, one port a GPU. The V3 report states the bandwidth (160 GB/s NVLink is
-# "roughly 3.2 times that of IB (50 GB/s)"), not a latency; NCCL's tuner states that one.
+# One 400 Gbit/s InfiniBand port a GPU. The V3 report states the bandwidth, not a latency; that one
+# is the constant of NCCL's own tuner for one network step.
+_LATENCY_SOURCE = (
+    "latency: NCCL src/graph/tuning.cc, hwLat, network, ring, Simple protocol: 14 us a step"
+)
 _INFINIBAND_400G = Link(
     bytes_per_second=50_000_000_000,
     latency_ns=14_000,
-    source=f"{V3_REPORT}, section 3.2.2: 50 GB/s; latency: NCCL src/graph/tuning.cc, network, ring,"
-    " Simple protocol: 14 us",
+    source=f"{V3_REPORT}, section 3.2.2: InfiniBand, 50 GB/s; {_LATENCY_SOURCE}",
+)
+_DGX_INFINIBAND_400G = Link(
+    bytes_per_second=50_000_000_000,
+    latency_ns=14_000,
+    source="NVIDIA DGX B200 user guide: eight ConnectX-7 ports of 400 Gbit/s for eight GPUs;"
+    f" {_LATENCY_SOURCE}",
 )
 
 HARDWARE: Mapping[str, HardwareSpec] = {
@@ -135,7 +143,38 @@ HARDWARE: Mapping[str, HardwareSpec] = {
             memory_bytes_per_second=3_350_000_000_000,
             bf16_flops_per_second=989_000_000_000_000,
             inter_node=_INFINIBAND_400G,
-            source="NVIDIA H100 Tensor Core GPU datasheet (SXM) and architecture whitepaper",
+            source="NVIDIA H100 datasheet, SXM (dense bf16 is half of the sparse 1,979 TFLOP/s);"
+            " SMs: NVIDIA H100 architecture whitepaper",
+        ),
+        HardwareSpec(
+            name="h200",
+            num_sms=132,
+            memory_bytes=141_000_000_000,
+            memory_bytes_per_second=4_800_000_000_000,
+            bf16_flops_per_second=989_000_000_000_000,
+            inter_node=_INFINIBAND_400G,
+            source="NVIDIA H200 datasheet, SXM; SMs: the same GH100 chip as H100",
+        ),
+        HardwareSpec(
+            name="h800",
+            num_sms=132,
+            memory_bytes=80_000_000_000,
+            memory_bytes_per_second=3_350_000_000_000,
+            bf16_flops_per_second=989_000_000_000_000,
+            inter_node=_INFINIBAND_400G,
+            source="as NVIDIA H100 SXM, whose chip and memory it has: what differs is NVLink"
+            " (400 instead of 900 GB/s, arXiv 2505.09343) and FP64",
+        ),
+        HardwareSpec(
+            name="b200",
+            num_sms=148,
+            memory_bytes=180_000_000_000,
+            memory_bytes_per_second=8_000_000_000_000,
+            bf16_flops_per_second=2_250_000_000_000_000,
+            inter_node=_DGX_INFINIBAND_400G,
+            source="NVIDIA DGX B200 user guide and HGX B200 datasheet, an eighth of the system;"
+            " SMs as a device reports them: pytorch/ao pull request 4002 (which also finds"
+            " 7.67 TB/s from bus width and clock)",
         ),
     )
 }
