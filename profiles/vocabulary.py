@@ -404,6 +404,46 @@ VOCABULARY: dict[str, OpKind] = {
     ),
 }  # fmt: skip
 
+class TransferKey(NamedTuple):
+    """What the cost of a transfer is looked up by.
+
+    ``num_bytes`` is the buffer on each rank as :class:`~mhcplan.profiles.schema.TransferTiming`
+    counts it; ``ranks_per_node`` of the group's ``group_size`` ranks share a node (all of them: the
+    traffic stays on NVLink; one: all of it crosses the network).
+    """
+
+    pattern: str
+    group_size: int
+    ranks_per_node: int
+    num_bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.pattern} {self.group_size}/{self.ranks_per_node} {self.num_bytes}"
+
+
+NO_COST = "none"  # bookkeeping on the host and on events: nothing runs on the GPU
+
+
+def parse_key(text: str) -> OpKey | TransferKey | None:
+    """Read a key's ``str`` back; None for :data:`NO_COST`.
+
+    Raises:
+        ValueError: the text is no key of this vocabulary.
+    """
+    if text == NO_COST:
+        return None
+    head, *rest = text.split(" ")
+    kind, dot, pass_ = head.partition(".")
+    try:
+        if dot:
+            return op_key(kind, pass_, **{a: int(v) for a, v in (r.split("=") for r in rest)})
+        group, num_bytes = rest
+        size, per_node = group.split("/")
+        return TransferKey(head, int(size), int(per_node), int(num_bytes))
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{text!r} is no cost key of this version ({error})") from None
+
+
 # Communication: the op's kind says what it is for, its pattern says how it moves bytes.
 TRANSFER_PATTERNS = {
     "pp_send": "send_recv",
@@ -412,5 +452,4 @@ TRANSFER_PATTERNS = {
     "combine": "all_to_all",
     "grad_reduce": "reduce_scatter",
     "param_gather": "all_gather",
-    "copy_reduce": "all_reduce",
 }

@@ -1,0 +1,312 @@
+"""The stream program: one training step as the exact ops that every GPU stream runs.
+
+A :class:`Program` is the only description of a schedule. The simulator plays it in virtual time, the
+runtime executes it on CUDA streams, the timeline draws it, the exporters write it and the checker
+proves it sound. It holds no durations: those are a table beside it (:class:`CostTable`), so that one
+Program runs under any profile.
+
+The Program is columnar: a numpy array per field, ops sorted by rank and, within a rank, in **host
+issue order**, the order in which that rank's Python thread issues them. Lists per op (waits,
+buffers) are CSR. :class:`Op` is a read-only view for people and exporters.
+
+Rules that hold in every sound Program (:mod:`mhcplan.sim.check` proves them):
+
+* A stream runs its ops in issue order. Across streams the only order is an event: an op records at
+  most one, and others wait for it. The event of a transfer is its work handle.
+* A communication stream is the internal stream of one process group.
+* A transfer starts when every member that this Program holds has reached it; the k-th send of a
+  (group, source, destination) meets the k-th receive, the k-th collective of a group its k-th on
+  every other member.
+* Buffers are allocated and freed in host issue order, as torch's caching allocator does. All memory
+  belongs to the rank's compute stream: an op on that stream frees it, ordered after every use; an
+  op on another stream that allocates is ordered after the last compute op issued before it that
+  freed something, so that no memory is written while an earlier owner still reads it.
+
+Kinds, categories and cost keys are opaque labels here: :mod:`mhcplan.sim` knows streams, not models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+    Ints = NDArray[np.int64]
+
+# What a buffer is for; memory reports have one figure for each. Order is the report's.
+COMPONENTS = (
+    "parameters",
+    "gradients",
+    "optimizer",
+    "activations",
+    "recompute",
+    "communication",
+    "logits",
+    "workspace",
+)
+
+# Stream priorities are torch's: lower is more urgent.
+NORMAL_PRIORITY, HIGH_PRIORITY = 0, -1
+
+
+class Stream(NamedTuple):
+    """A CUDA stream of one rank. ``group`` >= 0: the internal stream of that process group."""
+
+    rank: int
+    name: str
+    priority: int
+    group: int = -1
+
+
+class Group(NamedTuple):
+    """A process group. ``members`` are the ranks of this Program in it; ``size`` counts all.
+
+    Balanced peers outside the Program (other replicas, expert-parallel ranks in lockstep) count in
+    ``size`` only. ``medium`` names the link its traffic takes.
+    """
+
+    name: str
+    members: tuple[int, ...]
+    size: int
+    medium: str
+
+
+@dataclass(frozen=True)
+class Csr:
+    """Lists of integers, one an op: list i is ``values[offsets[i] : offsets[i + 1]]``."""
+
+    offsets: Ints
+    values: Ints
+
+    def __getitem__(self, i: int) -> Ints:
+        """The list of op ``i``."""
+        return self.values[self.offsets[i] : self.offsets[i + 1]]
+
+    @cached_property
+    def owners(self) -> Ints:
+        """For every value, the op whose list it is in."""
+        return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
+
+    @staticmethod
+    def from_lists(lists: Sequence[Sequence[int]]) -> Csr:
+        """Pack one list of integers an op."""
+        offsets = np.zeros(len(lists) + 1, np.int64)
+        np.cumsum([len(entry) for entry in lists], out=offsets[1:])
+        values = np.fromiter((v for entry in lists for v in entry), np.int64, int(offsets[-1]))
+        return Csr(offsets, values)
+
+
+class Op(NamedTuple):
+    """One op, as a person or an exporter reads it. Fields are those of :class:`Program`."""
+
+    index: int
+    rank: int
+    stream: Stream
+    kind: str
+    category: str
+    pass_: str
+    cell: str
+    stage: int
+    site: int
+    microbatch: int
+    cost_key: str
+    waits: tuple[int, ...]
+    record: int
+    host_sync: bool
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    allocs: tuple[int, ...]
+    frees: tuple[int, ...]
+    group: int
+    peer: int
+    payload_bytes: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class Program:
+    """A whole step of one replica; see the module's docstring for the rules.
+
+    Attributes:
+        num_ranks, streams, groups: tables that the columns index.
+        kinds, categories, cells, cost_keys: labels that ``kind``, ``category``, ``cell`` and
+            ``cost`` index. A cell is the action an op belongs to, in torch's letters ("3B7").
+        buffer_bytes, buffer_component: per buffer; components index :data:`COMPONENTS`.
+        static_bytes: [rank, component], memory held through the whole step.
+        num_events: events are 0 .. num_events - 1; each is recorded by at most one op.
+        rank, stream, kind, category, cell, cost: int columns, one entry an op.
+        pass_: ASCII code of the pass letter.
+        stage, site, microbatch: -1 where the op has none.
+        record: event recorded when the op ends, or -1.
+        host_sync: the host thread waits for the op to end before it issues the next.
+        waits: events that the op's stream waits for before the op.
+        reads, writes, allocs, frees: buffers.
+        group: process group of a transfer, or -1; peer: the other rank of a send or receive, or -1;
+        is_send: True for a send, False otherwise; payload_bytes: bytes of a transfer's buffer;
+        batch: sends and receives of one batched call share a number >= 0 (one kernel), else -1.
+        meta: what the lowering wants to keep with it (JSON values only).
+    """
+
+    num_ranks: int
+    streams: tuple[Stream, ...]
+    groups: tuple[Group, ...]
+    kinds: tuple[str, ...]
+    categories: tuple[str, ...]
+    cells: tuple[str, ...]
+    cost_keys: tuple[str, ...]
+    buffer_bytes: Ints
+    buffer_component: NDArray[np.int8]
+    static_bytes: Ints
+    num_events: int
+    rank: NDArray[np.int32]
+    stream: NDArray[np.int32]
+    kind: NDArray[np.int32]
+    category: NDArray[np.int32]
+    pass_: NDArray[np.uint8]
+    cell: NDArray[np.int32]
+    cost: NDArray[np.int32]
+    stage: NDArray[np.int32]
+    site: NDArray[np.int32]
+    microbatch: NDArray[np.int32]
+    record: Ints
+    host_sync: NDArray[np.bool_]
+    group: NDArray[np.int32]
+    peer: NDArray[np.int32]
+    is_send: NDArray[np.bool_]
+    payload_bytes: Ints
+    batch: NDArray[np.int32]
+    waits: Csr
+    reads: Csr
+    writes: Csr
+    allocs: Csr
+    frees: Csr
+    meta: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def num_ops(self) -> int:
+        """Ops on all ranks."""
+        return len(self.rank)
+
+    @property
+    def num_buffers(self) -> int:
+        """Buffers on all ranks."""
+        return len(self.buffer_bytes)
+
+    @cached_property
+    def rank_offsets(self) -> Ints:
+        """Ops of rank r are ``rank_offsets[r] : rank_offsets[r + 1]``, in host issue order."""
+        return np.searchsorted(self.rank, np.arange(self.num_ranks + 1))
+
+    @cached_property
+    def recorder(self) -> Ints:
+        """For every event, the op that records it, or -1."""
+        recorder = np.full(self.num_events, -1, np.int64)
+        recording = np.flatnonzero(self.record >= 0)
+        recorder[self.record[recording]] = recording
+        return recorder
+
+    @cached_property
+    def previous_on_stream(self) -> Ints:
+        """For every op, the op before it on the same stream, or -1."""
+        order = np.argsort(self.stream, kind="stable")
+        previous = np.full(self.num_ops, -1, np.int64)
+        same = self.stream[order[1:]] == self.stream[order[:-1]]
+        previous[order[1:][same]] = order[:-1][same]
+        return previous
+
+    def __getitem__(self, i: int) -> Op:
+        """Op ``i`` as a readable view."""
+        return Op(
+            index=i,
+            rank=int(self.rank[i]),
+            stream=self.streams[self.stream[i]],
+            kind=self.kinds[self.kind[i]],
+            category=self.categories[self.category[i]],
+            pass_=chr(self.pass_[i]),
+            cell=self.cells[self.cell[i]],
+            stage=int(self.stage[i]),
+            site=int(self.site[i]),
+            microbatch=int(self.microbatch[i]),
+            cost_key=self.cost_keys[self.cost[i]],
+            waits=tuple(self.waits[i].tolist()),
+            record=int(self.record[i]),
+            host_sync=bool(self.host_sync[i]),
+            reads=tuple(self.reads[i].tolist()),
+            writes=tuple(self.writes[i].tolist()),
+            allocs=tuple(self.allocs[i].tolist()),
+            frees=tuple(self.frees[i].tolist()),
+            group=int(self.group[i]),
+            peer=int(self.peer[i]),
+            payload_bytes=int(self.payload_bytes[i]),
+            batch=int(self.batch[i]),
+        )
+
+    def __iter__(self) -> Iterator[Op]:
+        """All ops, rank by rank, in host issue order."""
+        return (self[i] for i in range(self.num_ops))
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """What every cost key of a Program costs: the only place where durations live.
+
+    Attributes:
+        duration_ns: time on the stream alone, per cost key.
+        host_ns: time of the host thread to issue one op, per cost key.
+        workspace_bytes: memory that the op allocates and frees again by itself, per cost key.
+        margin_percent: measured reserve of the allocator beyond what is allocated.
+        context_bytes, communicator_bytes: CUDA context, and NCCL for each process group.
+    """
+
+    duration_ns: Ints
+    host_ns: Ints
+    workspace_bytes: Ints
+    margin_percent: float = 0.0
+    context_bytes: int = 0
+    communicator_bytes: int = 0
+
+
+class MeetError(ValueError):
+    """A transfer whose other end, or another member, never calls it."""
+
+
+def match_transfers(program: Program) -> Ints:
+    """Number the meetings: for every op, the transfer it takes part in, or -1.
+
+    Sends and receives pair up first-in-first-out per (group, source, destination); collectives
+    per group and member. Ops with equal numbers start together.
+
+    Raises:
+        MeetError: an end without its other end, or a member that calls a collective less often.
+    """
+    meeting = np.full(program.num_ops, -1, np.int64)
+    calls: dict[tuple[int, ...], list[list[int]]] = {}
+    for i in np.flatnonzero(program.group >= 0).tolist():
+        group, rank, peer = int(program.group[i]), int(program.rank[i]), int(program.peer[i])
+        if peer >= 0:
+            key = (group, rank, peer) if program.is_send[i] else (group, peer, rank)
+            member = 0 if program.is_send[i] else 1
+            sides = calls.setdefault(key, [[], []])
+        else:
+            members = program.groups[group].members
+            member = members.index(rank)
+            sides = calls.setdefault((group,), [[] for _ in members])
+        sides[member].append(i)
+    number = 0
+    for key, sides in calls.items():
+        if len({len(side) for side in sides}) != 1:
+            where = program.groups[key[0]].name
+            counts = " and ".join(str(len(side)) for side in sides)
+            ends = f" {key[1]} -> {key[2]}" if len(key) > 1 else ""
+            raise MeetError(f"group {where}{ends}: its members call it {counts} times")
+        for ops in zip(*sides, strict=True):
+            meeting[list(ops)] = number
+            number += 1
+    return meeting
