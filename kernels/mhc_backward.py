@@ -1,0 +1,474 @@
+"""Backward kernels of an mHC site, and the launchers that pick their grids.
+
+At n = 4 a site's backward moves 28C elements, (6n+4)C, in three heavy kernels:
+
+* ``post_backward`` (before the sublayer's backward): reads dY, x and f once; writes df and the
+  gradients of H_post and H_res.
+* ``coefficient_gradients`` (after it): reads x and du for the gradient of H_pre, and meanwhile, in
+  other programs, goes back through Sinkhorn, whose steps are run again on chip; then a small
+  kernel turns all of it into dp, the gradient of the projection.
+* ``pre_backward``: reads dY, x and du once and writes dx once, with every contribution:
+  dx_i = sum_o H_res[o,i] dY_o + H_pre[i] du + dp phi_i + s x_i, where s x is the gradient through
+  the norm. At n <= 4 it also accumulates dphi = dp^T x, holding its tile of dphi in registers
+  while it walks over the tokens; the sums per split of the tokens are added in order at the end.
+
+``weight_backward`` is dphi alone, for a schedule that defers weight gradients, and for n > 4.
+No atomics: results repeat bit by bit. T tokens, n rows, C channels, M = n^2 + 2n coefficients.
+"""
+
+# ruff: noqa: ANN001, ANN202  (Triton's own parameter convention)
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mhcplan.kernels import tuning
+from mhcplan.kernels.mhc_forward import first_sinkhorn_step, normalise
+from mhcplan.kernels.reference import num_coefficients
+from mhcplan.kernels.triton_support import (
+    dot_exact_left,
+    dot_split,
+    fold,
+    load_mix,
+    load_rows,
+    num_multiprocessors,
+    padded_coefficients,
+    split,
+)
+
+FUSED_MOST_ROWS = 4  # above, dphi's tile does not fit in registers beside the rest
+
+
+@triton.jit
+def _post_backward_kernel(
+    dy_ptr, x_ptr, f_ptr, coefficients_ptr, df_ptr, dmix_ptr, T,
+    N: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr,
+    BT: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    # A program holds the gradients of GROUP rows o of H_res (all n rows up to n = 8) and walks
+    # over all channels of its tokens, so nothing is left to add up afterwards.
+    M: tl.constexpr = N * N + 2 * N
+    t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
+    first = tl.program_id(1) * GROUP
+    token = t < T
+    post = load_mix(coefficients_ptr, t, token, N, N, M)
+    cc = tl.arange(0, BC)
+    dpost = ()
+    dres = ()
+    for _o in tl.static_range(GROUP):
+        dpost = (*dpost, tl.zeros((BT, BC // V), tl.float32))
+        for _i in tl.static_range(N):
+            dres = (*dres, tl.zeros((BT, BC // V), tl.float32))
+    for c0 in tl.range(0, C, BC, num_stages=STAGES):
+        c = c0 + cc
+        mask = token[:, None] & (c < C)[None, :]
+        offsets = t[:, None] * (N * C) + c[None, :]
+        out = t[:, None] * C + c[None, :]
+        f = tl.load(f_ptr + out, mask=mask, other=0.0).to(tl.float32)
+        x = load_rows(x_ptr, offsets, mask, N, C)
+        df = tl.zeros((BT, BC), tl.float32)
+        if GROUP != N and first == 0:
+            for o in tl.static_range(N):
+                row = tl.load(dy_ptr + o * C + offsets, mask=mask, other=0.0)
+                df += post[o][:, None] * row.to(tl.float32)
+        new_dpost = ()
+        new_dres = ()
+        dy_rows = load_rows(dy_ptr + first * C, offsets, mask, GROUP, C)
+        for o in tl.static_range(GROUP):
+            dy = dy_rows[o].to(tl.float32)
+            if GROUP == N:
+                df += post[o][:, None] * dy
+            new_dpost = (*new_dpost, dpost[o] + fold(dy * f, V))
+            for i in tl.static_range(N):
+                gradient = dres[o * N + i] + fold(dy * x[i].to(tl.float32), V)
+                new_dres = (*new_dres, gradient)
+        dpost = new_dpost
+        dres = new_dres
+        tl.store(df_ptr + out, df.to(df_ptr.dtype.element_ty), mask=mask & (first == 0))
+    base = dmix_ptr + t * M
+    for o in tl.static_range(GROUP):
+        tl.store(base + N + first + o, tl.sum(dpost[o], axis=1), mask=token)
+        for i in tl.static_range(N):
+            cell = 2 * N + (first + o) * N + i
+            tl.store(base + cell, tl.sum(dres[o * N + i], axis=1), mask=token)
+
+
+@triton.jit
+def _sinkhorn_backward(
+    pid, projection_ptr, dmix_ptr, coefficients_ptr, bias_ptr, alpha_ptr, history_ptr, dp_ptr, T,
+    N: tl.constexpr, MP: tl.constexpr, STEPS: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the logits of H_post and H_res for BS tokens, in columns n.. of ``dp``."""
+    M: tl.constexpr = N * N + 2 * N
+    t = (pid * BS + tl.arange(0, BS)).to(tl.int64)
+    token = t < T
+    j = tl.arange(0, N)
+    mask2 = token[:, None] & (j[None, :] < N)
+    h = tl.load(coefficients_ptr + t[:, None] * M + N + j[None, :], mask=mask2, other=0.0)
+    d = tl.load(dmix_ptr + t[:, None] * M + N + j[None, :], mask=mask2, other=0.0)
+    tl.store(dp_ptr + t[:, None] * MP + N + j[None, :], d * h * (1.0 - 0.5 * h), mask=mask2)
+
+    cell = 2 * N + j[:, None] * N + j[None, :]
+    mask3 = token[:, None, None] & (cell < M)[None, :, :]
+    inverse_rms = tl.load(projection_ptr + t * (M + 1) + M, mask=token, other=0.0)
+    p = tl.load(
+        projection_ptr + t[:, None, None] * (M + 1) + cell[None, :, :], mask=mask3, other=0.0
+    )
+    logits = p * inverse_rms[:, None, None] * tl.load(alpha_ptr + 2)
+    logits += tl.load(bias_ptr + cell)[None, :, :]
+    m, column = first_sinkhorn_step(logits)
+    # The sums of every step go to scratch memory that stays in L2; the matrices are rebuilt from
+    # the last one on the way back.
+    slot = history_ptr + (t[:, None] * ((STEPS - 1) * 2 * N) + j[None, :])
+    for step in tl.range(0, STEPS - 1):
+        m, column_sum = normalise(m, 1)
+        m, row_sum = normalise(m, 2)
+        tl.store(slot + step * (2 * N), column_sum, mask=mask2)
+        tl.store(slot + step * (2 * N) + N, row_sum, mask=mask2)
+    tl.debug_barrier()
+    dm = tl.load(dmix_ptr + t[:, None, None] * M + cell[None, :, :], mask=mask3, other=0.0)
+    for back in tl.range(0, STEPS - 1):
+        step = STEPS - 2 - back
+        column_sum = tl.load(slot + step * (2 * N), mask=mask2, other=1.0)
+        row_sum = tl.load(slot + step * (2 * N) + N, mask=mask2, other=1.0)
+        dm = (dm - tl.sum(dm * m, axis=2)[:, :, None]) * (1.0 / row_sum)[:, :, None]
+        m = m * row_sum[:, :, None]
+        dm = (dm - tl.sum(dm * m, axis=1)[:, None, :]) * (1.0 / column_sum)[:, None, :]
+        m = m * column_sum[:, None, :]
+    dlog = m * (dm - tl.sum(dm * m, axis=2)[:, :, None])
+    dlogits = dlog - column * tl.sum(dlog, axis=1)[:, None, :]
+    tl.store(dp_ptr + t[:, None, None] * MP + cell[None, :, :], dlogits, mask=mask3)
+
+
+@triton.jit
+def _coefficient_gradients_kernel(
+    x_ptr, du_ptr, projection_ptr, dmix_ptr, coefficients_ptr, bias_ptr, alpha_ptr,
+    history_ptr, dp_ptr, T, sinkhorn_programs,
+    N: tl.constexpr, C: tl.constexpr, MP: tl.constexpr, STEPS: tl.constexpr,
+    BS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    M: tl.constexpr = N * N + 2 * N
+    pid = tl.program_id(0)
+    if pid < sinkhorn_programs:
+        _sinkhorn_backward(
+            pid, projection_ptr, dmix_ptr, coefficients_ptr, bias_ptr, alpha_ptr, history_ptr,
+            dp_ptr, T, N, MP, STEPS, BS,
+        )  # fmt: skip
+    else:
+        t = ((pid - sinkhorn_programs) * BT + tl.arange(0, BT)).to(tl.int64)
+        token = t < T
+        cc = tl.arange(0, BC)
+        dpre = ()
+        for _i in tl.static_range(N):
+            dpre = (*dpre, tl.zeros((BT, BC // V), tl.float32))
+        for c0 in tl.range(0, C, BC, num_stages=STAGES):
+            c = c0 + cc
+            mask = token[:, None] & (c < C)[None, :]
+            du = tl.load(du_ptr + t[:, None] * C + c[None, :], mask=mask, other=0.0)
+            du = du.to(tl.float32)
+            x = load_rows(x_ptr, t[:, None] * (N * C) + c[None, :], mask, N, C)
+            new_dpre = ()
+            for i in tl.static_range(N):
+                new_dpre = (*new_dpre, dpre[i] + fold(du * x[i].to(tl.float32), V))
+            dpre = new_dpre
+        for i in tl.static_range(N):
+            h = tl.load(coefficients_ptr + t * M + i, mask=token, other=0.0)
+            dlogit = tl.sum(dpre[i], axis=1) * h * (1.0 - h)
+            tl.store(dp_ptr + t * MP + i, dlogit, mask=token)
+
+
+@triton.jit
+def _small_kernel(
+    projection_ptr, alpha_ptr, dp_ptr, partial_ptr, T,
+    N: tl.constexpr, C: tl.constexpr, MP: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """Logit gradients to dp and s, in place, and this program's sums for db and dalpha."""
+    M: tl.constexpr = N * N + 2 * N
+    pid = tl.program_id(0)
+    t = (pid * BS + tl.arange(0, BS)).to(tl.int64)
+    token = t < T
+    columns = tl.arange(0, MP)
+    mask = token[:, None] & (columns < M)[None, :]
+    part = tl.where(columns < N, 0, tl.where(columns < 2 * N, 1, 2))
+    alpha = tl.load(alpha_ptr + part, mask=columns < M, other=0.0)
+    inverse_rms = tl.load(projection_ptr + t * (M + 1) + M, mask=token, other=0.0)
+    p = tl.load(projection_ptr + t[:, None] * (M + 1) + columns[None, :], mask=mask, other=0.0)
+    dlogits = tl.load(dp_ptr + t[:, None] * MP + columns[None, :], mask=mask, other=0.0)
+    tl.debug_barrier()
+    dp = dlogits * alpha[None, :] * inverse_rms[:, None]
+    # r depends on x: 1/r times -(sum_j dp_j p_j) / (r nC) multiplies x in dx (eq. 15)
+    s = -tl.sum(dp * p, axis=1) * inverse_rms * inverse_rms / (N * C)
+    out = tl.where(columns[None, :] == M, s[:, None], dp)
+    tl.store(dp_ptr + t[:, None] * MP + columns[None, :], out, mask=token[:, None])
+    row = partial_ptr + pid * (2 * MP) + columns
+    tl.store(row, tl.sum(dlogits, axis=0))
+    tl.store(row + MP, tl.sum(dlogits * p * inverse_rms[:, None], axis=0))
+
+
+@triton.jit
+def _sum_small_kernel(
+    partial_ptr, dbias_ptr, dalpha_ptr, programs,
+    N: tl.constexpr, MP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """db and dalpha from the sums of :func:`_small_kernel`, in a fixed order."""
+    M: tl.constexpr = N * N + 2 * N
+    columns = tl.arange(0, MP)
+    rows = tl.arange(0, BLOCK)
+    bias = tl.zeros((BLOCK, MP), tl.float32)
+    alpha = tl.zeros((BLOCK, MP), tl.float32)
+    for start in tl.range(0, programs, BLOCK):
+        mask = ((start + rows) < programs)[:, None] & (columns < M)[None, :]
+        base = partial_ptr + (start + rows)[:, None] * (2 * MP) + columns[None, :]
+        bias += tl.load(base, mask=mask, other=0.0)
+        alpha += tl.load(base + MP, mask=mask, other=0.0)
+    tl.store(dbias_ptr + columns, tl.sum(bias, axis=0), mask=columns < M)
+    by_column = tl.sum(alpha, axis=0)
+    tl.store(dalpha_ptr, tl.sum(tl.where(columns < N, by_column, 0.0)))
+    is_post = (columns >= N) & (columns < 2 * N)
+    tl.store(dalpha_ptr + 1, tl.sum(tl.where(is_post, by_column, 0.0)))
+    is_res = (columns >= 2 * N) & (columns < M)
+    tl.store(dalpha_ptr + 2, tl.sum(tl.where(is_res, by_column, 0.0)))
+
+
+@triton.jit
+def _load_phi(phi_ptr, c, i: tl.constexpr, first, N: tl.constexpr, C: tl.constexpr,
+              MK: tl.constexpr):  # fmt: skip
+    """Columns of phi that belong to channels ``c`` of row i: ``[MK coefficients, BC]``."""
+    M: tl.constexpr = N * N + 2 * N
+    columns = first + tl.arange(0, MK)
+    mask = (columns < M)[:, None] & (c < C)[None, :]
+    offsets = columns[:, None] * (N * C) + i * C + c[None, :]
+    return tl.load(phi_ptr + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def _pre_backward_kernel(
+    dy_ptr, x_ptr, du_ptr, coefficients_ptr, dp_ptr, phi_ptr, dx_ptr, partial_ptr, T, t_split,
+    N: tl.constexpr, C: tl.constexpr, MP: tl.constexpr, MK: tl.constexpr, WITH_W: tl.constexpr,
+    BT: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    M: tl.constexpr = N * N + 2 * N
+    DT: tl.constexpr = x_ptr.dtype.element_ty
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    slot = tl.program_id(1)
+    columns = tl.arange(0, MK)
+    t_first = slot * t_split
+    dphi = ()
+    if WITH_W:
+        for _i in tl.static_range(N):
+            dphi = (*dphi, tl.zeros((BC, MK), tl.float32))
+    phi_high = ()
+    phi_low = ()
+    if WITH_W:  # MK == MP: one chunk, loaded once and kept on chip
+        for i in tl.static_range(N):
+            high, low = split(_load_phi(phi_ptr, c, i, 0, N, C, MK), DT)
+            phi_high = (*phi_high, high)
+            phi_low = (*phi_low, low)
+    for t0 in tl.range(t_first, min(t_first + t_split, T), BT, num_stages=STAGES):
+        t = (t0 + tl.arange(0, BT)).to(tl.int64)
+        token = t < T
+        mask = token[:, None] & (c < C)[None, :]
+        offsets = t[:, None] * (N * C) + c[None, :]
+        dy = load_rows(dy_ptr, offsets, mask, N, C)
+        x = load_rows(x_ptr, offsets, mask, N, C)
+        du = tl.load(du_ptr + t[:, None] * C + c[None, :], mask=mask, other=0.0)
+        pre = load_mix(coefficients_ptr, t, token, 0, N, M)
+        res = load_mix(coefficients_ptr, t, token, 2 * N, N * N, M)
+        s = tl.load(dp_ptr + t * MP + M, mask=token, other=0.0)
+        if WITH_W:
+            dp = tl.load(
+                dp_ptr + t[:, None] * MP + columns[None, :],
+                mask=token[:, None] & (columns < M)[None, :],
+                other=0.0,
+            )
+            dp_high, dp_low = split(dp, DT)
+        new_dphi = ()
+        for i in tl.static_range(N):
+            if WITH_W:
+                dx = tl.zeros((BT, BC), tl.float32)
+                dx = dot_split(dp_high, dp_low, phi_high[i], phi_low[i], dx)
+                product = dot_exact_left(tl.trans(x[i]), dp, dphi[i])
+                new_dphi = (*new_dphi, product)
+            else:
+                dx = tl.zeros((BT, BC), tl.float32)
+                for first in tl.static_range(0, M, MK):
+                    part = tl.load(
+                        dp_ptr + t[:, None] * MP + (first + columns)[None, :],
+                        mask=token[:, None] & (first + columns < M)[None, :],
+                        other=0.0,
+                    )
+                    phi = _load_phi(phi_ptr, c, i, first, N, C, MK)
+                    part_high, part_low = split(part, DT)
+                    high, low = split(phi, DT)
+                    dx = dot_split(part_high, part_low, high, low, dx)
+            dx += s[:, None] * x[i].to(tl.float32) + pre[i][:, None] * du.to(tl.float32)
+            for o in tl.static_range(N):
+                dx += res[o * N + i][:, None] * dy[o].to(tl.float32)
+            tl.store(dx_ptr + i * C + offsets, dx.to(DT), mask=mask)
+        if WITH_W:
+            dphi = new_dphi
+    if WITH_W:
+        keep = (columns < M)[None, :] & (c < C)[:, None]
+        base = partial_ptr + slot * (M * N * C) + columns[None, :] * (N * C) + c[:, None]
+        for i in tl.static_range(N):
+            tl.store(base + i * C, dphi[i], mask=keep)
+
+
+@triton.jit
+def _weight_kernel(
+    x_ptr, dp_ptr, partial_ptr, T, t_split,
+    K: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, MB: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    k = tl.program_id(0) * BK + tl.arange(0, BK)
+    columns = tl.program_id(1) * MB + tl.arange(0, MB)
+    slot = tl.program_id(2)
+    t_first = slot * t_split
+    acc = tl.zeros((BK, MB), tl.float32)
+    for t0 in tl.range(t_first, min(t_first + t_split, T), BT, num_stages=STAGES):
+        t = (t0 + tl.arange(0, BT)).to(tl.int64)
+        token = t < T
+        x = tl.load(x_ptr + t[:, None] * K + k[None, :], mask=token[:, None], other=0.0)
+        dp = tl.load(
+            dp_ptr + t[:, None] * MP + columns[None, :],
+            mask=token[:, None] & (columns < M)[None, :],
+            other=0.0,
+        )
+        acc = dot_exact_left(tl.trans(x), dp, acc)
+    base = partial_ptr + slot * (M * K) + columns[None, :] * K + k[:, None]
+    tl.store(base, acc, mask=(columns < M)[None, :])
+
+
+@triton.jit
+def _sum_partials_kernel(partial_ptr, out_ptr, size, splits, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < size
+    total = tl.load(partial_ptr + offsets, mask=mask, other=0.0)
+    for s in tl.range(1, splits):
+        total += tl.load(partial_ptr + s * size + offsets, mask=mask, other=0.0)
+    tl.store(out_ptr + offsets, total, mask=mask)
+
+
+# -- launchers -----------------------------------------------------------------------------------
+
+
+def post_backward(dy: Tensor, x: Tensor, f: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of f and of the coefficients H_post and H_res.
+
+    Returns:
+        df ``[T, C]``, and dmix ``[T, M]`` fp32 whose first n columns (H_pre) are not written.
+    """
+    tokens, n, channels = x.shape
+    cfg = tuning.config("post_backward", n, channels, tokens, x.dtype)
+    group = min(n, 8) if n <= 8 else 4
+    df = torch.empty_like(f)
+    dmix = torch.empty_like(coefficients)
+    _post_backward_kernel[(triton.cdiv(tokens, cfg.BT), n // group)](
+        dy, x, f, coefficients, df, dmix, tokens, N=n, C=channels, GROUP=group,
+        BT=cfg.BT, BC=cfg.BC, V=cfg.V, STAGES=cfg.stages, num_warps=cfg.warps,
+    )  # fmt: skip
+    return df, dmix
+
+
+def coefficient_gradients(
+    x: Tensor, du: Tensor, coefficients: Tensor, projection: Tensor, dmix: Tensor,
+    bias: Tensor, alpha: Tensor, steps: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """``(dp, dbias, dalpha)``: back through pre-apply, Sinkhorn, the sigmoids and the norm.
+
+    dp is ``[T, MP]`` fp32: M gradients of the projection, then s (see the module), then padding.
+    """
+    tokens, n, channels = x.shape
+    padded = padded_coefficients(n)
+    cfg = tuning.config("pre_reduce", n, channels, tokens, x.dtype)
+    dp = x.new_empty((tokens, padded), dtype=torch.float32)
+    history = x.new_empty((tokens, max(steps - 1, 1), 2 * n), dtype=torch.float32)
+    sinkhorn_programs = triton.cdiv(tokens, cfg.BS)
+    _coefficient_gradients_kernel[(sinkhorn_programs + triton.cdiv(tokens, cfg.BT),)](
+        x, du, projection, dmix, coefficients, bias, alpha, history, dp, tokens,
+        sinkhorn_programs, N=n, C=channels, MP=padded, STEPS=steps,
+        BS=cfg.BS, BT=cfg.BT, BC=cfg.BC, V=cfg.V, STAGES=cfg.stages, num_warps=cfg.warps,
+    )  # fmt: skip
+    small = tuning.config("small", n, channels, tokens, x.dtype)
+    programs = triton.cdiv(tokens, small.BS)
+    partial = x.new_empty((programs, 2, padded), dtype=torch.float32)
+    _small_kernel[(programs,)](
+        projection, alpha, dp, partial, tokens, N=n, C=channels, MP=padded,
+        BS=small.BS, num_warps=small.warps,
+    )  # fmt: skip
+    dbias = torch.empty_like(bias)
+    dalpha = torch.empty_like(alpha)
+    _sum_small_kernel[(1,)](
+        partial, dbias, dalpha, programs, N=n, MP=padded,
+        BLOCK=max(1, 4096 // padded), num_warps=8,
+    )  # fmt: skip
+    return dp, dbias, dalpha
+
+
+def pre_backward(
+    dy: Tensor, x: Tensor, du: Tensor, coefficients: Tensor, dp: Tensor, phi: Tensor,
+    with_weight: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """dx ``[T, n, C]``, and dphi ``[M, n C]`` if asked for in the same pass over the state."""
+    tokens, n, channels = x.shape
+    m = num_coefficients(n)
+    fused = with_weight and n <= FUSED_MOST_ROWS
+    cfg = tuning.config("pre_backward", n, channels, tokens, x.dtype)
+    padded = dp.shape[1]
+    blocks = triton.cdiv(channels, cfg.BC)
+    splits, t_split = _token_splits(blocks, tokens, cfg, x.device)
+    dx = torch.empty_like(x)
+    shape = (splits, m, n * channels) if fused else (1,)
+    partial = x.new_empty(shape, dtype=torch.float32)
+    _pre_backward_kernel[(blocks, splits)](
+        dy, x, du, coefficients, dp, phi, dx, partial, tokens, t_split,
+        N=n, C=channels, MP=padded, MK=padded if fused else min(padded, 32), WITH_W=fused,
+        BT=cfg.BT, BC=cfg.BC, STAGES=cfg.stages, num_warps=cfg.warps,
+    )  # fmt: skip
+    if not with_weight:
+        return dx, None
+    return dx, _sum_partials(partial) if fused else weight_backward(x, dp)
+
+
+def weight_backward(x: Tensor, dp: Tensor) -> Tensor:
+    """dphi = dp^T x ``[M, n C]`` fp32."""
+    tokens, n, channels = x.shape
+    m = num_coefficients(n)
+    width = n * channels
+    cfg = tuning.config("weight", n, channels, tokens, x.dtype)
+    padded = dp.shape[1]
+    column_block = min(padded, 128)
+    blocks = triton.cdiv(width, cfg.BC)
+    column_blocks = triton.cdiv(m, column_block)
+    splits, t_split = _token_splits(blocks * column_blocks, tokens, cfg, x.device)
+    partial = x.new_empty((splits, m, width), dtype=torch.float32)
+    _weight_kernel[(blocks, column_blocks, splits)](
+        x, dp, partial, tokens, t_split, K=width, M=m, MP=padded, MB=column_block,
+        BT=cfg.BT, BK=cfg.BC, STAGES=cfg.stages, num_warps=cfg.warps,
+    )  # fmt: skip
+    return _sum_partials(partial)
+
+
+def _token_splits(
+    blocks: int, tokens: int, cfg: tuning.Config, device: torch.device
+) -> tuple[int, int]:
+    """Splits of the tokens that fill the chip beside ``blocks``, and tokens of a split."""
+    most = max(1, tokens // (4 * cfg.BT))
+    splits = max(1, min(most, num_multiprocessors(device) * cfg.per_sm // blocks))
+    t_split = max(1, triton.cdiv(triton.cdiv(tokens, splits), cfg.BT)) * cfg.BT
+    return max(1, triton.cdiv(tokens, t_split)), t_split
+
+
+def _sum_partials(partial: Tensor) -> Tensor:
+    splits, *shape = partial.shape
+    if splits == 1:
+        return partial[0]
+    out = partial.new_empty(shape)
+    block = 1024
+    _sum_partials_kernel[(triton.cdiv(out.numel(), block),)](
+        partial, out, out.numel(), splits, BLOCK=block
+    )
+    return out

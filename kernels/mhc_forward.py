@@ -1,0 +1,340 @@
+"""Forward kernels of an mHC site, and the launchers that pick their grids.
+
+Three launches a site, 18C elements moved at n = 4 (the paper's (4n+2)C): ``project`` reads the
+state once for the projection and the sum of squares (eq. 14-15); ``coefficients_and_pre`` turns
+those into coefficients (eq. 16-19) and applies H_pre; ``post_res`` mixes the rows. ``post_project``
+is the form across two sites, post_res of site l with the projection of site l + 1: the state is
+projected while it is written, which saves one read of it, (3n+2)C = 14C.
+
+T tokens of n rows of C channels; M = n^2 + 2n coefficients; see :mod:`mhcplan.kernels.reference`
+for the formulas. Partial sums over channels are written per split and added by their consumer in
+ascending order: no atomics, so results repeat bit by bit.
+"""
+
+# ruff: noqa: ANN001, ANN202  (Triton's own parameter convention)
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mhcplan.kernels import tuning
+from mhcplan.kernels.reference import num_coefficients
+from mhcplan.kernels.triton_support import (
+    dot_exact_left,
+    load_mix,
+    load_rows,
+    num_multiprocessors,
+    padded_coefficients,
+)
+
+# A sum that is smaller is not divided by; reference.SINKHORN_TINY, as a constant of the kernels.
+_TINY = tl.constexpr(1e-30)
+
+
+@triton.jit
+def normalise(m, axis: tl.constexpr):
+    """One half step of Sinkhorn on ``[tokens, o, i]``: the result and the sums it divided by."""
+    total = tl.sum(m, axis=axis)
+    total = tl.where(total < _TINY, 1.0, total)
+    return m * tl.expand_dims(1.0 / total, axis), total
+
+
+@triton.jit
+def first_sinkhorn_step(logits):
+    """Column then row normalisation of exp(logits), on logarithms.
+
+    Returns the doubly normalised matrix and the column-normalised one, which backward needs.
+    """
+    shifted = logits - tl.expand_dims(tl.max(logits, axis=1), 1)
+    column = tl.sum(tl.exp(shifted), axis=1)
+    log_column = shifted - tl.expand_dims(tl.log(column), 1)
+    row_max = tl.max(log_column, axis=2)
+    e = tl.exp(log_column - tl.expand_dims(row_max, 2))
+    m = e * tl.expand_dims(1.0 / tl.sum(e, axis=2), 2)
+    return m, tl.exp(log_column)
+
+
+@triton.jit
+def _project_kernel(
+    x_ptr, phi_ptr, partial_ptr, T, k_split,
+    K: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    split = tl.program_id(1)
+    k_first = split * k_split
+    columns = tl.arange(0, MP)
+    kk = tl.arange(0, BK)
+    token = t < T
+    x_base = x_ptr + t.to(tl.int64)[:, None] * K + kk[None, :]
+    phi_base = phi_ptr + columns[:, None] * K + kk[None, :]
+    acc = tl.zeros((BT, MP), tl.float32)
+    square = tl.zeros((BT,), tl.float32)
+    for k in tl.range(k_first, min(k_first + k_split, K), BK, num_stages=STAGES):
+        x = tl.load(x_base + k, mask=token[:, None], other=0.0)
+        phi = tl.load(phi_base + k, mask=columns[:, None] < M, other=0.0)
+        acc = dot_exact_left(x, tl.trans(phi), acc)
+        wide = x.to(tl.float32)
+        square += tl.sum(wide * wide, axis=1)
+    out = tl.where(columns[None, :] == M, square[:, None], acc)
+    out_ptr = partial_ptr + (split * T + t).to(tl.int64)[:, None] * MP + columns[None, :]
+    tl.store(out_ptr, out, mask=token[:, None] & (columns[None, :] <= M))
+
+
+@triton.jit
+def _sum_splits(ptr, mask, stride, splits):
+    """Sum ``ptr[s * stride]`` over s = 0 .. splits - 1, in that order."""
+    total = tl.load(ptr, mask=mask, other=0.0)
+    for s in tl.range(1, splits):
+        total += tl.load(ptr + s * stride, mask=mask, other=0.0)
+    return total
+
+
+@triton.jit
+def _sigmoid(p, inverse_rms, alpha, bias):
+    """Eq. 16-17; one function, so that u and the stored H_pre agree bit by bit."""
+    return 1.0 / (1.0 + tl.exp(-(p * inverse_rms * alpha + bias)))
+
+
+@triton.jit
+def _write_coefficients(
+    pid, partial_ptr, bias_ptr, alpha_ptr, coefficients_ptr, projection_ptr, T, splits, norm_eps,
+    N: tl.constexpr, C: tl.constexpr, MP: tl.constexpr, STEPS: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """Coefficients and projection of BS tokens (eq. 16-19)."""
+    M: tl.constexpr = N * N + 2 * N
+    t = (pid * BS + tl.arange(0, BS)).to(tl.int64)
+    token = t < T
+    stride = tl.cast(T, tl.int64) * MP
+    row = partial_ptr + t * MP
+    square = _sum_splits(row + M, token, stride, splits)
+    inverse_rms = 1.0 / tl.sqrt(square / (N * C) + norm_eps)
+    tl.store(projection_ptr + t * (M + 1) + M, inverse_rms, mask=token)
+    j = tl.arange(0, N)
+    for part in tl.static_range(2):  # H_pre, H_post
+        mask = token[:, None] & (j[None, :] < N)
+        p = _sum_splits(row[:, None] + (part * N + j)[None, :], mask, stride, splits)
+        tl.store(projection_ptr + t[:, None] * (M + 1) + (part * N + j)[None, :], p, mask=mask)
+        bias = tl.load(bias_ptr + part * N + j)[None, :]
+        h = _sigmoid(p, inverse_rms[:, None], tl.load(alpha_ptr + part), bias) * (1.0 + part)
+        tl.store(coefficients_ptr + t[:, None] * M + (part * N + j)[None, :], h, mask=mask)
+    cell = 2 * N + j[:, None] * N + j[None, :]  # [o, i]
+    mask3 = token[:, None, None] & (cell < M)[None, :, :]
+    p3 = _sum_splits(row[:, None, None] + cell[None, :, :], mask3, stride, splits)
+    tl.store(projection_ptr + t[:, None, None] * (M + 1) + cell[None, :, :], p3, mask=mask3)
+    logits3 = p3 * inverse_rms[:, None, None] * tl.load(alpha_ptr + 2)
+    logits3 += tl.load(bias_ptr + cell)[None, :, :]
+    m, _ = first_sinkhorn_step(logits3)
+    for _step in tl.range(1, STEPS):
+        m, _c = normalise(m, 1)
+        m, _r = normalise(m, 2)
+    tl.store(coefficients_ptr + t[:, None, None] * M + cell[None, :, :], m, mask=mask3)
+
+
+@triton.jit
+def _coefficients_pre_kernel(
+    x_ptr, partial_ptr, bias_ptr, alpha_ptr, u_ptr, coefficients_ptr, projection_ptr,
+    T, splits, sinkhorn_programs, norm_eps,
+    N: tl.constexpr, C: tl.constexpr, MP: tl.constexpr, STEPS: tl.constexpr,
+    BS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    # The first programs do the coefficients, whose chain of small sums hides under the streaming
+    # of the others; these need only H_pre and work it out themselves.
+    M: tl.constexpr = N * N + 2 * N
+    pid = tl.program_id(0)
+    if pid < sinkhorn_programs:
+        _write_coefficients(
+            pid, partial_ptr, bias_ptr, alpha_ptr, coefficients_ptr, projection_ptr,
+            T, splits, norm_eps, N, C, MP, STEPS, BS,
+        )  # fmt: skip
+    else:
+        t = ((pid - sinkhorn_programs) * BT + tl.arange(0, BT)).to(tl.int64)
+        token = t < T
+        stride = tl.cast(T, tl.int64) * MP
+        square = _sum_splits(partial_ptr + t * MP + M, token, stride, splits)
+        inverse_rms = 1.0 / tl.sqrt(square / (N * C) + norm_eps)
+        alpha = tl.load(alpha_ptr)
+        pre = ()
+        for i in tl.static_range(N):
+            p = _sum_splits(partial_ptr + t * MP + i, token, stride, splits)
+            pre = (*pre, _sigmoid(p, inverse_rms, alpha, tl.load(bias_ptr + i)))
+        cc = tl.arange(0, BC)
+        for c in tl.range(0, C, BC, num_stages=STAGES):
+            mask = token[:, None] & (c + cc < C)[None, :]
+            x = load_rows(x_ptr, t[:, None] * (N * C) + (c + cc)[None, :], mask, N, C)
+            u = pre[0][:, None] * x[0].to(tl.float32)
+            for i in tl.static_range(1, N):
+                u += pre[i][:, None] * x[i].to(tl.float32)
+            out = u_ptr + t[:, None] * C + (c + cc)[None, :]
+            tl.store(out, u.to(u_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def mixed_row(x, f, post, res, o: tl.constexpr, N: tl.constexpr):
+    """Row o of the next state in fp32; every kernel sums in this order, so all agree bit by bit."""
+    y = post[o][:, None] * f
+    for i in tl.static_range(N):
+        y += res[o * N + i][:, None] * x[i].to(tl.float32)
+    return y
+
+
+@triton.jit
+def _post_kernel(
+    x_ptr, f_ptr, coefficients_ptr, y_ptr, T,
+    N: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+    STEPS_C: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    M: tl.constexpr = N * N + 2 * N
+    blocks_c: tl.constexpr = (C + BC * STEPS_C - 1) // (BC * STEPS_C)
+    pid = tl.program_id(0)
+    t = ((pid // blocks_c) * BT + tl.arange(0, BT)).to(tl.int64)
+    c_first = (pid % blocks_c) * (BC * STEPS_C)
+    token = t < T
+    post = load_mix(coefficients_ptr, t, token, N, N, M)
+    res = load_mix(coefficients_ptr, t, token, 2 * N, N * N, M)
+    cc = tl.arange(0, BC)
+    for step in tl.range(0, STEPS_C, num_stages=STAGES):
+        c = c_first + step * BC + cc
+        mask = token[:, None] & (c < C)[None, :]
+        offsets = t[:, None] * (N * C) + c[None, :]
+        f = tl.load(f_ptr + t[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        x = load_rows(x_ptr, offsets, mask, N, C)
+        for o in tl.static_range(N):
+            y = mixed_row(x, f, post, res, o, N)
+            tl.store(y_ptr + o * C + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _post_project_kernel(
+    x_ptr, f_ptr, coefficients_ptr, phi_ptr, y_ptr, partial_ptr, T, c_split,
+    N: tl.constexpr, C: tl.constexpr, MP: tl.constexpr,
+    BT: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    M: tl.constexpr = N * N + 2 * N
+    t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
+    split = tl.program_id(1)
+    token = t < T
+    columns = tl.arange(0, MP)
+    cc = tl.arange(0, BC)
+    post = load_mix(coefficients_ptr, t, token, N, N, M)
+    res = load_mix(coefficients_ptr, t, token, 2 * N, N * N, M)
+    acc = tl.zeros((BT, MP), tl.float32)
+    square = tl.zeros((BT,), tl.float32)
+    c_first = split * c_split
+    for c0 in tl.range(c_first, min(c_first + c_split, C), BC, num_stages=STAGES):
+        c = c0 + cc
+        mask = token[:, None] & (c < C)[None, :]
+        offsets = t[:, None] * (N * C) + c[None, :]
+        f = tl.load(f_ptr + t[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        x = load_rows(x_ptr, offsets, mask, N, C)
+        for o in tl.static_range(N):
+            # The projection reads what is stored, so the fused form equals the separate one.
+            y = mixed_row(x, f, post, res, o, N).to(y_ptr.dtype.element_ty)
+            tl.store(y_ptr + o * C + offsets, y, mask=mask)
+            phi = tl.load(
+                phi_ptr + columns[:, None] * (N * C) + o * C + c[None, :],
+                mask=(columns[:, None] < M) & (c < C)[None, :],
+                other=0.0,
+            )
+            acc = dot_exact_left(y, tl.trans(phi), acc)
+            wide = y.to(tl.float32)
+            square += tl.sum(wide * wide, axis=1)
+    out = tl.where(columns[None, :] == M, square[:, None], acc)
+    out_ptr = partial_ptr + (split * T + t)[:, None] * MP + columns[None, :]
+    tl.store(out_ptr, out, mask=token[:, None] & (columns[None, :] <= M))
+
+
+# -- launchers -----------------------------------------------------------------------------------
+
+
+def _splits(blocks: int, most: int, device: torch.device, per_sm: int) -> int:
+    """Splits of the channels that fill the chip when there are only ``blocks`` blocks of tokens."""
+    return max(1, min(most, num_multiprocessors(device) * per_sm // blocks))
+
+
+def project(x: Tensor, phi: Tensor) -> Tensor:
+    """Projection and sum of squares of a state, summed per split of the channels (eq. 14-15).
+
+    Args:
+        x: state ``[T, n, C]``, bf16 or fp32.
+        phi: ``[M, n C]`` fp32.
+
+    Returns:
+        ``[splits, T, MP]`` fp32: M products, the sum of squares, padding that is never read.
+    """
+    tokens, n, channels = x.shape
+    width = n * channels
+    padded = padded_coefficients(n)
+    cfg = tuning.config("project", n, channels, tokens, x.dtype)
+    blocks = triton.cdiv(tokens, cfg.BT)
+    splits = _splits(blocks, width // (4 * cfg.BK) or 1, x.device, cfg.per_sm)
+    k_split = triton.cdiv(triton.cdiv(width, splits), cfg.BK) * cfg.BK
+    splits = triton.cdiv(width, k_split)
+    partial = x.new_empty((splits, tokens, padded), dtype=torch.float32)
+    _project_kernel[(blocks, splits)](
+        x, phi, partial, tokens, k_split, K=width, M=num_coefficients(n), MP=padded,
+        BT=cfg.BT, BK=cfg.BK, STAGES=cfg.stages, num_warps=cfg.warps,
+    )  # fmt: skip
+    return partial
+
+
+def coefficients_and_pre(
+    x: Tensor, partial: Tensor, bias: Tensor, alpha: Tensor, steps: int, norm_eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(u, coefficients, projection)`` from the partial sums of :func:`project` (eq. 16-19)."""
+    tokens, n, channels = x.shape
+    m = num_coefficients(n)
+    cfg = tuning.config("pre", n, channels, tokens, x.dtype)
+    u = x.new_empty((tokens, channels))
+    coefficients = x.new_empty((tokens, m), dtype=torch.float32)
+    projection = x.new_empty((tokens, m + 1), dtype=torch.float32)
+    sinkhorn_programs = triton.cdiv(tokens, cfg.BS)
+    _coefficients_pre_kernel[(sinkhorn_programs + triton.cdiv(tokens, cfg.BT),)](
+        x, partial, bias, alpha, u, coefficients, projection,
+        tokens, partial.shape[0], sinkhorn_programs, norm_eps,
+        N=n, C=channels, MP=partial.shape[2], STEPS=steps,
+        BS=cfg.BS, BT=cfg.BT, BC=cfg.BC, STAGES=cfg.stages, num_warps=cfg.warps,
+    )  # fmt: skip
+    return u, coefficients, projection
+
+
+def post_res(x: Tensor, f: Tensor, coefficients: Tensor) -> Tensor:
+    """The next state ``[T, n, C]``: H_res x + H_post f (eq. 3)."""
+    tokens, n, channels = x.shape
+    cfg = tuning.config("post", n, channels, tokens, x.dtype)
+    y = torch.empty_like(x)
+    blocks = triton.cdiv(tokens, cfg.BT) * triton.cdiv(channels, cfg.BC * cfg.steps_c)
+    _post_kernel[(blocks,)](
+        x, f, coefficients, y, tokens, N=n, C=channels, BT=cfg.BT, BC=cfg.BC,
+        STEPS_C=cfg.steps_c, STAGES=cfg.stages, num_warps=cfg.warps,
+    )  # fmt: skip
+    return y
+
+
+def post_project(
+    x: Tensor, f: Tensor, coefficients: Tensor, phi_next: Tensor
+) -> tuple[Tensor, Tensor]:
+    """:func:`post_res` of one site and :func:`project` of the next in one pass over the state.
+
+    Above n = 8 the projection is so wide that the two run one after the other.
+    """
+    tokens, n, channels = x.shape
+    if n > 8:
+        y = post_res(x, f, coefficients)
+        return y, project(y, phi_next)
+    padded = padded_coefficients(n)
+    cfg = tuning.config("post_project", n, channels, tokens, x.dtype)
+    blocks = triton.cdiv(tokens, cfg.BT)
+    splits = _splits(blocks, channels // cfg.BC or 1, x.device, cfg.per_sm)
+    c_split = triton.cdiv(triton.cdiv(channels, splits), cfg.BC) * cfg.BC
+    splits = triton.cdiv(channels, c_split)
+    y = torch.empty_like(x)
+    partial = x.new_empty((splits, tokens, padded), dtype=torch.float32)
+    _post_project_kernel[(blocks, splits)](
+        x, f, coefficients, phi_next, y, partial, tokens, c_split, N=n, C=channels, MP=padded,
+        BT=cfg.BT, BC=cfg.BC, STAGES=cfg.stages, num_warps=cfg.warps,
+    )  # fmt: skip
+    return y, partial

@@ -1,0 +1,98 @@
+"""Recompute of a block of sites in one launch.
+
+Given the block's stored input, the stored outputs of its sublayers and the stored coefficients,
+the kernel rebuilds what the block's backward needs: the input u_l of every sublayer and the state
+x_l of every site. A program keeps its tile of the state in registers from site to site: mixing
+rows is local to a channel, and the coefficients, which are not, are stored. It reads (n + L - 1)C
+elements and writes (L + n(L - 1))C for L sites, and its results equal the forward's bit by bit.
+"""
+
+# ruff: noqa: ANN001, ANN202  (Triton's own parameter convention)
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+
+from mhcplan.kernels import tuning
+from mhcplan.kernels.mhc_forward import mixed_row
+from mhcplan.kernels.triton_support import load_mix, load_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+MOST_SITES = 16  # a launch; every site is unrolled, so a longer block takes several
+
+
+@triton.jit
+def _recompute_kernel(
+    x_ptr, f_ptrs, coefficients_ptrs, u_ptr, y_ptr, T,
+    N: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    M: tl.constexpr = N * N + 2 * N
+    SITES: tl.constexpr = len(coefficients_ptrs)
+    POSTS: tl.constexpr = len(f_ptrs)
+    DT: tl.constexpr = x_ptr.dtype.element_ty
+    blocks_c: tl.constexpr = (C + BC - 1) // BC
+    pid = tl.program_id(0)
+    t = ((pid // blocks_c) * BT + tl.arange(0, BT)).to(tl.int64)
+    c = (pid % blocks_c) * BC + tl.arange(0, BC)
+    token = t < T
+    mask = token[:, None] & (c < C)[None, :]
+    row = t[:, None] * C + c[None, :]
+    offsets = t[:, None] * (N * C) + c[None, :]
+    size = tl.cast(T, tl.int64) * C
+    x = load_rows(x_ptr, offsets, mask, N, C)
+    for site in tl.static_range(SITES):
+        pre = load_mix(coefficients_ptrs[site], t, token, 0, N, M)
+        u = pre[0][:, None] * x[0].to(tl.float32)
+        for i in tl.static_range(1, N):
+            u += pre[i][:, None] * x[i].to(tl.float32)
+        tl.store(u_ptr + site * size + row, u.to(DT), mask=mask)
+        if site < POSTS:
+            post = load_mix(coefficients_ptrs[site], t, token, N, N, M)
+            res = load_mix(coefficients_ptrs[site], t, token, 2 * N, N * N, M)
+            f = tl.load(f_ptrs[site] + row, mask=mask, other=0.0).to(tl.float32)
+            y = ()
+            for o in tl.static_range(N):
+                y = (*y, mixed_row(x, f, post, res, o, N).to(DT))
+                tl.store(y_ptr + site * (N * size) + o * C + offsets, y[o], mask=mask)
+            x = y
+
+
+def recompute_block(
+    x: Tensor, fs: Sequence[Tensor], coefficients: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Rebuild u of every site and the state after every site whose f is given.
+
+    Args:
+        x: input of the block ``[T, n, C]``.
+        fs: sublayer outputs ``[T, C]``, one a site; the last site's may be left out.
+        coefficients: ``[T, M]`` fp32, one a site.
+
+    Returns:
+        ``(us, xs)``: u of every site ``[T, C]``; xs[l] ``[T, n, C]`` is the state after site l.
+    """
+    tokens, n, channels = x.shape
+    cfg = tuning.config("recompute", n, channels, tokens, x.dtype)
+    us: list[Tensor] = []
+    xs: list[Tensor] = []
+    for first in range(0, len(coefficients), MOST_SITES):
+        block = tuple(coefficients[first : first + MOST_SITES])
+        posts = tuple(fs[first : first + MOST_SITES])
+        u = x.new_empty((len(block), tokens, channels))
+        y = x.new_empty((max(len(posts), 1), tokens, n, channels))
+        blocks = triton.cdiv(tokens, cfg.BT) * triton.cdiv(channels, cfg.BC)
+        _recompute_kernel[(blocks,)](
+            x, posts, block, u, y, tokens, N=n, C=channels, BT=cfg.BT, BC=cfg.BC,
+            num_warps=cfg.warps,
+        )  # fmt: skip
+        us += u.unbind(0)
+        xs += y.unbind(0)[: len(posts)]
+        if posts:
+            x = y[-1]
+    return us, xs

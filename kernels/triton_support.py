@@ -1,0 +1,119 @@
+"""What every Triton kernel of this folder shares: the interpreter's repair, masks and split dots.
+
+Precision. Residuals are bf16 or fp32, parameters and coefficients fp32. A product of a bf16 tile
+with an fp32 tile runs on the tensor cores as two bf16 products: the fp32 tile is split into its
+rounded value and the remainder (16 bits of mantissa; tf32 has 10), which costs what one tf32
+product costs and needs no copy of the bf16 tile in fp32. fp32 residuals use three tf32 products.
+"""
+
+# ruff: noqa: ANN001, ANN201, ANN202, RUF005  (Triton has no types for tensors, nor (*a, b))
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _repair_interpreter() -> None:
+    """Let runtime loop bounds work under numpy >= 2.4.
+
+    Triton 3.6 keeps scalars as arrays of shape (1,), and numpy 2.4 no longer turns those into int.
+    """
+    from triton.runtime import interpreter
+
+    original = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
+
+
+if INTERPRETED:
+    _repair_interpreter()
+
+
+@functools.cache
+def num_multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device; the H100's 132 where there is none (the interpreter)."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def padded_coefficients(n: int) -> int:
+    """Width of rows that hold M coefficients and one more number, for the tensor cores."""
+    return max(16, triton.next_power_of_2(n * n + 2 * n + 1))
+
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """``acc + a @ b`` of two tiles of the residual's dtype on the tensor cores."""
+    if a.dtype == tl.float32:
+        return tl.dot(a, b, acc, input_precision="tf32x3")
+    if _INTERPRETED:  # numpy has no bf16: the interpreter would multiply the bit patterns
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    return tl.dot(a, b, acc)
+
+
+@triton.jit
+def split(tile, dtype: tl.constexpr):
+    """An fp32 tile as its value rounded to ``dtype`` and the remainder in ``dtype``."""
+    high = tile.to(dtype)
+    return high, (tile - high.to(tl.float32)).to(dtype)
+
+
+@triton.jit
+def dot_exact_left(a, b, acc):
+    """``acc + a @ b`` where ``a`` is a residual tile (exact as it is) and ``b`` is fp32."""
+    if a.dtype == tl.float32:
+        return dot(a, b, acc)
+    high, low = split(b, a.dtype)
+    return dot(a, low, dot(a, high, acc))
+
+
+@triton.jit
+def dot_split(a_high, a_low, b_high, b_low, acc):
+    """``acc + a @ b`` of two fp32 tiles given as :func:`split` made them (low * low is dropped)."""
+    if a_high.dtype == tl.float32:
+        return dot(a_high, b_high, acc)
+    acc = dot(a_low, b_high, acc)
+    acc = dot(a_high, b_low, acc)
+    return dot(a_high, b_high, acc)
+
+
+@triton.jit
+def load_rows(ptr, offsets, mask, N: tl.constexpr, C: tl.constexpr):
+    """Tiles of the n rows of a state: a tuple of n tiles; ``offsets`` are those of row 0."""
+    rows = ()
+    for i in tl.static_range(N):
+        rows = rows + (tl.load(ptr + i * C + offsets, mask=mask, other=0.0),)
+    return rows
+
+
+@triton.jit
+def load_mix(ptr, tokens, mask, first: tl.constexpr, count: tl.constexpr, M: tl.constexpr):
+    """``count`` coefficients of each token from column ``first`` on: a tuple of vectors."""
+    mix = ()
+    base = ptr + tokens.to(tl.int64) * M + first
+    for j in tl.static_range(count):
+        mix = mix + (tl.load(base + j, mask=mask, other=0.0),)
+    return mix
+
+
+@triton.jit
+def fold(tile, V: tl.constexpr):
+    """Sum groups of V neighbouring channels (inside one thread): [BT, BC] -> [BT, BC / V]."""
+    if V == 1:
+        return tile
+    return tl.sum(tl.reshape(tile, [tile.shape[0], tile.shape[1] // V, V]), axis=2)
