@@ -1,0 +1,161 @@
+"""Plans on disk and from the command line: TOML files, ``--set``, and what beats what.
+
+A plan file is TOML that starts with ``format = "mhcplan.plan"`` and ``format_version``; fields that
+it leaves out keep their defaults, and a field that it does not know is an error. Writing a plan and
+reading it back gives the same plan. Flags beat the file, the file beats the preset, and ``--set
+path=value`` reaches any field, last of all.
+"""
+
+from __future__ import annotations
+
+import copy
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from mhcplan.planner.spec import PLAN_FORMAT, PLAN_VERSION, PlanSpec, SpecError, make_plan
+from mhcplan.planner.spec_errors import field_paths, short, unknown_field
+from mhcplan.profiles.presets import MODELS, UnknownPresetError, find_model
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+MAX_FILE_BYTES = 1 << 20
+
+Fields = dict[str, object]
+
+
+def plan_text(plan: PlanSpec) -> str:
+    """The plan as TOML, every field written out, the model with all its sizes."""
+    import tomli_w
+
+    head = {"format": PLAN_FORMAT, "format_version": PLAN_VERSION}
+    return tomli_w.dumps(head | plan.model_dump(mode="json", exclude_none=True))
+
+
+def parse_plan(text: str, origin: str) -> PlanSpec:
+    """Read a plan from TOML text; ``origin`` names it in errors.
+
+    Raises:
+        SpecError: no TOML, another format, a newer version, or a field that is not valid.
+    """
+    return _named(origin, _fields_of(text, origin))
+
+
+def read_plan(path: Path) -> PlanSpec:
+    """Read a plan file.
+
+    Raises:
+        SpecError: unreadable file, or see :func:`parse_plan`.
+    """
+    return _named(str(path), _read_fields(path))
+
+
+def resolve_plan(source: str, flags: Mapping[str, object], settings: Sequence[str]) -> PlanSpec:
+    """Build the plan of a command line.
+
+    Args:
+        source: a model preset's name, or the path of a plan file.
+        flags: value by dotted field path, of the flags that were given.
+        settings: ``path=value`` of every ``--set``, in order.
+
+    Raises:
+        SpecError: see :func:`read_plan`, and a setting that is no ``path=value`` or no field.
+    """
+    data = _source_fields(source)
+    for path, value in flags.items():
+        _put(data, path, value)
+    for setting in settings:
+        _put(data, *parse_setting(setting))
+    return make_plan(data)
+
+
+def parse_setting(text: str) -> tuple[str, object]:
+    """Split ``path=value``; the value is read as TOML, and as plain text where it is none.
+
+    >>> parse_setting("layout.pp=16"), parse_setting("schedule=zbv")
+    (('layout.pp', 16), ('schedule', 'zbv'))
+
+    Raises:
+        SpecError: no ``=``, or a path that is no field of a plan.
+    """
+    path, equals, value = text.partition("=")
+    path = path.strip()
+    if not equals:
+        raise SpecError(f"--set {short(text)} must be field=value, such as layout.pp=16")
+    if path not in set(field_paths(PlanSpec)):
+        raise SpecError(unknown_field(path, PlanSpec))
+    try:
+        parsed = tomllib.loads(f"value = {value}")
+    except (tomllib.TOMLDecodeError, RecursionError):
+        return path, value.strip()
+    return path, parsed["value"] if set(parsed) == {"value"} else value.strip()
+
+
+def _source_fields(source: str) -> Fields:
+    if source in MODELS:
+        return {"model": source}
+    path = Path(source)
+    if path.suffix == ".toml" or path.exists():
+        return _read_fields(path)
+    try:
+        find_model(source)
+    except UnknownPresetError as error:
+        raise SpecError(f"{error} (a plan file would end in .toml)") from None
+    raise AssertionError(source)
+
+
+def _read_fields(path: Path) -> Fields:
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise SpecError(f"{path}: a plan file has at most {MAX_FILE_BYTES} bytes")
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read ({error.strerror})") from None
+    except (UnicodeDecodeError, ValueError) as error:
+        if isinstance(error, SpecError):
+            raise
+        raise SpecError(f"{path}: is not a text file in UTF-8") from None
+    return _fields_of(text, str(path))
+
+
+def _fields_of(text: str, origin: str) -> Fields:
+    try:
+        data = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        reason = str(error) if isinstance(error, tomllib.TOMLDecodeError) else "nested too deep"
+        raise SpecError(f"{origin}: not valid TOML ({reason})") from None
+    found, version = data.pop("format", None), data.pop("format_version", None)
+    if found != PLAN_FORMAT:
+        raise SpecError(f"{origin}: format={short(found)} must be {PLAN_FORMAT!r}")
+    if type(version) is not int or version < 1:
+        raise SpecError(f"{origin}: format_version={short(version)} must be {PLAN_VERSION}")
+    if version > PLAN_VERSION:
+        raise SpecError(
+            f"{origin}: format_version={version} is newer than this mhcplan reads"
+            f" (up to {PLAN_VERSION}); upgrade mhcplan"
+        )
+    return data
+
+
+def _named(origin: str, data: Fields) -> PlanSpec:
+    try:
+        return make_plan(data)
+    except SpecError as error:
+        raise SpecError(f"{origin}: {error}") from None
+
+
+def _put(data: Fields, path: str, value: object) -> None:
+    """Set a field by its path; a preset's name on the way becomes the preset's own fields."""
+    *parents, last = path.split(".")
+    table = data
+    for name in parents:
+        inner = table.get(name)
+        if name == "model" and isinstance(inner, str):
+            inner = find_model(inner).model_dump(mode="json")
+        # a copy: the tables of a preset or a file are not ours to change
+        inner = copy.copy(cast("Fields", inner)) if isinstance(inner, Mapping) else {}
+        table[name] = inner
+        table = inner
+    table[last] = value

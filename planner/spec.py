@@ -1,0 +1,248 @@
+"""One what-if: everything that decides a predicted step, as one frozen pydantic model.
+
+A :class:`PlanSpec` is what the command line, a plan file, the web page and a notebook all build,
+and all that the schedule, the lowering and the simulator read. It holds no numbers about hardware
+but a memory limit: costs come from the profile that it names. Letters: P = ``layout.pp``,
+M = ``microbatches``, n = ``residual.expansion_rate``, L_r = ``residual.recompute_block``.
+
+A plan is legal or it is not built: what spans fields (stages and blocks, experts and ``ep``, P and
+M of the schedule) is checked here, once, with one line that names field, value and what is valid.
+
+Not modelled, and so no field: tensor, context and fully sharded parallelism, offloading, skewed
+routing, contention between kernels and NCCL, low-precision training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import lru_cache
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, ByteSize, Field, ValidationError, model_validator
+
+from mhcplan.planner.schedules import Schedule, build_schedule
+from mhcplan.planner.spec_errors import describe
+from mhcplan.profiles.parameters import model_parameters
+from mhcplan.profiles.presets import find_model
+from mhcplan.profiles.specs import ModelSpec, ResidualSpec, Spec
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+PLAN_FORMAT = "mhcplan.plan"
+PLAN_VERSION = 1
+
+ScheduleName = Literal["1f1b", "interleaved-1f1b", "zb1p", "zbv", "dualpipe", "dualpipev"]
+Priority = Literal["none", "post", "recompute", "all"]
+P2P = Literal["eager", "grouped"]
+CommStreams = Literal["two", "one"]
+Engine = Literal["simpy"]
+
+MAX_CELLS = 1 << 18  # P x M: a step beyond this is too large to play op by op
+MAX_BLOCKS = 4096
+MAX_TOKENS = 1 << 22  # T: sizes in bytes stay far inside 64 bits
+MAX_PARAMETERS = 10**13
+TOKENS_MULTIPLE = 64  # kernels are measured at whole tiles, ragged ones take other code
+
+
+class SpecError(ValueError):
+    """A plan that cannot be run; the message is one line: field, value and what is valid."""
+
+
+def _count(most: int) -> Any:  # noqa: ANN401 - pydantic metadata has no common type
+    return Field(ge=1, le=most, strict=True)
+
+
+def _model_of(value: object) -> object:
+    return find_model(value) if isinstance(value, str) else value
+
+
+class LayoutSpec(Spec):
+    """How GPUs are used: GPUs = pp x ep x dp, placed ep fastest, then dp, then pp.
+
+    Attributes:
+        pp: pipeline ranks P.
+        ep: ranks that split the routed experts; everything else is replicated over them.
+        dp: replicas of an expert-parallel group.
+        gpus_per_node: which transfers leave the node.
+        blocks_per_stage: transformer blocks of every stage, in depth order; None shares them
+            evenly, remainders to the earliest stages.
+    """
+
+    pp: Annotated[int, _count(4096)] = 8
+    ep: Annotated[int, _count(65536)] = 8
+    dp: Annotated[int, _count(65536)] = 1
+    gpus_per_node: Annotated[int, _count(1024)] = 8
+    blocks_per_stage: tuple[Annotated[int, _count(MAX_BLOCKS)], ...] | None = None
+
+    @property
+    def gpus(self) -> int:
+        """All GPUs of the job."""
+        return self.pp * self.ep * self.dp
+
+    @property
+    def replicas(self) -> int:
+        """Pipelines, each of which trains its own microbatches: ep x dp."""
+        return self.ep * self.dp
+
+
+class PlanSpec(Spec):
+    """A training step to predict.
+
+    Attributes:
+        model: the transformer; in files and on the command line also a preset's name.
+        residual: how sublayers are joined, and mHC's recompute block.
+        layout: how the GPUs are used.
+        microbatches: M of one replica, of both DualPipe directions together.
+        micro_batch_size: sequences in a microbatch.
+        seq_len: tokens in a sequence.
+        schedule: the pipeline schedule.
+        priority: which mHC ops run on the high-priority stream: ``none``; ``post``: F_post,res of
+            MLP sites; ``recompute``: those and the recompute; ``all``: every mHC op.
+        p2p: ``eager`` posts each pipeline message by itself, ``grouped`` in batches as DualPipe.
+        comm_streams: ``two``: expert and pipeline traffic have a stream each; ``one``: they share.
+        overlap_recompute: recompute may run before its gradient arrives.
+        profile: name of a shipped profile, or path of a profile file.
+        engine: what plays the program.
+        memory_limit_bytes: memory of one GPU; None takes the profile's hardware.
+    """
+
+    model: Annotated[ModelSpec, BeforeValidator(_model_of, json_schema_input_type=str | ModelSpec)]
+    residual: ResidualSpec = ResidualSpec()
+    layout: LayoutSpec = LayoutSpec()
+    microbatches: Annotated[int, _count(MAX_CELLS)] = 64
+    micro_batch_size: Annotated[int, _count(MAX_TOKENS)] = 1
+    seq_len: Annotated[int, _count(MAX_TOKENS)] = 4096
+    schedule: ScheduleName = "dualpipe"
+    priority: Priority = "post"
+    p2p: P2P = "eager"
+    comm_streams: CommStreams = "two"
+    overlap_recompute: Annotated[bool, Field(strict=True)] = True
+    profile: Annotated[str, Field(min_length=1)] = "h100-sxm"
+    engine: Engine = "simpy"
+    memory_limit_bytes: Annotated[ByteSize, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _is_legal(self) -> Self:
+        _check_size(self)
+        _check_experts(self)
+        _check_stages(self)
+        return self
+
+    @property
+    def tokens(self) -> int:
+        """T: tokens of one microbatch on one rank."""
+        return self.micro_batch_size * self.seq_len
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that the whole job trains in one step, whatever the schedule."""
+        return self.tokens * self.microbatches * self.layout.replicas
+
+    @property
+    def stages(self) -> tuple[range, ...]:
+        """Transformer blocks of every stage, in depth order, cut at block borders."""
+        return stage_blocks(self.model.num_blocks, self.num_stages, self.layout.blocks_per_stage)
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of one copy of the model."""
+        return schedule_of(self).num_stages
+
+    def baseline(self) -> PlanSpec:
+        """The same plan with the plain residual: what mHC's overhead is measured against."""
+        return self.model_copy(update={"residual": ResidualSpec(kind="plain", expansion_rate=1)})
+
+    def digest(self) -> str:
+        """sha256 of the canonical JSON: equal plans have equal digests, and no others."""
+        data = self.model_dump(mode="json")
+        text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def make_plan(data: Mapping[str, object]) -> PlanSpec:
+    """Validate a plan given as nested mappings; ``model`` may be a preset's name.
+
+    Raises:
+        SpecError: a field that is unknown, missing or not valid; the first one is named.
+    """
+    try:
+        return PlanSpec.model_validate(data)
+    except ValidationError as error:
+        raise SpecError(describe(error, PlanSpec)) from None
+
+
+def schedule_of(plan: PlanSpec) -> Schedule:
+    """The action table of the plan's schedule; equal (name, P, M) share one object."""
+    return _schedule(plan.schedule, plan.layout.pp, plan.microbatches)
+
+
+_schedule = lru_cache(maxsize=8)(build_schedule)
+
+
+def stage_blocks(
+    num_blocks: int, num_stages: int, blocks_per_stage: tuple[int, ...] | None = None
+) -> tuple[range, ...]:
+    """Cut a model's blocks into stages: as told, or evenly with remainders to the earliest.
+
+    >>> [len(stage) for stage in stage_blocks(30, 8)]
+    [4, 4, 4, 4, 4, 4, 3, 3]
+    """
+    if blocks_per_stage is None:
+        share, rest = divmod(num_blocks, num_stages)
+        blocks_per_stage = tuple(share + (stage < rest) for stage in range(num_stages))
+    stages: list[range] = []
+    first = 0
+    for blocks in blocks_per_stage:
+        stages.append(range(first, first + blocks))
+        first += blocks
+    return tuple(stages)
+
+
+def _check_size(plan: PlanSpec) -> None:
+    if plan.seq_len % TOKENS_MULTIPLE:
+        raise ValueError(f"seq_len={plan.seq_len} must be a multiple of {TOKENS_MULTIPLE}")
+    if plan.tokens > MAX_TOKENS:
+        raise ValueError(
+            f"micro_batch_size={plan.micro_batch_size} must be at most"
+            f" {MAX_TOKENS // plan.seq_len} with seq_len={plan.seq_len}"
+        )
+    cells = plan.layout.pp * plan.microbatches
+    if cells > MAX_CELLS:
+        raise ValueError(
+            f"microbatches={plan.microbatches} must be at most {MAX_CELLS // plan.layout.pp} with"
+            f" layout.pp={plan.layout.pp}: the step is played op by op"
+        )
+    if plan.model.num_blocks > MAX_BLOCKS:
+        raise ValueError(f"model.num_blocks={plan.model.num_blocks} must be at most {MAX_BLOCKS}")
+    parameters = model_parameters(plan.model, plan.residual).total
+    if parameters > MAX_PARAMETERS:
+        raise ValueError(
+            f"model: {plan.model.name} has {parameters:.1e} parameters, at most"
+            f" {MAX_PARAMETERS:.0e} are counted"
+        )
+
+
+def _check_experts(plan: PlanSpec) -> None:
+    ep, moe = plan.layout.ep, plan.model.moe
+    if moe is None and ep > 1:
+        raise ValueError(f"layout.ep={ep} must be 1: {plan.model.name} has no experts to split")
+    if moe is not None and moe.num_experts % ep:
+        raise ValueError(
+            f"layout.ep={ep} must divide the {moe.num_experts} experts of {plan.model.name}"
+        )
+
+
+def _check_stages(plan: PlanSpec) -> None:
+    blocks, cut = plan.model.num_blocks, plan.layout.blocks_per_stage
+    stages = plan.num_stages  # raises where the schedule cannot run this P and M
+    if stages > blocks:
+        raise ValueError(
+            f"layout.pp={plan.layout.pp} makes {stages} stages with {plan.schedule}, more than the"
+            f" {blocks} blocks of {plan.model.name}"
+        )
+    if cut is not None and (len(cut) != stages or sum(cut) != blocks):
+        raise ValueError(
+            f"layout.blocks_per_stage={list(cut)} must be {stages} numbers that sum to {blocks}"
+        )
