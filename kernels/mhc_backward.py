@@ -16,7 +16,7 @@ At n = 4 a site's backward moves 28C elements, (6n+4)C, in three heavy kernels:
 No atomics: results repeat bit by bit. T tokens, n rows, C channels, M = n^2 + 2n coefficients.
 """
 
-# ruff: noqa: ANN001, ANN202  (Triton's own parameter convention)
+# ruff: noqa: ANN001, ANN202, RUF005  (Triton: no types for tensors, no starred tuples)
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ def _post_backward_kernel(
     dpost = ()
     dres = ()
     for _o in tl.static_range(GROUP):
-        dpost = (*dpost, tl.zeros((BT, BC // V), tl.float32))
+        dpost = dpost + (tl.zeros((BT, BC // V), tl.float32),)
         for _i in tl.static_range(N):
-            dres = (*dres, tl.zeros((BT, BC // V), tl.float32))
+            dres = dres + (tl.zeros((BT, BC // V), tl.float32),)
     for c0 in tl.range(0, C, BC, num_stages=STAGES):
         c = c0 + cc
         mask = token[:, None] & (c < C)[None, :]
@@ -81,10 +81,10 @@ def _post_backward_kernel(
             dy = dy_rows[o].to(tl.float32)
             if GROUP == N:
                 df += post[o][:, None] * dy
-            new_dpost = (*new_dpost, dpost[o] + fold(dy * f, V))
+            new_dpost = new_dpost + (dpost[o] + fold(dy * f, V),)
             for i in tl.static_range(N):
                 gradient = dres[o * N + i] + fold(dy * x[i].to(tl.float32), V)
-                new_dres = (*new_dres, gradient)
+                new_dres = new_dres + (gradient,)
         dpost = new_dpost
         dres = new_dres
         tl.store(df_ptr + out, df.to(df_ptr.dtype.element_ty), mask=mask & (first == 0))
@@ -163,7 +163,7 @@ def _coefficient_gradients_kernel(
         cc = tl.arange(0, BC)
         dpre = ()
         for _i in tl.static_range(N):
-            dpre = (*dpre, tl.zeros((BT, BC // V), tl.float32))
+            dpre = dpre + (tl.zeros((BT, BC // V), tl.float32),)
         for c0 in tl.range(0, C, BC, num_stages=STAGES):
             c = c0 + cc
             mask = token[:, None] & (c < C)[None, :]
@@ -172,7 +172,7 @@ def _coefficient_gradients_kernel(
             x = load_rows(x_ptr, t[:, None] * (N * C) + c[None, :], mask, N, C)
             new_dpre = ()
             for i in tl.static_range(N):
-                new_dpre = (*new_dpre, dpre[i] + fold(du * x[i].to(tl.float32), V))
+                new_dpre = new_dpre + (dpre[i] + fold(du * x[i].to(tl.float32), V),)
             dpre = new_dpre
         for i in tl.static_range(N):
             h = tl.load(coefficients_ptr + t * M + i, mask=token, other=0.0)
@@ -259,14 +259,14 @@ def _pre_backward_kernel(
     dphi = ()
     if WITH_W:
         for _i in tl.static_range(N):
-            dphi = (*dphi, tl.zeros((BC, MK), tl.float32))
+            dphi = dphi + (tl.zeros((BC, MK), tl.float32),)
     phi_high = ()
     phi_low = ()
     if WITH_W:  # MK == MP: one chunk, loaded once and kept on chip
         for i in tl.static_range(N):
             high, low = split(_load_phi(phi_ptr, c, i, 0, N, C, MK), DT)
-            phi_high = (*phi_high, high)
-            phi_low = (*phi_low, low)
+            phi_high = phi_high + (high,)
+            phi_low = phi_low + (low,)
     for t0 in tl.range(t_first, min(t_first + t_split, T), BT, num_stages=STAGES):
         t = (t0 + tl.arange(0, BT)).to(tl.int64)
         token = t < T
@@ -291,7 +291,7 @@ def _pre_backward_kernel(
                 dx = tl.zeros((BT, BC), tl.float32)
                 dx = dot_split(dp_high, dp_low, phi_high[i], phi_low[i], dx)
                 product = dot_exact_left(tl.trans(x[i]), dp, dphi[i])
-                new_dphi = (*new_dphi, product)
+                new_dphi = new_dphi + (product,)
             else:
                 dx = tl.zeros((BT, BC), tl.float32)
                 for first in tl.static_range(0, M, MK):

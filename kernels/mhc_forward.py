@@ -11,7 +11,7 @@ for the formulas. Partial sums over channels are written per split and added by 
 ascending order: no atomics, so results repeat bit by bit.
 """
 
-# ruff: noqa: ANN001, ANN202  (Triton's own parameter convention)
+# ruff: noqa: ANN001, ANN201, ANN202, RUF005  (Triton: no types for tensors, no starred tuples)
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def _coefficients_pre_kernel(
         pre = ()
         for i in tl.static_range(N):
             p = _sum_splits(partial_ptr + t * MP + i, token, stride, splits)
-            pre = (*pre, _sigmoid(p, inverse_rms, alpha, tl.load(bias_ptr + i)))
+            pre = pre + (_sigmoid(p, inverse_rms, alpha, tl.load(bias_ptr + i)),)
         cc = tl.arange(0, BC)
         for c in tl.range(0, C, BC, num_stages=STAGES):
             mask = token[:, None] & (c + cc < C)[None, :]

@@ -7,7 +7,7 @@ rows is local to a channel, and the coefficients, which are not, are stored. It 
 elements and writes (L + n(L - 1))C for L sites, and its results equal the forward's bit by bit.
 """
 
-# ruff: noqa: ANN001, ANN202  (Triton's own parameter convention)
+# ruff: noqa: ANN001, ANN202, RUF005  (Triton: no types for tensors, no starred tuples)
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _recompute_kernel(
             f = tl.load(f_ptrs[site] + row, mask=mask, other=0.0).to(tl.float32)
             y = ()
             for o in tl.static_range(N):
-                y = (*y, mixed_row(x, f, post, res, o, N).to(DT))
+                y = y + (mixed_row(x, f, post, res, o, N).to(DT),)
                 tl.store(y_ptr + site * (N * size) + o * C + offsets, y[o], mask=mask)
             x = y
 

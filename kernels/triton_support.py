@@ -6,7 +6,7 @@ rounded value and the remainder (16 bits of mantissa; tf32 has 10), which costs 
 product costs and needs no copy of the bf16 tile in fp32. fp32 residuals use three tf32 products.
 """
 
-# ruff: noqa: ANN001, ANN201, ANN202, RUF005  (Triton has no types for tensors, nor (*a, b))
+# ruff: noqa: ANN001, ANN201, ANN202, RUF005  (Triton: no types for tensors, no starred tuples)
 
 from __future__ import annotations
 
