@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
     from mhcplan.sim.program import Group, Stream
 
-COMPUTE, HIGH, EXPERT, PIPE, DATA = range(5)  # roles; PIPE becomes a stream per flow (see tiling)
+# Roles of streams; PIPE becomes a stream per flow when a template is stamped.
+COMPUTE, HIGH, EXPERT, PIPE, DATA, DATA_EXPERTS = range(6)
+NUM_ROLES = 6
 OUT, GRAD_OUT = "out", "grad_out"  # what a chunk hands to the next and to the previous stage
 _RESERVED = (OUT, GRAD_OUT)
 _TAIL_SLOT = -1
@@ -156,6 +158,7 @@ class TemplateBuilder:
         writes: Iterable[str] = (),
         new: Sequence[New] = (),
         dead: Iterable[str] = (),
+        after_compute: bool = False,
         **transfer: int,
     ) -> None:
         """Append an op of the chunk in ``slot``.
@@ -164,6 +167,7 @@ class TemplateBuilder:
             cost: cost key; its ``str`` is the Program's label.
             name: symbol of the op, unique in its chunk; default kind, pass and site.
             reads, writes: buffers used; ``new``: buffers made here; ``dead``: no use follows.
+            after_compute: order it after all compute ops issued before it.
             transfer: ``hop`` (stage of the other end), ``is_send``, ``payload_bytes``, ``group``.
         """
         state, shape, index = self.states[slot], self.states[slot].shape, len(self._rows)
@@ -174,7 +178,7 @@ class TemplateBuilder:
         for buffer in (*reads, *writes):
             self._wait(index, stream, state, slot, buffer)
         numbers = [shape.declare(made) for made in new]
-        if new and stream != COMPUTE:
+        if (new or after_compute) and stream != COMPUTE:
             self._order_after_compute(index, stream)
         clock = self._clocks.setdefault(stream, {})
         owner = index if stream == COMPUTE else self._compute_before(clock, index)
@@ -226,6 +230,12 @@ class TemplateBuilder:
         self._free_what_is_dead(index)
         assert not state.pending
         return True
+
+    def wait(self, slot: int, name: str, stream: int) -> None:
+        """Let the last op wait for op ``name`` that an earlier template put on ``stream``."""
+        symbol = self.states[slot].shape.symbol(name)
+        self._lists["waits"].append((len(self._rows) - 1, slot, 0, symbol))
+        assert self._rows[-1]["role"] != stream
 
     def finish(self) -> Template:
         """The template; :attr:`states` are then what the next action of each chunk starts from."""
