@@ -1,0 +1,331 @@
+"""The residual's own ops (mHC, HC, entry and exit) in the shape of :mod:`mhcplan.kernels.layers`.
+
+Thin: the work is in :mod:`mhcplan.kernels.mhc`. T = tokens, n = expansion rate, C = hidden size,
+M = n^2 + 2n coefficients. Parameters of the residual are fp32, and so are their gradients.
+
+HC's coefficients and the exit (``HcPre``, ``Collapse``) have no Triton kernels yet: they run the
+eager reference and its autograd on any device, correct but slow, and say so in ``eager``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from mhcplan.kernels import mhc, reference
+from mhcplan.kernels.layers_base import Env, Gradients, Op, Tensors, Weight, random_like, wide
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_STATES = 7  # salt of random states, apart from those of f and of gradients
+
+
+def _fp32(env: Env, *shape: int, std: float, salt: int) -> Weight:
+    """A random fp32 parameter of the residual."""
+    x = Env(env.device, wide(env.dtype), env.seed).normal(*shape, std=std, salt=salt)
+    return Weight(x)
+
+
+def _state(shape: Mapping[str, int], env: Env, salt: int = _STATES) -> Tensor:
+    return env.normal(shape["tokens"], shape["n"], shape["hidden"], salt=salt)
+
+
+def _coefficients(shape: Mapping[str, int], env: Env, salt: int = 0) -> Tensor:
+    """Coefficients of the size that a site's are: sigmoids and a row-stochastic H_res."""
+    n = shape["n"]
+    x = Env(env.device, wide(env.dtype), env.seed).normal(shape["tokens"], n * n + 2 * n, salt=salt)
+    pre, post, res = reference.Coefficients.split(x, n)
+    return reference.Coefficients(pre.sigmoid(), 2 * post.sigmoid(), res.softmax(-1)).pack()
+
+
+class MhcPre(Op):
+    """F_pre of a site: coefficients and the sublayer's input.
+
+    Weights (fp32): ``phi`` [M, n C], ``bias`` [M], ``alpha`` [3]. The gradients of bias and alpha
+    fall out of I, so W has only phi's.
+    """
+
+    kind = "mhc_pre"
+
+    def __init__(
+        self, phi: Weight, bias: Weight, alpha: Weight,
+        *, steps: int = reference.DEFAULT_SINKHORN_STEPS,
+    ) -> None:  # fmt: skip
+        """Bind parameters; ``steps`` is t_max of the Sinkhorn normalisation."""
+        super().__init__(phi=phi, bias=bias, alpha=alpha)
+        self.steps = steps
+
+    def _parameters(self) -> Tensors:
+        return tuple(w.data for w in self.weights.values())
+
+    def forward(self, x: Tensor) -> tuple[Tensors, Tensors]:  # type: ignore[override]
+        """x [T, n, C]: u [T, C] and coefficients [T, M]."""
+        u, mix, projection = mhc.mhc_pre_forward(x, *self._parameters(), steps=self.steps)
+        return (u, mix), (x, mix, projection)
+
+    def backward_input(  # type: ignore[override]
+        self, saved: Tensors, dy: Tensor, du: Tensor, dmix: Tensor
+    ) -> tuple[Gradients, Tensors]:
+        """dy [T, n, C] (of the whole site), du [T, C], dmix [T, M] (mhc_post's): dx [T, n, C]."""
+        x, mix, projection = saved
+        dx, dp, dbias, dalpha = mhc.mhc_pre_backward_input(
+            dy, x, du, mix, projection, dmix, *self._parameters(), steps=self.steps
+        )
+        self._add_small(dbias, dalpha)
+        return (dx,), (x, dp)
+
+    def backward_weight(self, deferred: Tensors) -> None:
+        """phi."""
+        self.weights["phi"].main_grad.add_(mhc.mhc_pre_backward_weight(*deferred))
+
+    def backward(  # type: ignore[override]
+        self, saved: Tensors, dy: Tensor, du: Tensor, dmix: Tensor
+    ) -> Gradients:
+        """I and W with one pass less over the state."""
+        x, mix, projection = saved
+        dx, dphi, dbias, dalpha = mhc.mhc_pre_backward(
+            dy, x, du, mix, projection, dmix, *self._parameters(), steps=self.steps
+        )
+        self.weights["phi"].main_grad.add_(dphi)
+        self._add_small(dbias, dalpha)
+        return (dx,)
+
+    def _add_small(self, dbias: Tensor, dalpha: Tensor) -> None:
+        self.weights["bias"].main_grad.add_(dbias)
+        self.weights["alpha"].main_grad.add_(dalpha)
+
+    def example_grads(self, inputs: Tensors, outputs: Tensors, env: Env) -> Tensors:
+        """dy of the site, du, and small gradients of the coefficients."""
+        return (
+            random_like(inputs[0], env, 500),
+            random_like(outputs[0], env, 501),
+            random_like(outputs[1], env, 502),
+        )
+
+    @classmethod
+    def build(cls, shape: Mapping[str, int], env: Env) -> MhcPre:
+        """An op of the vocabulary's shape; phi Xavier-like, b zero, alpha 0.01 (table 5)."""
+        n, hidden = shape["n"], shape["hidden"]
+        m = n * n + 2 * n
+        bias = _fp32(env, m, std=0.1, salt=2)
+        alpha = _fp32(env, 3, std=0.01, salt=3)
+        phi = _fp32(env, m, n * hidden, std=(n * hidden) ** -0.5, salt=1)
+        return cls(phi, bias, alpha, steps=shape["steps"])
+
+    @staticmethod
+    def example_inputs(shape: Mapping[str, int], env: Env) -> Tensors:
+        """A random state."""
+        return (_state(shape, env),)
+
+
+class MhcPost(Op):
+    """F_post,res of a site."""
+
+    kind = "mhc_post"
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, f: Tensor, mix: Tensor
+    ) -> tuple[Tensors, Tensors]:
+        """x [T, n, C], f [T, C], coefficients [T, M]: the next state [T, n, C]."""
+        return (mhc.mhc_post_forward(x, f, mix),), (x, f, mix)
+
+    def backward_input(  # type: ignore[override]
+        self, saved: Tensors, dy: Tensor
+    ) -> tuple[Gradients, Tensors]:
+        """dy [T, n, C]: None (x's gradient is mhc_pre's to write), df and dmix [T, M]."""
+        df, dmix = mhc.mhc_post_backward(dy, *saved)
+        return (None, df, dmix), ()
+
+    @classmethod
+    def build(cls, _shape: Mapping[str, int], _env: Env) -> MhcPost:
+        """No weights, so nothing to build."""
+        return cls()
+
+    @staticmethod
+    def example_inputs(shape: Mapping[str, int], env: Env) -> Tensors:
+        """A random state, sublayer output and coefficients."""
+        f = env.normal(shape["tokens"], shape["hidden"], salt=1)
+        return _state(shape, env), f, _coefficients(shape, env)
+
+
+class MhcRecompute(Op):
+    """R of a recompute block: its states and sublayer inputs again, in one launch."""
+
+    kind = "mhc_recompute"
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensors, Tensors]:
+        """Launches nothing: x, the sites' f and coefficients are what the block stores."""
+        return (), inputs
+
+    def recompute(self, saved: Tensors) -> Tensors:
+        """saved: x [T, n, C], then f [T, C] of all sites but the last, then coefficients of all.
+
+        Returns u of every site, then the states after all sites but the last.
+        """
+        x, *rest = saved
+        sites = (len(rest) + 1) // 2
+        us, xs = mhc.mhc_recompute(x, rest[: sites - 1], rest[sites - 1 :])
+        return (*us, *xs)
+
+    @classmethod
+    def build(cls, _shape: Mapping[str, int], _env: Env) -> MhcRecompute:
+        """No weights, so nothing to build."""
+        return cls()
+
+    @staticmethod
+    def example_inputs(shape: Mapping[str, int], env: Env) -> Tensors:
+        """A random stored block."""
+        sites = shape["sites"]
+        fs = [env.normal(shape["tokens"], shape["hidden"], salt=10 + i) for i in range(sites - 1)]
+        mixes = [_coefficients(shape, env, 40 + i) for i in range(sites)]
+        return (_state(shape, env), *fs, *mixes)
+
+
+class Expand(Op):
+    """Entry: the embedding copied to n rows."""
+
+    kind = "mhc_expand"
+
+    def __init__(self, n: int) -> None:
+        """Bind the expansion rate."""
+        super().__init__()
+        self.n = n
+
+    def forward(self, h: Tensor) -> tuple[Tensors, Tensors]:  # type: ignore[override]
+        """h [T, C]: [T, n, C]."""
+        return (reference.expand(h, self.n),), ()
+
+    def backward_input(  # type: ignore[override]
+        self, saved: Tensors, dx: Tensor
+    ) -> tuple[Gradients, Tensors]:
+        """dx [T, n, C]: the sum of its rows [T, C]."""
+        return (dx.sum(1),), ()
+
+    @classmethod
+    def build(cls, shape: Mapping[str, int], _env: Env) -> Expand:
+        """No weights."""
+        return cls(shape["n"])
+
+    @staticmethod
+    def example_inputs(shape: Mapping[str, int], env: Env) -> Tensors:
+        """A random embedding."""
+        return (env.normal(shape["tokens"], shape["hidden"]),)
+
+
+class _EagerOp(Op):
+    """An op whose backward is autograd of its reference, made again in I and in W."""
+
+    eager: ClassVar[bool] = True
+
+    def _reference(self, x: Tensor, *parameters: Tensor) -> Tensors:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> tuple[Tensors, Tensors]:  # type: ignore[override]
+        """x [T, n, C]: see the class."""
+        return self._reference(x, *(w.data for w in self.weights.values())), (x,)
+
+    def _gradients(self, x: Tensor, grads: Tensors) -> Tensors:
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_()]
+            leaves += [w.data.detach().requires_grad_() for w in self.weights.values()]
+            outputs = self._reference(*leaves)
+            used = outputs[: len(grads)]
+            return torch.autograd.grad(used, leaves, grads)
+
+    def backward_weight(self, deferred: Tensors) -> None:
+        """Every parameter's gradient."""
+        x, *grads = deferred
+        _, *parameter_grads = self._gradients(x, tuple(grads))
+        for weight, grad in zip(self.weights.values(), parameter_grads, strict=True):
+            weight.main_grad.add_(grad)
+
+
+class Collapse(_EagerOp):
+    """Exit: rows weighted by learned sigmoids and summed.
+
+    Weights (fp32): ``phi`` [n, n C], ``bias`` [n], ``alpha`` [1].
+    """
+
+    kind = "mhc_collapse"
+
+    def _reference(self, x: Tensor, *parameters: Tensor) -> Tensors:
+        return (reference.collapse(x, *parameters),)
+
+    def backward_input(  # type: ignore[override]
+        self, saved: Tensors, dh: Tensor
+    ) -> tuple[Gradients, Tensors]:
+        """dh [T, C]: dx [T, n, C]."""
+        return self._gradients(saved[0], (dh,))[:1], (saved[0], dh)
+
+    @classmethod
+    def build(cls, shape: Mapping[str, int], env: Env) -> Collapse:
+        """An op of the vocabulary's shape with random parameters."""
+        n, hidden = shape["n"], shape["hidden"]
+        return cls(
+            phi=_fp32(env, n, n * hidden, std=(n * hidden) ** -0.5, salt=1),
+            bias=_fp32(env, n, std=0.1, salt=2),
+            alpha=_fp32(env, 1, std=0.01, salt=3),
+        )
+
+    @staticmethod
+    def example_inputs(shape: Mapping[str, int], env: Env) -> Tensors:
+        """A random state."""
+        return (_state(shape, env),)
+
+
+class HcPre(_EagerOp):
+    """HC's first half of a site: coefficients (eq. 5) and the sublayer's input.
+
+    Weights (fp32): ``theta`` [n + 2, C], ``bias`` [M], ``alpha`` [3].
+    """
+
+    kind = "hc_pre"
+
+    def _reference(self, x: Tensor, *parameters: Tensor) -> Tensors:
+        return reference.hc_pre(x, *parameters)
+
+    def forward(self, x: Tensor) -> tuple[Tensors, Tensors]:
+        """x [T, n, C]: u [T, C] and coefficients [T, M]."""
+        outputs, saved = super().forward(x)
+        return outputs, (*saved, outputs[1])
+
+    def backward_input(  # type: ignore[override]
+        self, saved: Tensors, dy: Tensor, du: Tensor, dmix: Tensor
+    ) -> tuple[Gradients, Tensors]:
+        """dy [T, n, C] (of the whole site), du [T, C], dmix [T, M] (hc_post's): dx [T, n, C]."""
+        x, mix = saved
+        n = x.shape[1]
+        # the first n columns of dmix are not written; du brings H_pre's gradient
+        dmix = torch.cat([torch.zeros_like(dmix[:, :n]), dmix[:, n:]], 1)
+        dx = self._gradients(x, (du, dmix))[0]
+        res = reference.Coefficients.split(mix, n).res
+        dx = dx + torch.einsum("toi,toc->tic", res, dy.to(res.dtype)).to(x.dtype)
+        return (dx,), (x, du, dmix)
+
+    def example_grads(self, inputs: Tensors, outputs: Tensors, env: Env) -> Tensors:
+        """dy of the site, du, and gradients of the coefficients."""
+        return random_like(inputs[0], env, 500), *super().example_grads(inputs, outputs, env)
+
+    @classmethod
+    def build(cls, shape: Mapping[str, int], env: Env) -> HcPre:
+        """An op of the vocabulary's shape with random parameters."""
+        n, hidden = shape["n"], shape["hidden"]
+        return cls(
+            theta=_fp32(env, n + 2, hidden, std=hidden**-0.5, salt=1),
+            bias=_fp32(env, n * n + 2 * n, std=0.1, salt=2),
+            alpha=_fp32(env, 3, std=0.01, salt=3),
+        )
+
+    @staticmethod
+    def example_inputs(shape: Mapping[str, int], env: Env) -> Tensors:
+        """A random state."""
+        return (_state(shape, env),)
+
+
+class HcPost(MhcPost):
+    """HC's second half of a site: the same sum as mHC's, with unconstrained coefficients."""
+
+    kind = "hc_post"
