@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self, cast
 
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from mhcplan.profiles.specs import HardwareSpec, Spec
 from mhcplan.profiles.vocabulary import VOCABULARY, OpKey, op_key
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 PROFILE_FORMAT = "mhcplan.profile"
 PROFILE_VERSION = 1
@@ -32,7 +34,15 @@ MeasuredOrAssumed = Literal["measured", "assumed"]
 
 
 class ProfileError(ValueError):
-    """A profile file that cannot be used; the message names the field."""
+    """A profile that cannot be used; the message is one line and names the field.
+
+    ``problems`` are all its problems, "field: what is wrong"; the message has the first.
+    """
+
+    def __init__(self, message: str, problems: tuple[str, ...] = ()) -> None:
+        """Keep ``problems`` beside the message."""
+        super().__init__(message)
+        self.problems = problems
 
 
 class Figure(Spec):
@@ -188,28 +198,47 @@ class Profile(Spec):
 def parse_profile(text: str, origin: str) -> Profile:
     """Read a profile from JSON text; ``origin`` names it in errors.
 
+    Types are strict: "350", 350.0 and true are no integers, so that a slip of the pen is not read
+    as a figure.
+
     Raises:
         ProfileError: malformed JSON, another format, a newer version, or a bad field (named).
     """
     try:
-        raw = json.loads(text)
+        _check_header(json.loads(text, parse_constant=_refuse_constant), origin)
+        return Profile.model_validate_json(text, strict=True)
     except json.JSONDecodeError as error:
         raise ProfileError(f"{origin}: not valid JSON ({error.msg}, line {error.lineno})") from None
-    if not isinstance(raw, dict) or raw.get("format") != PROFILE_FORMAT:
-        found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
-        raise ProfileError(f"{origin}: format={found!r} is not {PROFILE_FORMAT!r}")
-    version = raw.get("format_version")
+    except RecursionError:
+        raise ProfileError(f"{origin}: not valid JSON (nested too deeply)") from None
+    except ValidationError as error:
+        problems = tuple(
+            f"{'.'.join(map(str, found['loc'])) or 'profile'}:"
+            f" {found['msg'].removeprefix('Value error, ')}"
+            for found in error.errors(include_url=False, include_context=False)
+        )
+        raise ProfileError(f"{origin}: {problems[0]}", problems) from None
+
+
+def _check_header(raw: object, origin: str) -> None:
+    """Refuse other files and newer versions before their fields are called unknown."""
+    if not isinstance(raw, dict):
+        raise ProfileError(f"{origin}: format is not {PROFILE_FORMAT!r}: the file is no object")
+    header = cast("dict[str, object]", raw)
+    if header.get("format") != PROFILE_FORMAT:
+        raise ProfileError(f"{origin}: format={header.get('format')!r} is not {PROFILE_FORMAT!r}")
+    version = header.get("format_version")
+    if version is None:
+        raise ProfileError(f"{origin}: format_version: is missing")
     if isinstance(version, int) and version > PROFILE_VERSION:
         raise ProfileError(
             f"{origin}: format_version={version} is newer than this mhcplan reads"
             f" (up to {PROFILE_VERSION}); upgrade mhcplan"
         )
-    try:
-        return Profile.model_validate(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "profile"
-        raise ProfileError(f"{origin}: {where}: {first['msg']}") from None
+
+
+def _refuse_constant(name: str) -> float:
+    raise json.JSONDecodeError(f"{name} is no number", name, 0)
 
 
 def read_profile(path: Path) -> Profile:

@@ -20,7 +20,9 @@ SITES_PER_BLOCK = 2
 class Spec(BaseModel):
     """Base of every description: immutable, and an unknown field is an error, not a surprise."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", populate_by_name=True, allow_inf_nan=False
+    )
 
 
 class Mla(Spec):

@@ -1,0 +1,123 @@
+"""Pricing the ops and transfers of a step from a profile: measured, else derived, else refused.
+
+How an op that was not measured at its shape is priced is in :mod:`mhcplan.profiles.op_costs`, how a
+transfer is in :mod:`mhcplan.profiles.transfer_costs`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from mhcplan.profiles.costs import Cost, CostMissing, cost_table
+from mhcplan.profiles.op_costs import OpCosts, Roofline, measure_command
+from mhcplan.profiles.transfer_costs import TransferCosts
+from mhcplan.profiles.vocabulary import VOCABULARY, OpKey, TransferKey, op_key, parse_key
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mhcplan.profiles.schema import OpTiming, Profile
+    from mhcplan.sim.program import CostTable
+
+# An unmeasured HC kind moves the bytes of the mHC kind; paper, equations 3 and 5 against 7-9.
+_STAND_IN = {"hc_pre": "mhc_pre", "hc_post": "mhc_post"}
+
+
+class CostModel:
+    """Prices the ops and transfers of a step on the machine of ``profile``.
+
+    Answers are cached: equal keys cost a dictionary look-up.
+    """
+
+    def __init__(self, profile: Profile) -> None:
+        """Index ``profile``.
+
+        Raises:
+            ProfileError: the profile lacks a rate that the roofline needs.
+        """
+        self.profile = profile
+        self._roofline = Roofline(profile)
+        rows: defaultdict[tuple[str, str], list[tuple[OpKey, OpTiming]]] = defaultdict(list)
+        for row in profile.ops:
+            key = row.key
+            rows[key.kind, key.pass_].append((key, row))
+        self._rows = dict(rows)
+        self._tables: dict[tuple[str, str], OpCosts] = {}
+        self._transfers = TransferCosts(profile)
+        self._cache: dict[OpKey | TransferKey, Cost] = {}
+
+    def op(self, key: OpKey) -> Cost:
+        """Cost of an op.
+
+        Raises:
+            CostMissing: its kind was not measured, or only more than 4x away on some axis.
+        """
+        cost = self._cache.get(key)
+        if cost is None:
+            cost = self._cache[key] = self._price(key)
+        return cost
+
+    def transfer(self, key: TransferKey) -> Cost:
+        """Cost of a transfer; see :class:`mhcplan.profiles.transfer_costs.TransferCosts`.
+
+        Raises:
+            CostMissing: its pattern was not measured, or only on far smaller or larger groups.
+        """
+        cost = self._cache.get(key)
+        if cost is None:
+            cost = self._cache[key] = self._transfers.price(key)
+        return cost
+
+    def costs(self, cost_keys: Sequence[str]) -> tuple[Cost, ...]:
+        """Costs of a Program's ``cost_keys``, in order.
+
+        Raises:
+            CostMissing: see :meth:`op` and :meth:`transfer`.
+            ValueError: a text is no key of this vocabulary.
+        """
+        return tuple(self._cost(parse_key(text)) for text in cost_keys)
+
+    def table(self, cost_keys: Sequence[str]) -> CostTable:
+        """The engine's table of a Program's ``cost_keys``; raises as :meth:`costs`."""
+        return cost_table(self.costs(cost_keys), self.profile.overheads)
+
+    def _cost(self, key: OpKey | TransferKey | None) -> Cost:
+        if key is None:  # nothing runs; the host makes a stream wait
+            host_ns = self.profile.overheads.event_wait_ns
+            return Cost(0, host_ns, self.profile.overheads.source, "an event, no kernel")
+        return self.op(key) if isinstance(key, OpKey) else self.transfer(key)
+
+    def _price(self, key: OpKey) -> Cost:
+        table = self._table(key.kind, key.pass_)
+        if table is not None:
+            return table.price(key)
+        if key.kind in _STAND_IN:
+            return self._stand_in(key)
+        raise CostMissing(
+            f"{self.profile.name}: {key.kind}.{key.pass_} was not measured; {measure_command(key)}"
+        )
+
+    def _table(self, kind: str, pass_: str) -> OpCosts | None:
+        if (kind, pass_) not in self._tables:
+            rows = self._rows.get((kind, pass_))
+            if rows is None:
+                return None
+            self._tables[kind, pass_] = OpCosts(rows, self._roofline, self.profile.name)
+        return self._tables[kind, pass_]
+
+    def _stand_in(self, key: OpKey) -> Cost:
+        """HC priced by mHC's row: the same bytes, without the Sinkhorn steps."""
+        kind, shape = _STAND_IN[key.kind], dict(key.shape)
+        if "steps" in VOCABULARY[kind].axes:
+            measured = self._rows.get((kind, key.pass_), [])
+            # the fewest steps measured: HC has none
+            shape["steps"] = min((row.shape["steps"] for _, row in measured), default=1)
+        cost = self.op(op_key(kind, key.pass_, **shape))
+        return replace(
+            cost,
+            source="assumed",
+            explanation=f"{key.kind} was not measured: priced as {kind} ({cost.source}), which"
+            " moves the same bytes (arXiv 2512.24880, equations 3 and 5); HC has no Sinkhorn",
+        )

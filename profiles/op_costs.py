@@ -1,0 +1,196 @@
+"""What an op costs at a shape that was measured, or near one.
+
+An op that was measured at this shape costs what was measured, verbatim. Any other shape costs
+
+    time = roofline(shape) x slowdown(shape),
+    roofline = launch + max(flops / GEMM rate, bytes / copy rate),
+
+with the vocabulary's flops and bytes, the profile's own rates and launch floor, and a slowdown
+interpolated in log space between measured shapes of the same kind and pass
+(:mod:`mhcplan.profiles.interpolation`). Outside the measured range the slowdown of the edge is
+held, up to 4x on each axis; beyond that the look-up refuses and says what to measure.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from mhcplan.profiles.costs import Cost, CostMissing, Source, worst
+from mhcplan.profiles.interpolation import MAX_EXTRAPOLATION, Grid, Outside
+from mhcplan.profiles.schema import ProfileError
+from mhcplan.profiles.vocabulary import VOCABULARY, OpKey
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mhcplan.profiles.schema import OpTiming, Profile, Segment
+
+SECOND_NS = 1_000_000_000
+
+
+def measure_command(key: OpKey) -> str:
+    """How to get the missing measurement, as the end of an error line."""
+    return f"measure it: mhcplan profile measure --op '{key}'"
+
+
+class Roofline:
+    """Least time of an op on the profiled machine, in ns, by the profile's own rates."""
+
+    def __init__(self, profile: Profile) -> None:
+        """Take the rates and the launch floor of ``profile``.
+
+        Raises:
+            ProfileError: a rate is missing.
+        """
+        rates = {rate.name: rate.per_second for rate in profile.rates}
+        for name in ("gemm_bf16_flops", "copy_bytes"):
+            if name not in rates:
+                raise ProfileError(f"{profile.name}: rates: {name} is missing")
+        self._flops, self._bytes = rates["gemm_bf16_flops"], rates["copy_bytes"]
+        self._launch_ns = profile.overheads.launch_ns
+
+    def __call__(self, key: OpKey) -> float:
+        """Launch floor plus the longer of computing and moving bytes, in ns, at least 1."""
+        kind, shape = VOCABULARY[key.kind], dict(key.shape)
+        work_s = max(
+            kind.flops(shape, key.pass_) / self._flops, kind.bytes(shape, key.pass_) / self._bytes
+        )
+        # an empty op on a machine without a launch floor still has a logarithm
+        return max(self._launch_ns + work_s * SECOND_NS, 1.0)
+
+
+class OpCosts:
+    """The measured rows of one kind and pass."""
+
+    def __init__(
+        self, rows: list[tuple[OpKey, OpTiming]], roofline: Roofline, profile_name: str
+    ) -> None:
+        """Keep ``rows``, all of one kind and pass; errors name the profile."""
+        self._name = profile_name
+        self._exact = dict(rows)
+        self._keys = [key for key, _ in rows]
+        self._rows = [row for _, row in rows]
+        self._roofline = roofline
+        self._grid: Grid | None = None
+        self._log_slowdowns: dict[int, float] = {}
+
+    def price(self, key: OpKey) -> Cost:
+        """Cost of ``key``; raises CostMissing."""
+        row = self._exact.get(key)
+        if row is not None:
+            return _as_measured(key, row)
+        if self._grid is None:
+            axes = [axis for axis, _ in key.shape]
+            self._grid = Grid(axes, [[v for _, v in k.shape] for k in self._keys])
+        target = [value for _, value in key.shape]
+        outside = self._grid.outside(target)
+        self._refuse_beyond_reach(key, outside)
+        return self._interpolate(key, self._grid.neighbours(target), outside)
+
+    def _log_slowdown(self, i: int) -> float:
+        if i not in self._log_slowdowns:
+            least_ns = self._roofline(self._keys[i])
+            self._log_slowdowns[i] = math.log(self._rows[i].duration_ns / least_ns)
+        return self._log_slowdowns[i]
+
+    def _refuse_beyond_reach(self, key: OpKey, outside: list[Outside]) -> None:
+        for axis, value, low, high, factor in outside:
+            if factor > MAX_EXTRAPOLATION:
+                measured = str(low) if low == high else f"{low} to {high}"
+                raise CostMissing(
+                    f"{self._name}: {key.kind}.{key.pass_} was measured for {axis} {measured};"
+                    f" {axis}={value} is more than {MAX_EXTRAPOLATION}x outside;"
+                    f" {measure_command(key)}"
+                )
+
+    def _interpolate(
+        self, key: OpKey, votes: list[tuple[int, float]], outside: list[Outside]
+    ) -> Cost:
+        rows = [self._rows[i] for i, _ in votes]
+        slowdown = math.exp(sum(weight * self._log_slowdown(i) for i, weight in votes))
+        duration_ns = max(round(self._roofline(key) * slowdown), 1)
+        nearest_key, nearest = self._keys[votes[0][0]], rows[0]
+        how: Source = "extrapolated" if outside else "interpolated"
+        work = _bytes_ratio(key, nearest_key)
+        return Cost(
+            duration_ns=duration_ns,
+            host_ns=round(sum(weight * self._rows[i].host_ns for i, weight in votes)),
+            source=worst([how, *(row.source for row in rows)]),
+            explanation=_explain(how, [self._keys[i] for i, _ in votes], outside, rows),
+            spread_percent=max(row.spread_percent for row in rows),
+            segments=_scale_segments(nearest, duration_ns, work),
+            workspace_bytes=round((nearest.workspace_bytes or 0) * work),
+            saved_bytes=_scaled_kept(_saved, nearest.saved_bytes, key, nearest_key, work),
+            deferred_bytes=_scaled_kept(_deferred, nearest.deferred_bytes, key, nearest_key, work),
+        )
+
+
+def _as_measured(key: OpKey, row: OpTiming) -> Cost:
+    """The row itself: nothing of it is touched."""
+    return Cost(
+        duration_ns=row.duration_ns,
+        host_ns=row.host_ns,
+        source=row.source,
+        explanation=row.citation or f"median of {row.samples} samples of {key}",
+        spread_percent=row.spread_percent,
+        segments=row.segments,
+        workspace_bytes=row.workspace_bytes or 0,
+        saved_bytes=_saved(key) if row.saved_bytes is None else row.saved_bytes,
+        deferred_bytes=_deferred(key) if row.deferred_bytes is None else row.deferred_bytes,
+    )
+
+
+def _explain(how: str, keys: list[OpKey], outside: list[Outside], rows: list[OpTiming]) -> str:
+    shapes = " and ".join(str(key) for key in keys[:2])
+    more = f" and {len(keys) - 2} more" if len(keys) > 2 else ""
+    beyond = "".join(
+        f"; {axis}={value}, measured {low} to {high}" for axis, value, low, high, _ in outside
+    )
+    cited = "".join(f"; {text}" for text in dict.fromkeys(r.citation for r in rows) if text)
+    return f"{how} from {shapes}{more} by roofline{beyond}{cited}"
+
+
+def _saved(key: OpKey) -> int:
+    return VOCABULARY[key.kind].saved(dict(key.shape)) if key.pass_ == "F" else 0
+
+
+def _deferred(key: OpKey) -> int:
+    return VOCABULARY[key.kind].deferred(dict(key.shape)) if key.pass_ == "I" else 0
+
+
+def _scaled_kept(
+    formula: Callable[[OpKey], int], measured: int | None, key: OpKey, row_key: OpKey, work: float
+) -> int:
+    """What is kept at ``key`` by the formula, corrected by what was measured at ``row_key``."""
+    if measured is None:
+        return formula(key)
+    counted = formula(row_key)
+    return round(measured * (formula(key) / counted if counted else work))
+
+
+def _bytes_ratio(key: OpKey, row_key: OpKey) -> float:
+    least = VOCABULARY[key.kind].bytes
+    there = least(dict(row_key.shape), row_key.pass_)
+    return least(dict(key.shape), key.pass_) / there if there else 1.0
+
+
+def _scale_segments(row: OpTiming, duration_ns: int, work: float) -> tuple[Segment, ...]:
+    """The kernels of ``row``, as they would look in an op of ``duration_ns`` and ``work`` times the
+    bytes: a persistent kernel keeps its CTAs and runs longer, another has more of them.
+    """
+    longer = duration_ns / row.duration_ns
+    return tuple(_scale_segment(segment, longer, work) for segment in row.segments)
+
+
+def _scale_segment(segment: Segment, longer: float, work: float) -> Segment:
+    ctas = segment.ctas if segment.persistent else max(round(segment.ctas * work), 1)
+    return segment.model_copy(
+        update={
+            # rounded down, so that the segments never outlast the op
+            "duration_ns": max(int(segment.duration_ns * longer), 1),
+            "ctas": ctas,
+            "cta_ns": max(round(segment.cta_ns * longer * segment.ctas / ctas), 1),
+            "hbm_bytes": round(segment.hbm_bytes * work),
+        }
+    )

@@ -1,0 +1,160 @@
+"""Profiles on disk: find, list, show, validate and compare them.
+
+Shipped profiles live in ``profiles/data``, one JSON file each, and are found by name; any other
+profile is found by its path. Reading one refuses what no machine can have
+(:mod:`mhcplan.profiles.plausibility`), so that a wrong unit is an error and not a prediction.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mhcplan.profiles.plausibility import implausible
+from mhcplan.profiles.presets import unknown_name
+from mhcplan.profiles.schema import (
+    PROFILE_VERSION,
+    Profile,
+    ProfileError,
+    parse_profile,
+    read_profile,
+)
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
+
+SUFFIX = ".json"
+
+
+def shipped_profiles() -> dict[str, Traversable]:
+    """The profiles that come with mhcplan: files by name, sorted."""
+    data = files("mhcplan.profiles").joinpath("data")
+    if not data.is_dir():
+        return {}
+    found = {f.name.removesuffix(SUFFIX): f for f in data.iterdir() if f.name.endswith(SUFFIX)}
+    return dict(sorted(found.items()))
+
+
+def profile_file_text(name_or_path: str) -> str:
+    """The very text that ``--profile NAME_OR_PATH`` reads.
+
+    Raises:
+        ProfileError: no such profile, with close names, or an unreadable file.
+    """
+    shipped = shipped_profiles()
+    if name_or_path in shipped:
+        return shipped[name_or_path].read_text(encoding="utf-8")
+    path = Path(name_or_path)
+    if not path.is_file() and not _looks_like_a_path(name_or_path):
+        known = unknown_name("profile", name_or_path, shipped)
+        raise ProfileError(f"{known}; or give the path of a {SUFFIX} file")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ProfileError(f"{path}: cannot be read ({error})") from None
+
+
+def find_profile(name_or_path: str) -> Profile:
+    """The shipped profile of this name, or the one in this file.
+
+    Raises:
+        ProfileError: no such profile, or one that cannot be used; one line that names the field.
+    """
+    profile = parse_profile(profile_file_text(name_or_path), name_or_path)
+    for problem in implausible(profile):
+        raise ProfileError(f"{name_or_path}: {problem}")
+    return profile
+
+
+def list_profiles() -> list[Profile]:
+    """All shipped profiles, by name."""
+    return [find_profile(name) for name in shipped_profiles()]
+
+
+def validate(path: Path) -> list[str]:
+    """Every problem of the profile at ``path``, one line each, field first; empty if it is sound.
+
+    A file that is no JSON, of another format, or of a newer version has that one problem.
+    """
+    try:
+        profile = read_profile(path)
+    except ProfileError as error:
+        return list(error.problems) or [str(error)]
+    return list(implausible(profile))
+
+
+def _looks_like_a_path(text: str) -> bool:
+    return text.endswith(SUFFIX) or len(Path(text).parts) > 1
+
+
+def schema_text() -> str:
+    """The JSON Schema of a profile file, as in ``docs/schemas/profile.schema.json``."""
+    schema = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": f"mhcplan profile, version {PROFILE_VERSION}",
+        **{k: v for k, v in Profile.model_json_schema().items() if k != "title"},
+    }
+    return json.dumps(schema, indent=1) + "\n"
+
+
+@dataclass(frozen=True)
+class RowChange:
+    """A figure that two profiles have both: ``percent`` is the change from the first."""
+
+    row: str
+    before: int
+    after: int
+    spread_percent: float
+
+    @property
+    def percent(self) -> float:
+        """Change in percent of the first."""
+        return 100 * (self.after / self.before - 1) if self.before else 0.0
+
+    @property
+    def beyond_spread(self) -> bool:
+        """Whether the change exceeds the spreads of the two measurements together."""
+        return abs(self.percent) > self.spread_percent
+
+
+@dataclass(frozen=True)
+class ProfileDiff:
+    """What a second profile has more, less and different; rows in the order of their names."""
+
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+    changed: tuple[RowChange, ...]
+    unchanged: int
+
+
+def diff(first: Profile, second: Profile) -> ProfileDiff:
+    """Compare two profiles figure by figure: ops, transfers, rates and overheads."""
+    before, after = _figures(first), _figures(second)
+    both = sorted(before.keys() & after.keys())
+    changes = [
+        RowChange(row, before[row][0], after[row][0], before[row][1] + after[row][1])
+        for row in both
+    ]
+    return ProfileDiff(
+        added=tuple(sorted(after.keys() - before.keys())),
+        removed=tuple(sorted(before.keys() - after.keys())),
+        changed=tuple(change for change in changes if change.before != change.after),
+        unchanged=sum(change.before == change.after for change in changes),
+    )
+
+
+def _figures(profile: Profile) -> dict[str, tuple[int, float]]:
+    """Figure and spread by a name that says what it is of."""
+    figures = {str(row.key): (row.duration_ns, row.spread_percent) for row in profile.ops}
+    for row in profile.transfers:
+        name = f"{row.pattern} {row.medium} group_size={row.group_size} bytes={row.bytes}"
+        figures[name] = (row.duration_ns, row.spread_percent)
+    for rate in profile.rates:
+        figures[f"rate {rate.name}"] = (rate.per_second, rate.spread_percent)
+    for name, value in profile.overheads:
+        if isinstance(value, int):
+            figures[f"overhead {name}"] = (value, 0.0)
+    return figures
