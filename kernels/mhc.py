@@ -23,7 +23,8 @@ all of one dtype, bf16 or fp32, contiguous; T is any number of tokens, n one of 
 64 divides C. With M = n^2 + 2n, everything else is fp32: ``phi [M, n C]``, ``bias [M]``,
 ``alpha [3]`` (pre, post, res), ``coefficients [T, M]`` = (H_pre, H_post, H_res row-major),
 ``projection [T, M + 1]`` = (p = vec(x) phi^T, 1 / r), ``dmix [T, M]`` (its first n columns are
-not written), ``dp [T, MP]`` with MP = ``padded_coefficients(n)``: opaque, from I to W.
+not written), ``dp``: opaque, from I to W, of the residual's dtype,
+``projection_gradient_width(n, dtype)`` numbers a token.
 
 ``mhc_pre_backward*`` needs ``dy``, the very gradient that ``mhc_post_backward`` took: dx is written
 once, with the contributions of both halves of the site.
@@ -57,7 +58,11 @@ from mhcplan.kernels.reference import (
     DEFAULT_SINKHORN_STEPS,
     num_coefficients,
 )
-from mhcplan.kernels.triton_support import INTERPRETED, padded_coefficients
+from mhcplan.kernels.triton_support import (
+    INTERPRETED,
+    gradient_parts,
+    padded_coefficients,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -70,6 +75,11 @@ if torch.cuda.is_available() or INTERPRETED:
 def saved_coefficient_bytes(n: int) -> int:
     """Bytes a token that a site keeps from F to B: coefficients, projection and 1 / r in fp32."""
     return 4 * (2 * num_coefficients(n) + 1)
+
+
+def projection_gradient_width(n: int, dtype: torch.dtype) -> int:
+    """Numbers a token of ``dp``, what I leaves for W, in the residual's dtype ``dtype``."""
+    return gradient_parts(dtype) * padded_coefficients(n)
 
 
 def _on_kernels(x: Tensor) -> bool:
@@ -249,7 +259,7 @@ def mhc_pre_backward_weight(x: Tensor, dp: Tensor) -> Tensor:
         ValueError: an argument has the wrong shape, device or layout.
     """
     tokens, n, _ = check_state("x", x)
-    check_tensor("dp", dp, (tokens, padded_coefficients(n)), torch.float32, x.device)
+    check_tensor("dp", dp, (tokens, projection_gradient_width(n, x.dtype)), x.dtype, x.device)
     if not _on_kernels(x):
         return mhc_eager.pre_backward_weight(x, dp)
     return mhc_backward.weight_backward(x, dp)
@@ -266,14 +276,14 @@ def _pre_backward(
     )  # fmt: skip
     check_steps(steps, norm_eps)
     if _on_kernels(x):
-        dp, dbias, dalpha = mhc_backward.coefficient_gradients(
+        dp, s, dbias, dalpha = mhc_backward.coefficient_gradients(
             x, du, coefficients, projection, dmix, bias, alpha, steps
         )
-        dx, dphi = mhc_backward.pre_backward(dy, x, du, coefficients, dp, phi, with_weight)
+        dx, dphi = mhc_backward.pre_backward(dy, x, du, coefficients, dp, s, phi, with_weight)
         return dx, dphi, dp, dbias, dalpha
-    padded = padded_coefficients(x.shape[1])
+    width = projection_gradient_width(x.shape[1], x.dtype)
     dx, dp, dbias, dalpha = mhc_eager.pre_backward_input(
-        dy, x, du, coefficients, dmix, phi, bias, alpha, padded, steps, norm_eps
+        dy, x, du, coefficients, dmix, phi, bias, alpha, width, steps, norm_eps
     )
     dphi = mhc_eager.pre_backward_weight(x, dp) if with_weight else None
     return dx, dphi, dp, dbias, dalpha

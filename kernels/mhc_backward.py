@@ -29,9 +29,9 @@ from mhcplan.kernels import tuning
 from mhcplan.kernels.mhc_forward import first_sinkhorn_step, normalise
 from mhcplan.kernels.reference import num_coefficients
 from mhcplan.kernels.triton_support import (
-    dot_exact_left,
-    dot_split,
+    dot,
     fold,
+    gradient_parts,
     load_mix,
     load_rows,
     num_multiprocessors,
@@ -42,7 +42,7 @@ from mhcplan.kernels.triton_support import (
 FUSED_MOST_ROWS = 4  # above, dphi's tile does not fit in registers beside the rest
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _post_backward_kernel(
     dy_ptr, x_ptr, f_ptr, coefficients_ptr, df_ptr, dmix_ptr, T,
     N: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr,
@@ -98,10 +98,10 @@ def _post_backward_kernel(
 
 @triton.jit
 def _sinkhorn_backward(
-    pid, projection_ptr, dmix_ptr, coefficients_ptr, bias_ptr, alpha_ptr, history_ptr, dp_ptr, T,
-    N: tl.constexpr, MP: tl.constexpr, STEPS: tl.constexpr, BS: tl.constexpr,
+    pid, projection_ptr, dmix_ptr, coefficients_ptr, bias_ptr, alpha_ptr, history_ptr,
+    dlogits_ptr, T, N: tl.constexpr, STEPS: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the logits of H_post and H_res for BS tokens, in columns n.. of ``dp``."""
+    """Gradients of the logits of H_post and H_res for BS tokens, in columns n and up."""
     M: tl.constexpr = N * N + 2 * N
     t = (pid * BS + tl.arange(0, BS)).to(tl.int64)
     token = t < T
@@ -109,7 +109,7 @@ def _sinkhorn_backward(
     mask2 = token[:, None] & (j[None, :] < N)
     h = tl.load(coefficients_ptr + t[:, None] * M + N + j[None, :], mask=mask2, other=0.0)
     d = tl.load(dmix_ptr + t[:, None] * M + N + j[None, :], mask=mask2, other=0.0)
-    tl.store(dp_ptr + t[:, None] * MP + N + j[None, :], d * h * (1.0 - 0.5 * h), mask=mask2)
+    tl.store(dlogits_ptr + t[:, None] * M + N + j[None, :], d * h * (1.0 - 0.5 * h), mask=mask2)
 
     cell = 2 * N + j[:, None] * N + j[None, :]
     mask3 = token[:, None, None] & (cell < M)[None, :, :]
@@ -140,14 +140,14 @@ def _sinkhorn_backward(
         m = m * column_sum[:, None, :]
     dlog = m * (dm - tl.sum(dm * m, axis=2)[:, :, None])
     dlogits = dlog - column * tl.sum(dlog, axis=1)[:, None, :]
-    tl.store(dp_ptr + t[:, None, None] * MP + cell[None, :, :], dlogits, mask=mask3)
+    tl.store(dlogits_ptr + t[:, None, None] * M + cell[None, :, :], dlogits, mask=mask3)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "sinkhorn_programs"])
 def _coefficient_gradients_kernel(
     x_ptr, du_ptr, projection_ptr, dmix_ptr, coefficients_ptr, bias_ptr, alpha_ptr,
-    history_ptr, dp_ptr, T, sinkhorn_programs,
-    N: tl.constexpr, C: tl.constexpr, MP: tl.constexpr, STEPS: tl.constexpr,
+    history_ptr, dlogits_ptr, T, sinkhorn_programs,
+    N: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr,
     BS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     M: tl.constexpr = N * N + 2 * N
@@ -155,7 +155,7 @@ def _coefficient_gradients_kernel(
     if pid < sinkhorn_programs:
         _sinkhorn_backward(
             pid, projection_ptr, dmix_ptr, coefficients_ptr, bias_ptr, alpha_ptr, history_ptr,
-            dp_ptr, T, N, MP, STEPS, BS,
+            dlogits_ptr, T, N, STEPS, BS,
         )  # fmt: skip
     else:
         t = ((pid - sinkhorn_programs) * BT + tl.arange(0, BT)).to(tl.int64)
@@ -177,16 +177,17 @@ def _coefficient_gradients_kernel(
         for i in tl.static_range(N):
             h = tl.load(coefficients_ptr + t * M + i, mask=token, other=0.0)
             dlogit = tl.sum(dpre[i], axis=1) * h * (1.0 - h)
-            tl.store(dp_ptr + t * MP + i, dlogit, mask=token)
+            tl.store(dlogits_ptr + t * M + i, dlogit, mask=token)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _small_kernel(
-    projection_ptr, alpha_ptr, dp_ptr, partial_ptr, T,
-    N: tl.constexpr, C: tl.constexpr, MP: tl.constexpr, BS: tl.constexpr,
+    projection_ptr, alpha_ptr, dlogits_ptr, dp_ptr, s_ptr, partial_ptr, T,
+    N: tl.constexpr, C: tl.constexpr, MP: tl.constexpr, PARTS: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """Logit gradients to dp and s, in place, and this program's sums for db and dalpha."""
+    """Logit gradients to dp and s, and this program's sums for db and dalpha."""
     M: tl.constexpr = N * N + 2 * N
+    DT: tl.constexpr = dp_ptr.dtype.element_ty
     pid = tl.program_id(0)
     t = (pid * BS + tl.arange(0, BS)).to(tl.int64)
     token = t < T
@@ -196,19 +197,22 @@ def _small_kernel(
     alpha = tl.load(alpha_ptr + part, mask=columns < M, other=0.0)
     inverse_rms = tl.load(projection_ptr + t * (M + 1) + M, mask=token, other=0.0)
     p = tl.load(projection_ptr + t[:, None] * (M + 1) + columns[None, :], mask=mask, other=0.0)
-    dlogits = tl.load(dp_ptr + t[:, None] * MP + columns[None, :], mask=mask, other=0.0)
-    tl.debug_barrier()
+    dlogits = tl.load(dlogits_ptr + t[:, None] * M + columns[None, :], mask=mask, other=0.0)
     dp = dlogits * alpha[None, :] * inverse_rms[:, None]
-    # r depends on x: 1/r times -(sum_j dp_j p_j) / (r nC) multiplies x in dx (eq. 15)
+    # 1/r depends on x: s = -(sum_j dp_j p_j) / (r^2 nC) multiplies x in dx (eq. 15)
     s = -tl.sum(dp * p, axis=1) * inverse_rms * inverse_rms / (N * C)
-    out = tl.where(columns[None, :] == M, s[:, None], dp)
-    tl.store(dp_ptr + t[:, None] * MP + columns[None, :], out, mask=token[:, None])
+    tl.store(s_ptr + t, s, mask=token)
+    high, low = split(dp, DT)
+    base = dp_ptr + t[:, None] * (PARTS * MP) + columns[None, :]
+    tl.store(base, high, mask=token[:, None])
+    if PARTS == 2:
+        tl.store(base + MP, low, mask=token[:, None])
     row = partial_ptr + pid * (2 * MP) + columns
     tl.store(row, tl.sum(dlogits, axis=0))
     tl.store(row + MP, tl.sum(dlogits * p * inverse_rms[:, None], axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])
 def _sum_small_kernel(
     partial_ptr, dbias_ptr, dalpha_ptr, programs,
     N: tl.constexpr, MP: tl.constexpr, BLOCK: tl.constexpr,
@@ -234,39 +238,43 @@ def _sum_small_kernel(
 
 
 @triton.jit
-def _load_phi(phi_ptr, c, i: tl.constexpr, first, N: tl.constexpr, C: tl.constexpr,
-              MK: tl.constexpr):  # fmt: skip
-    """Columns of phi that belong to channels ``c`` of row i: ``[MK coefficients, BC]``."""
-    M: tl.constexpr = N * N + 2 * N
-    columns = first + tl.arange(0, MK)
-    mask = (columns < M)[:, None] & (c < C)[None, :]
-    offsets = columns[:, None] * (N * C) + i * C + c[None, :]
-    return tl.load(phi_ptr + offsets, mask=mask, other=0.0)
+def _part_columns(first, MK: tl.constexpr, PARTS: tl.constexpr):
+    """Coefficient and part of the columns of a tile that holds MK coefficients in every part."""
+    j = tl.arange(0, PARTS * MK)
+    return first + j % MK, j // MK
 
 
 @triton.jit
+def _load_phi(
+    phi_ptr, c, i: tl.constexpr, column, dtype: tl.constexpr, N: tl.constexpr, C: tl.constexpr
+):
+    """phi of row i's channels ``c`` for the given coefficients, rounded: ``[columns, BC]``."""
+    mask = (column < N * N + 2 * N)[:, None] & (c < C)[None, :]
+    offsets = column[:, None] * (N * C) + i * C + c[None, :]
+    return tl.load(phi_ptr + offsets, mask=mask, other=0.0).to(dtype)
+
+
+@triton.jit(do_not_specialize=["T", "t_split"])
 def _pre_backward_kernel(
-    dy_ptr, x_ptr, du_ptr, coefficients_ptr, dp_ptr, phi_ptr, dx_ptr, partial_ptr, T, t_split,
-    N: tl.constexpr, C: tl.constexpr, MP: tl.constexpr, MK: tl.constexpr, WITH_W: tl.constexpr,
-    BT: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
+    dy_ptr, x_ptr, du_ptr, coefficients_ptr, dp_ptr, s_ptr, phi_ptr, dx_ptr, partial_ptr,
+    T, t_split,
+    N: tl.constexpr, C: tl.constexpr, MP: tl.constexpr, MK: tl.constexpr, PARTS: tl.constexpr,
+    WITH_W: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    # dp comes as [rounded | remainder] for bf16 (PARTS = 2), so one product with phi stacked
+    # twice is dp phi, and one product of x with it gives both parts of dphi.
     M: tl.constexpr = N * N + 2 * N
     DT: tl.constexpr = x_ptr.dtype.element_ty
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     slot = tl.program_id(1)
-    columns = tl.arange(0, MK)
     t_first = slot * t_split
     dphi = ()
-    if WITH_W:
-        for _i in tl.static_range(N):
-            dphi = dphi + (tl.zeros((BC, MK), tl.float32),)
-    phi_high = ()
-    phi_low = ()
-    if WITH_W:  # MK == MP: one chunk, loaded once and kept on chip
+    phi = ()
+    column, part = _part_columns(0, MK, PARTS)
+    if WITH_W:  # MK == MP: all coefficients at once; phi is loaded once and stays on chip
         for i in tl.static_range(N):
-            high, low = split(_load_phi(phi_ptr, c, i, 0, N, C, MK), DT)
-            phi_high = phi_high + (high,)
-            phi_low = phi_low + (low,)
+            dphi = dphi + (tl.zeros((BC, PARTS * MK), tl.float32),)
+            phi = phi + (_load_phi(phi_ptr, c, i, column, DT, N, C),)
     for t0 in tl.range(t_first, min(t_first + t_split, T), BT, num_stages=STAGES):
         t = (t0 + tl.arange(0, BT)).to(tl.int64)
         token = t < T
@@ -277,33 +285,23 @@ def _pre_backward_kernel(
         du = tl.load(du_ptr + t[:, None] * C + c[None, :], mask=mask, other=0.0)
         pre = load_mix(coefficients_ptr, t, token, 0, N, M)
         res = load_mix(coefficients_ptr, t, token, 2 * N, N * N, M)
-        s = tl.load(dp_ptr + t * MP + M, mask=token, other=0.0)
+        s = tl.load(s_ptr + t, mask=token, other=0.0)
+        dp_row = dp_ptr + t[:, None] * (PARTS * MP)
         if WITH_W:
-            dp = tl.load(
-                dp_ptr + t[:, None] * MP + columns[None, :],
-                mask=token[:, None] & (columns < M)[None, :],
-                other=0.0,
-            )
-            dp_high, dp_low = split(dp, DT)
+            dp = tl.load(dp_row + (part * MP + column)[None, :], mask=token[:, None], other=0.0)
         new_dphi = ()
         for i in tl.static_range(N):
+            dx = tl.zeros((BT, BC), tl.float32)
             if WITH_W:
-                dx = tl.zeros((BT, BC), tl.float32)
-                dx = dot_split(dp_high, dp_low, phi_high[i], phi_low[i], dx)
-                product = dot_exact_left(tl.trans(x[i]), dp, dphi[i])
-                new_dphi = new_dphi + (product,)
+                dx = dot(dp, phi[i], dx)
+                new_dphi = new_dphi + (dot(tl.trans(x[i]), dp, dphi[i]),)
             else:
-                dx = tl.zeros((BT, BC), tl.float32)
                 for first in tl.static_range(0, M, MK):
-                    part = tl.load(
-                        dp_ptr + t[:, None] * MP + (first + columns)[None, :],
-                        mask=token[:, None] & (first + columns < M)[None, :],
-                        other=0.0,
+                    chunk, half = _part_columns(first, MK, PARTS)
+                    piece = tl.load(
+                        dp_row + (half * MP + chunk)[None, :], mask=token[:, None], other=0.0
                     )
-                    phi = _load_phi(phi_ptr, c, i, first, N, C, MK)
-                    part_high, part_low = split(part, DT)
-                    high, low = split(phi, DT)
-                    dx = dot_split(part_high, part_low, high, low, dx)
+                    dx = dot(piece, _load_phi(phi_ptr, c, i, chunk, DT, N, C), dx)
             dx += s[:, None] * x[i].to(tl.float32) + pre[i][:, None] * du.to(tl.float32)
             for o in tl.static_range(N):
                 dx += res[o * N + i][:, None] * dy[o].to(tl.float32)
@@ -311,39 +309,43 @@ def _pre_backward_kernel(
         if WITH_W:
             dphi = new_dphi
     if WITH_W:
-        keep = (columns < M)[None, :] & (c < C)[:, None]
-        base = partial_ptr + slot * (M * N * C) + columns[None, :] * (N * C) + c[:, None]
+        rows = tl.arange(0, MP)
+        keep = (rows < M)[None, :] & (c < C)[:, None]
+        base = partial_ptr + slot * (M * N * C) + rows[None, :] * (N * C) + c[:, None]
         for i in tl.static_range(N):
-            tl.store(base + i * C, dphi[i], mask=keep)
+            whole = tl.sum(tl.reshape(dphi[i], [BC, PARTS, MP]), axis=1)
+            tl.store(base + i * C, whole, mask=keep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "t_split"])
 def _weight_kernel(
     x_ptr, dp_ptr, partial_ptr, T, t_split,
-    K: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, MB: tl.constexpr,
+    K: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, MB: tl.constexpr, PARTS: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     k = tl.program_id(0) * BK + tl.arange(0, BK)
-    columns = tl.program_id(1) * MB + tl.arange(0, MB)
+    first = tl.program_id(1) * MB
     slot = tl.program_id(2)
     t_first = slot * t_split
-    acc = tl.zeros((BK, MB), tl.float32)
+    column, part = _part_columns(first, MB, PARTS)
+    acc = tl.zeros((BK, PARTS * MB), tl.float32)
     for t0 in tl.range(t_first, min(t_first + t_split, T), BT, num_stages=STAGES):
         t = (t0 + tl.arange(0, BT)).to(tl.int64)
-        token = t < T
-        x = tl.load(x_ptr + t[:, None] * K + k[None, :], mask=token[:, None], other=0.0)
-        dp = tl.load(
-            dp_ptr + t[:, None] * MP + columns[None, :],
-            mask=token[:, None] & (columns < M)[None, :],
-            other=0.0,
-        )
-        acc = dot_exact_left(tl.trans(x), dp, acc)
-    base = partial_ptr + slot * (M * K) + columns[None, :] * K + k[:, None]
-    tl.store(base, acc, mask=(columns < M)[None, :])
+        token = (t < T)[:, None]
+        x = tl.load(x_ptr + t[:, None] * K + k[None, :], mask=token & (k < K)[None, :], other=0.0)
+        dp_row = dp_ptr + t[:, None] * (PARTS * MP)
+        dp = tl.load(dp_row + (part * MP + column)[None, :], mask=token, other=0.0)
+        acc = dot(tl.trans(x), dp, acc)
+    rows = first + tl.arange(0, MB)
+    whole = tl.sum(tl.reshape(acc, [BK, PARTS, MB]), axis=1)
+    base = partial_ptr + slot * (M * K) + rows[None, :] * K + k[:, None]
+    tl.store(base, whole, mask=(rows < M)[None, :] & (k < K)[:, None])
 
 
-@triton.jit
-def _sum_partials_kernel(partial_ptr, out_ptr, size, splits, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["splits"])
+def _sum_partials_kernel(
+    partial_ptr, out_ptr, splits, size: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < size
     total = tl.load(partial_ptr + offsets, mask=mask, other=0.0)
@@ -376,28 +378,32 @@ def post_backward(dy: Tensor, x: Tensor, f: Tensor, coefficients: Tensor) -> tup
 def coefficient_gradients(
     x: Tensor, du: Tensor, coefficients: Tensor, projection: Tensor, dmix: Tensor,
     bias: Tensor, alpha: Tensor, steps: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """``(dp, dbias, dalpha)``: back through pre-apply, Sinkhorn, the sigmoids and the norm.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Back through pre-apply, Sinkhorn, the sigmoids and the norm: ``(dp, s, dbias, dalpha)``.
 
-    dp is ``[T, MP]`` fp32: M gradients of the projection, then s (see the module), then padding.
+    dp is ``[T, parts * MP]`` in the residual's dtype: the gradient of the projection, rounded,
+    and for bf16 the remainder beside it. s is ``[T]`` fp32: dx has s x from the norm.
     """
     tokens, n, channels = x.shape
     padded = padded_coefficients(n)
+    parts = gradient_parts(x.dtype)
     cfg = tuning.config("pre_reduce", n, channels, tokens, x.dtype)
-    dp = x.new_empty((tokens, padded), dtype=torch.float32)
+    dlogits = torch.empty_like(dmix)
     history = x.new_empty((tokens, max(steps - 1, 1), 2 * n), dtype=torch.float32)
     sinkhorn_programs = triton.cdiv(tokens, cfg.BS)
     _coefficient_gradients_kernel[(sinkhorn_programs + triton.cdiv(tokens, cfg.BT),)](
-        x, du, projection, dmix, coefficients, bias, alpha, history, dp, tokens,
-        sinkhorn_programs, N=n, C=channels, MP=padded, STEPS=steps,
+        x, du, projection, dmix, coefficients, bias, alpha, history, dlogits, tokens,
+        sinkhorn_programs, N=n, C=channels, STEPS=steps,
         BS=cfg.BS, BT=cfg.BT, BC=cfg.BC, V=cfg.V, STAGES=cfg.stages, num_warps=cfg.warps,
     )  # fmt: skip
     small = tuning.config("small", n, channels, tokens, x.dtype)
     programs = triton.cdiv(tokens, small.BS)
+    dp = x.new_empty((tokens, parts * padded))
+    s = x.new_empty((tokens,), dtype=torch.float32)
     partial = x.new_empty((programs, 2, padded), dtype=torch.float32)
     _small_kernel[(programs,)](
-        projection, alpha, dp, partial, tokens, N=n, C=channels, MP=padded,
-        BS=small.BS, num_warps=small.warps,
+        projection, alpha, dlogits, dp, s, partial, tokens, N=n, C=channels, MP=padded,
+        PARTS=parts, BS=small.BS, num_warps=small.warps,
     )  # fmt: skip
     dbias = torch.empty_like(bias)
     dalpha = torch.empty_like(alpha)
@@ -405,27 +411,29 @@ def coefficient_gradients(
         partial, dbias, dalpha, programs, N=n, MP=padded,
         BLOCK=max(1, 4096 // padded), num_warps=8,
     )  # fmt: skip
-    return dp, dbias, dalpha
+    return dp, s, dbias, dalpha
 
 
 def pre_backward(
-    dy: Tensor, x: Tensor, du: Tensor, coefficients: Tensor, dp: Tensor, phi: Tensor,
+    dy: Tensor, x: Tensor, du: Tensor, coefficients: Tensor, dp: Tensor, s: Tensor, phi: Tensor,
     with_weight: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """dx ``[T, n, C]``, and dphi ``[M, n C]`` if asked for in the same pass over the state."""
     tokens, n, channels = x.shape
     m = num_coefficients(n)
     fused = with_weight and n <= FUSED_MOST_ROWS
-    cfg = tuning.config("pre_backward", n, channels, tokens, x.dtype)
-    padded = dp.shape[1]
+    kernel = "pre_backward" if fused else "pre_backward_input"
+    cfg = tuning.config(kernel, n, channels, tokens, x.dtype)
+    padded = padded_coefficients(n)
     blocks = triton.cdiv(channels, cfg.BC)
     splits, t_split = _token_splits(blocks, tokens, cfg, x.device)
     dx = torch.empty_like(x)
     shape = (splits, m, n * channels) if fused else (1,)
     partial = x.new_empty(shape, dtype=torch.float32)
     _pre_backward_kernel[(blocks, splits)](
-        dy, x, du, coefficients, dp, phi, dx, partial, tokens, t_split,
-        N=n, C=channels, MP=padded, MK=padded if fused else min(padded, 32), WITH_W=fused,
+        dy, x, du, coefficients, dp, s, phi, dx, partial, tokens, t_split,
+        N=n, C=channels, MP=padded, MK=padded if fused else min(padded, 32),
+        PARTS=gradient_parts(x.dtype), WITH_W=fused,
         BT=cfg.BT, BC=cfg.BC, STAGES=cfg.stages, num_warps=cfg.warps,
     )  # fmt: skip
     if not with_weight:
@@ -439,7 +447,7 @@ def weight_backward(x: Tensor, dp: Tensor) -> Tensor:
     m = num_coefficients(n)
     width = n * channels
     cfg = tuning.config("weight", n, channels, tokens, x.dtype)
-    padded = dp.shape[1]
+    padded = padded_coefficients(n)
     column_block = min(padded, 128)
     blocks = triton.cdiv(width, cfg.BC)
     column_blocks = triton.cdiv(m, column_block)
@@ -447,6 +455,7 @@ def weight_backward(x: Tensor, dp: Tensor) -> Tensor:
     partial = x.new_empty((splits, m, width), dtype=torch.float32)
     _weight_kernel[(blocks, column_blocks, splits)](
         x, dp, partial, tokens, t_split, K=width, M=m, MP=padded, MB=column_block,
+        PARTS=gradient_parts(x.dtype),
         BT=cfg.BT, BK=cfg.BC, STAGES=cfg.stages, num_warps=cfg.warps,
     )  # fmt: skip
     return _sum_partials(partial)
@@ -469,6 +478,6 @@ def _sum_partials(partial: Tensor) -> Tensor:
     out = partial.new_empty(shape)
     block = 1024
     _sum_partials_kernel[(triton.cdiv(out.numel(), block),)](
-        partial, out, out.numel(), splits, BLOCK=block
+        partial, out, splits, size=out.numel(), BLOCK=block
     )
     return out

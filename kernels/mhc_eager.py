@@ -37,7 +37,7 @@ def post_backward(dy: Tensor, x: Tensor, f: Tensor, coefficients: Tensor) -> tup
 
 def pre_backward_input(
     dy: Tensor, x: Tensor, du: Tensor, coefficients: Tensor, dmix: Tensor,
-    phi: Tensor, bias: Tensor, alpha: Tensor, padded: int, steps: int, norm_eps: float,
+    phi: Tensor, bias: Tensor, alpha: Tensor, width: int, steps: int, norm_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """``(dx, dp, dbias, dalpha)``."""
     n = x.shape[-2]
@@ -54,15 +54,21 @@ def pre_backward_input(
         )
     res = reference.Coefficients.split(coefficients, n).res
     dx = dx + torch.einsum("toi,toc->tic", res, dy.to(res.dtype))
-    dp = x.new_zeros((x.shape[0], padded), dtype=torch.float32)
+    # The kernels' layout: rounded to the residual's dtype, then, in bf16, the remainder.
+    dp = x.new_zeros((x.shape[0], width))
     dp[:, :m] = dprojection[:, :m]
+    if x.dtype != torch.float32:
+        dp[:, width // 2 : width // 2 + m] = dprojection[:, :m] - dp[:, :m].float()
     return dx.to(x.dtype), dp, dbias, dalpha
 
 
 def pre_backward_weight(x: Tensor, dp: Tensor) -> Tensor:
     """dphi ``[M, n C]``."""
     m = num_coefficients(x.shape[-2])
-    return dp[:, :m].mT @ x.flatten(-2).to(dp.dtype)
+    whole = dp.float()
+    if x.dtype != torch.float32:
+        whole = whole[:, : dp.shape[1] // 2] + whole[:, dp.shape[1] // 2 :]
+    return whole[:, :m].mT @ x.flatten(-2).float()
 
 
 def recompute(

@@ -30,6 +30,7 @@ from mhcplan.kernels.triton_support import (
     padded_coefficients,
 )
 
+# Token counts and the like are not specialised on: a new batch shape must not compile anything.
 # A sum that is smaller is not divided by; reference.SINKHORN_TINY, as a constant of the kernels.
 _TINY = tl.constexpr(1e-30)
 
@@ -57,15 +58,15 @@ def first_sinkhorn_step(logits):
     return m, tl.exp(log_column)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "split_steps"])
 def _project_kernel(
-    x_ptr, phi_ptr, partial_ptr, T, k_split,
+    x_ptr, phi_ptr, partial_ptr, T, split_steps,
     K: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     split = tl.program_id(1)
-    k_first = split * k_split
+    k_first = split * split_steps * BK
     columns = tl.arange(0, MP)
     kk = tl.arange(0, BK)
     token = t < T
@@ -73,7 +74,7 @@ def _project_kernel(
     phi_base = phi_ptr + columns[:, None] * K + kk[None, :]
     acc = tl.zeros((BT, MP), tl.float32)
     square = tl.zeros((BT,), tl.float32)
-    for k in tl.range(k_first, min(k_first + k_split, K), BK, num_stages=STAGES):
+    for k in tl.range(k_first, min(k_first + split_steps * BK, K), BK, num_stages=STAGES):
         x = tl.load(x_base + k, mask=token[:, None], other=0.0)
         phi = tl.load(phi_base + k, mask=columns[:, None] < M, other=0.0)
         acc = dot_exact_left(x, tl.trans(phi), acc)
@@ -134,7 +135,7 @@ def _write_coefficients(
     tl.store(coefficients_ptr + t[:, None, None] * M + cell[None, :, :], m, mask=mask3)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "splits", "sinkhorn_programs"])
 def _coefficients_pre_kernel(
     x_ptr, partial_ptr, bias_ptr, alpha_ptr, u_ptr, coefficients_ptr, projection_ptr,
     T, splits, sinkhorn_programs, norm_eps,
@@ -181,7 +182,7 @@ def mixed_row(x, f, post, res, o: tl.constexpr, N: tl.constexpr):
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _post_kernel(
     x_ptr, f_ptr, coefficients_ptr, y_ptr, T,
     N: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
@@ -207,9 +208,9 @@ def _post_kernel(
             tl.store(y_ptr + o * C + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "split_steps"])
 def _post_project_kernel(
-    x_ptr, f_ptr, coefficients_ptr, phi_ptr, y_ptr, partial_ptr, T, c_split,
+    x_ptr, f_ptr, coefficients_ptr, phi_ptr, y_ptr, partial_ptr, T, split_steps,
     N: tl.constexpr, C: tl.constexpr, MP: tl.constexpr,
     BT: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -223,8 +224,8 @@ def _post_project_kernel(
     res = load_mix(coefficients_ptr, t, token, 2 * N, N * N, M)
     acc = tl.zeros((BT, MP), tl.float32)
     square = tl.zeros((BT,), tl.float32)
-    c_first = split * c_split
-    for c0 in tl.range(c_first, min(c_first + c_split, C), BC, num_stages=STAGES):
+    c_first = split * split_steps * BC
+    for c0 in tl.range(c_first, min(c_first + split_steps * BC, C), BC, num_stages=STAGES):
         c = c0 + cc
         mask = token[:, None] & (c < C)[None, :]
         offsets = t[:, None] * (N * C) + c[None, :]
@@ -271,11 +272,11 @@ def project(x: Tensor, phi: Tensor) -> Tensor:
     cfg = tuning.config("project", n, channels, tokens, x.dtype)
     blocks = triton.cdiv(tokens, cfg.BT)
     splits = _splits(blocks, width // (4 * cfg.BK) or 1, x.device, cfg.per_sm)
-    k_split = triton.cdiv(triton.cdiv(width, splits), cfg.BK) * cfg.BK
-    splits = triton.cdiv(width, k_split)
+    split_steps = triton.cdiv(triton.cdiv(width, splits), cfg.BK)
+    splits = triton.cdiv(width, split_steps * cfg.BK)
     partial = x.new_empty((splits, tokens, padded), dtype=torch.float32)
     _project_kernel[(blocks, splits)](
-        x, phi, partial, tokens, k_split, K=width, M=num_coefficients(n), MP=padded,
+        x, phi, partial, tokens, split_steps, K=width, M=num_coefficients(n), MP=padded,
         BT=cfg.BT, BK=cfg.BK, STAGES=cfg.stages, num_warps=cfg.warps,
     )  # fmt: skip
     return partial
@@ -329,12 +330,12 @@ def post_project(
     cfg = tuning.config("post_project", n, channels, tokens, x.dtype)
     blocks = triton.cdiv(tokens, cfg.BT)
     splits = _splits(blocks, channels // cfg.BC or 1, x.device, cfg.per_sm)
-    c_split = triton.cdiv(triton.cdiv(channels, splits), cfg.BC) * cfg.BC
-    splits = triton.cdiv(channels, c_split)
+    split_steps = triton.cdiv(triton.cdiv(channels, splits), cfg.BC)
+    splits = triton.cdiv(channels, split_steps * cfg.BC)
     y = torch.empty_like(x)
     partial = x.new_empty((splits, tokens, padded), dtype=torch.float32)
     _post_project_kernel[(blocks, splits)](
-        x, f, coefficients, phi_next, y, partial, tokens, c_split, N=n, C=channels, MP=padded,
+        x, f, coefficients, phi_next, y, partial, tokens, split_steps, N=n, C=channels, MP=padded,
         BT=cfg.BT, BC=cfg.BC, STAGES=cfg.stages, num_warps=cfg.warps,
     )  # fmt: skip
     return y, partial

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 MOST_SITES = 16  # a launch; every site is unrolled, so a longer block takes several
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _recompute_kernel(
     x_ptr, f_ptrs, coefficients_ptrs, u_ptr, y_ptr, T,
     N: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,

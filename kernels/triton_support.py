@@ -48,6 +48,11 @@ def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def gradient_parts(dtype: torch.dtype) -> int:
+    """Parts in which dp is kept: bf16 residuals multiply it as rounded value and remainder."""
+    return 1 if dtype == torch.float32 else 2
+
+
 def padded_coefficients(n: int) -> int:
     """Width of rows that hold M coefficients and one more number, for the tensor cores."""
     return max(16, triton.next_power_of_2(n * n + 2 * n + 1))
@@ -80,16 +85,6 @@ def dot_exact_left(a, b, acc):
         return dot(a, b, acc)
     high, low = split(b, a.dtype)
     return dot(a, low, dot(a, high, acc))
-
-
-@triton.jit
-def dot_split(a_high, a_low, b_high, b_low, acc):
-    """``acc + a @ b`` of two fp32 tiles given as :func:`split` made them (low * low is dropped)."""
-    if a_high.dtype == tl.float32:
-        return dot(a_high, b_high, acc)
-    acc = dot(a_low, b_high, acc)
-    acc = dot(a_high, b_low, acc)
-    return dot(a_high, b_high, acc)
 
 
 @triton.jit

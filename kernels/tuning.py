@@ -48,12 +48,24 @@ _DEFAULT: dict[str, Config] = {
     "post_backward": Config(BT=4, BC=128, warps=4),
     "pre_reduce": Config(BT=4, BC=256, warps=4, BS=32),
     "small": Config(BS=64, warps=4),
-    "pre_backward": Config(BT=64, BC=64, warps=8, stages=2),
+    "pre_backward": Config(BT=64, BC=64, warps=8, stages=3, per_sm=1),
+    "pre_backward_input": Config(BT=64, BC=64, warps=8, stages=1),
     "weight": Config(BT=64, BC=64, warps=4, stages=3),
     "recompute": Config(BT=4, BC=256, warps=4),
 }
 
 _TABLE: dict[str, dict[tuple[int, int], dict[int, Config]]] = {}
+
+KERNELS = tuple(_DEFAULT)
+_OVERRIDE: dict[str, Config] = {}
+
+
+def override(kernel: str, chosen: Config | None) -> None:
+    """Use ``chosen`` for every shape of ``kernel`` from now on; ``None`` ends that (for tuning)."""
+    if chosen is None:
+        _OVERRIDE.pop(kernel, None)
+    else:
+        _OVERRIDE[kernel] = chosen
 
 
 def config(kernel: str, n: int, channels: int, tokens: int, dtype: torch.dtype) -> Config:
@@ -62,6 +74,8 @@ def config(kernel: str, n: int, channels: int, tokens: int, dtype: torch.dtype) 
     Raises:
         KeyError: there is no kernel of that name.
     """
+    if kernel in _OVERRIDE:
+        return _OVERRIDE[kernel]
     default = _DEFAULT[kernel]
     by_channels = _TABLE.get(kernel, {}).get((n, dtype.itemsize))
     if not by_channels:
