@@ -50,8 +50,12 @@ class SpecError(ValueError):
     """A plan that cannot be run; the message is one line: field, value and what is valid."""
 
 
-def _count(most: int) -> Any:  # noqa: ANN401 - pydantic metadata has no common type
-    return Field(ge=1, le=most, strict=True)
+def _count(most: int, description: str = "") -> Any:  # noqa: ANN401 - FieldInfo as Any, as pydantic's
+    return Field(ge=1, le=most, strict=True, description=description or None)
+
+
+def _about(description: str) -> Any:  # noqa: ANN401
+    return Field(description=description)
 
 
 def _model_of(value: object) -> object:
@@ -59,22 +63,21 @@ def _model_of(value: object) -> object:
 
 
 class LayoutSpec(Spec):
-    """How GPUs are used: GPUs = pp x ep x dp, placed ep fastest, then dp, then pp.
+    """How GPUs are used: GPUs = pp x ep x dp, placed ep fastest, then dp, then pp."""
 
-    Attributes:
-        pp: pipeline ranks P.
-        ep: ranks that split the routed experts; everything else is replicated over them.
-        dp: replicas of an expert-parallel group.
-        gpus_per_node: which transfers leave the node.
-        blocks_per_stage: transformer blocks of every stage, in depth order; None shares them
-            evenly, remainders to the earliest stages.
-    """
-
-    pp: Annotated[int, _count(4096)] = 8
-    ep: Annotated[int, _count(65536)] = 8
-    dp: Annotated[int, _count(65536)] = 1
-    gpus_per_node: Annotated[int, _count(1024)] = 8
-    blocks_per_stage: tuple[Annotated[int, _count(MAX_BLOCKS)], ...] | None = None
+    pp: Annotated[int, _count(4096, "pipeline ranks P")] = 8
+    ep: Annotated[
+        int, _count(65536, "ranks that split the routed experts; all else is replicated over them")
+    ] = 8
+    dp: Annotated[int, _count(65536, "replicas of an expert-parallel group")] = 1
+    gpus_per_node: Annotated[int, _count(1024, "GPUs of one node: what leaves it is slower")] = 8
+    blocks_per_stage: Annotated[
+        tuple[Annotated[int, _count(MAX_BLOCKS)], ...] | None,
+        _about(
+            "transformer blocks of every stage, in depth order; without it they are shared evenly,"
+            " remainders to the earliest stages"
+        ),
+    ] = None
 
     @property
     def gpus(self) -> int:
@@ -88,46 +91,58 @@ class LayoutSpec(Spec):
 
 
 class PlanSpec(Spec):
-    """A training step to predict.
+    """A training step to predict; every field says in its description what it decides."""
 
-    Attributes:
-        model: the transformer; in files and on the command line also a preset's name.
-        residual: how sublayers are joined, and mHC's recompute block.
-        layout: how the GPUs are used.
-        microbatches: M of one replica, of both DualPipe directions together.
-        micro_batch_size: sequences in a microbatch.
-        seq_len: tokens in a sequence.
-        schedule: the pipeline schedule.
-        priority: which mHC ops run on the high-priority stream: ``none``; ``post``: F_post,res of
-            MLP sites; ``recompute``: those and the recompute; ``all``: every mHC op.
-        p2p: ``eager`` posts each pipeline message by itself, ``grouped`` in batches as DualPipe.
-        comm_streams: ``two``: expert and pipeline traffic have a stream each; ``one``: they share.
-        overlap_recompute: recompute may run before its gradient arrives.
-        profile: name of a shipped profile, or path of a profile file.
-        engine: what plays the program.
-        memory_limit_bytes: memory of one GPU; None takes the profile's hardware.
-    """
-
-    model: Annotated[ModelSpec, BeforeValidator(_model_of, json_schema_input_type=str | ModelSpec)]
-    residual: ResidualSpec = ResidualSpec()
-    layout: LayoutSpec = LayoutSpec()
-    microbatches: Annotated[int, _count(MAX_CELLS)] = 64
-    micro_batch_size: Annotated[int, _count(MAX_TOKENS)] = 1
-    seq_len: Annotated[int, _count(MAX_TOKENS)] = 4096
-    schedule: ScheduleName = "dualpipe"
-    priority: Priority = "post"
-    p2p: P2P = "eager"
-    comm_streams: CommStreams = "two"
-    overlap_recompute: Annotated[bool, Field(strict=True)] = True
-    profile: Annotated[str, Field(min_length=1)] = "h100-sxm"
-    engine: Engine = "simpy"
-    memory_limit_bytes: Annotated[ByteSize, Field(ge=1)] | None = None
+    model: Annotated[
+        ModelSpec,
+        BeforeValidator(_model_of, json_schema_input_type=str | ModelSpec),
+        _about("the transformer: a preset's name or all its sizes"),
+    ]
+    residual: Annotated[
+        ResidualSpec, _about("how sublayers are joined, and mHC's recompute block")
+    ] = ResidualSpec()
+    layout: Annotated[LayoutSpec, _about("how the GPUs are used")] = LayoutSpec()
+    microbatches: Annotated[
+        int, _count(MAX_CELLS, "M of one replica, of both DualPipe directions together")
+    ] = 64
+    micro_batch_size: Annotated[int, _count(MAX_TOKENS, "sequences in a microbatch")] = 1
+    seq_len: Annotated[int, _count(MAX_TOKENS, "tokens in a sequence")] = 4096
+    schedule: Annotated[ScheduleName, _about("pipeline schedule")] = "dualpipe"
+    priority: Annotated[
+        Priority,
+        _about(
+            "mHC ops on the high-priority stream: none; post: F_post,res of MLP sites;"
+            " recompute: those and the recompute; all"
+        ),
+    ] = "post"
+    p2p: Annotated[
+        P2P,
+        _about(
+            "pipeline messages: eager posts each by itself, grouped in batches between two actions"
+        ),
+    ] = "eager"
+    comm_streams: Annotated[
+        CommStreams,
+        _about("expert and pipeline traffic: two have streams of their own, one shares a stream"),
+    ] = "two"
+    overlap_recompute: Annotated[
+        bool, Field(strict=True, description="recompute may run before its gradient arrives")
+    ] = True
+    profile: Annotated[
+        str, Field(min_length=1, description="name of a shipped profile, or path of a file")
+    ] = "h100-sxm"
+    engine: Annotated[Engine, _about("what plays the program")] = "simpy"
+    memory_limit_bytes: Annotated[
+        Annotated[ByteSize, Field(ge=1)] | None,
+        _about("memory of one GPU in bytes, or as '80GB'; without it, that of the profile's GPU"),
+    ] = None
 
     @model_validator(mode="after")
     def _is_legal(self) -> Self:
         _check_size(self)
         _check_experts(self)
         _check_stages(self)
+        _check_messages(self)
         return self
 
     @property
@@ -231,6 +246,18 @@ def _check_experts(plan: PlanSpec) -> None:
     if moe is not None and moe.num_experts % ep:
         raise ValueError(
             f"layout.ep={ep} must divide the {moe.num_experts} experts of {plan.model.name}"
+        )
+
+
+def _check_messages(plan: PlanSpec) -> None:
+    """One group for all messages needs batches, and batches that agree on both ends: DualPipe's."""
+    if plan.p2p == "grouped" and plan.schedule not in ("dualpipe", "dualpipev"):
+        raise ValueError(
+            f"p2p=grouped goes with dualpipe and dualpipev: schedule={plan.schedule} takes eager"
+        )
+    if plan.comm_streams == "one" and plan.p2p != "grouped":
+        raise ValueError(
+            "comm_streams=one needs p2p=grouped: single messages would block each other"
         )
 
 

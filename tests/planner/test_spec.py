@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from mhcplan.planner.schedules import SCHEDULES, ScheduleError, build_schedule
 from mhcplan.planner.spec import (
     MAX_CELLS,
+    LayoutSpec,
     PlanSpec,
     ScheduleName,
     SpecError,
@@ -56,6 +57,8 @@ def test_every_schedule_of_the_planner_is_a_value_of_the_field() -> None:
         ),
         ({"microbatches": MAX_CELLS}, f"must be at most {MAX_CELLS // 8} with layout.pp=8"),
         ({"schedule": "dualpip"}, "schedule='dualpip' must be '1f1b', 'interleaved-1f1b'"),
+        ({"comm_streams": "one"}, "comm_streams=one needs p2p=grouped"),
+        ({"p2p": "grouped", "schedule": "zb1p"}, "p2p=grouped goes with dualpipe and dualpipev"),
         ({"engine": "compiled"}, "engine='compiled' must be 'simpy'"),
         ({"model": "mhc-28b"}, "model='mhc-28b' is unknown; did you mean mhc-27b"),
         ({"layuot": {}}, "layuot is not a field of a plan; did you mean layout"),
@@ -152,3 +155,9 @@ def test_digest_tells_plans_apart_and_equal_plans_not() -> None:
 def test_plan_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         make_plan(PAPER).seq_len = 1  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_every_field_says_what_it_decides() -> None:
+    for spec in (PlanSpec, LayoutSpec):
+        for name, field in spec.model_fields.items():
+            assert field.description, name
