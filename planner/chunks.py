@@ -29,6 +29,7 @@ from mhcplan.profiles.specs import SITES_PER_BLOCK, Mla, ModelSpec, ResidualSpec
 from mhcplan.profiles.vocabulary import (
     BF16,
     FP32,
+    NO_COST,
     VOCABULARY,
     OpKey,
     TransferKey,
@@ -134,7 +135,7 @@ class Chunk:
         self._recomputed = not self.plain and work.recompute_block is not None
         self._prefix = "hc" if work.residual.kind == "hc" else "mhc"
 
-    # -- boxes of figure 4, forward ----------------------------------------------------------------
+    # -- boxes of figure 4, forward
 
     def enter(self) -> None:
         """First stage: embedding, and its copy to n rows."""
@@ -229,7 +230,7 @@ class Chunk:
         self._op("head", "F", COMPUTE, key, reads=["hz"],
                  new=[New("dlogits", logits, "logits")])  # fmt: skip
 
-    # -- boxes of figure 4, backward ---------------------------------------------------------------
+    # -- boxes of figure 4, backward
 
     def enter_backward(self) -> None:
         """Last stage: from the loss to the gradient of the last state."""
@@ -268,8 +269,16 @@ class Chunk:
         self._op("mhc_recompute", "R", stream, self._recompute_key(len(sites)),
                  category="recompute", site=last, reads=reads, new=made)  # fmt: skip
         for j in sites:
-            self._op("norm", "R", stream, self._hidden_key("norm", "R"), category="recompute",
-                     site=j, reads=[f"ur{j}"], new=[self._hidden(f"hr{j}", "recompute")])
+            self._op(
+                "norm",
+                "R",
+                stream,
+                self._hidden_key("norm", "R"),
+                category="recompute",
+                site=j,
+                reads=[f"ur{j}"],
+                new=[self._hidden(f"hr{j}", "recompute")],
+            )
 
     def ffn_leave_backward(self, block: int) -> None:
         """F_post,res^M(B), and the gradients of the weighted sum."""
@@ -380,15 +389,20 @@ class Chunk:
             key = self._hidden_key("embedding", "W", vocab=self._model.vocab_size)
             self._op("embedding", "W", COMPUTE, key, reads=[gradient], dead=[gradient])
 
-    # -- pipeline messages -------------------------------------------------------------------------
+    # -- pipeline messages
 
     def receive(self, pass_: str) -> None:
-        """Post the receive of the state (F; kept as the stage's stored input) or its gradient (I)."""
+        """Receive the state (F; it stays as the stage's stored input) or its gradient (I)."""
         forward = self._state("x0"), -1
         backward = self._state(self._g(self.shape.num_sites), "communication"), 1
         new, hop = forward if pass_ == "F" else backward
         self._op("pp_recv", pass_, PIPE, self.work.pipe_key, category="pp", new=[new], hop=hop,
                  payload_bytes=self.work.state_bytes)  # fmt: skip
+
+    def await_message(self, pass_: str) -> None:
+        """Let the compute stream wait for a receive before anything needs it."""
+        name = "x0" if pass_ == "F" else self._g(self.shape.num_sites)
+        self._op("await", pass_, COMPUTE, NO_COST, reads=[name])
 
     def send(self, pass_: str) -> None:
         """Send the state (F) or its gradient (I); its buffer is dead once the send is done."""
@@ -396,7 +410,7 @@ class Chunk:
         self._op("pp_send", pass_, PIPE, self.work.pipe_key, category="pp", reads=[name],
                  dead=[name], hop=hop, is_send=1, payload_bytes=self.work.state_bytes)  # fmt: skip
 
-    # -- parts of the boxes ------------------------------------------------------------------------
+    # -- parts of the boxes
 
     def _pre_forward(self, j: int) -> None:
         source = self._x(j)
@@ -495,7 +509,7 @@ class Chunk:
             reads=reads or (), new=new or (), dead=dead or (), **transfer,
         )  # fmt: skip
 
-    # -- names and sizes ---------------------------------------------------------------------------
+    # -- names and sizes
 
     def _x(self, j: int) -> str:
         return OUT if j == self.shape.num_sites and not self.shape.last else f"x{j}"
@@ -560,7 +574,7 @@ class Chunk:
     def _has_shared(self) -> bool:
         return self._model.moe is not None and self._model.moe.num_shared_experts > 0
 
-    # -- cost keys ---------------------------------------------------------------------------------
+    # -- cost keys
 
     @property
     def _attention(self) -> str:

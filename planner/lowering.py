@@ -1,8 +1,8 @@
 """From a plan to its stream program: schedule actions become ops on streams.
 
-Each rank's row of actions is lowered in order. An action is a template (its phases in the order of
-the paper's figure 4, :mod:`mhcplan.planner.chunks`) that :mod:`mhcplan.sim.build` stamps out for each
-microbatch. Around the actions, in host issue order:
+Each rank's row of actions is lowered in order. An action is a template (its phases in the order
+of the paper's figure 4, :mod:`mhcplan.planner.chunks`) that :mod:`mhcplan.sim.build` stamps out for
+each microbatch. Around the actions, in host issue order:
 
 * the receives of an action are posted before the action ahead of it, ordered after what ran before,
   so a message travels while that action computes (``p2p = eager``);
@@ -11,26 +11,27 @@ microbatch. Around the actions, in host issue order:
 * with ``p2p = grouped``, as in DeepSeek's DualPipe, the sends of one action and the receives of the
   next are one batched call between them, and the next action waits for all of it.
 
-Every flow (forward or backward, source, destination) has a process group and so a stream of its own:
-messages of one flow are produced and consumed in the same order, so neither side waits for the
-wrong one. With ``comm_streams = one`` all traffic of a rank shares one stream, which needs
+Every flow (forward or backward, source, destination) has a process group and so a stream of its
+own: messages of one flow are produced and consumed in the same order, so neither side waits for
+the wrong one. With ``comm_streams = one`` all traffic of a rank shares one stream, which needs
 ``grouped``.
 
-After the last action: gradient reduction of every stage held (over ep x dp for what experts do not
-split, over dp for experts; the second copy of a DualPipe stage belongs to both), ZeRO-1 AdamW on the
-own shard, the gather of the updated weights. DualPipe reduces both stages at the end and in depth
+After the last action: gradient reduction of every stage held (over ep x dp for what experts do
+not split, over dp for experts; the second copy of a DualPipe stage belongs to both), ZeRO-1 AdamW
+on the own shard, the gather of the updated weights. DualPipe reduces both stages at the end and in depth
 order, since its two holders finish them in opposite order.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mhcplan.planner.chunks import Chunk, StageShape, Work, optimizer_bytes_per_parameter
+from mhcplan.planner.schedule_p2p import place_messages
 from mhcplan.planner.spec import PlanSpec, schedule_of
 from mhcplan.profiles.parameters import ParameterCounts, stage_parameters
 from mhcplan.profiles.vocabulary import BF16, FP32, NO_COST, TransferKey, op_key
@@ -46,7 +47,6 @@ from mhcplan.sim.build import (
     ChunkShape,
     ChunkState,
     Labels,
-    New,
     Places,
     Stamp,
     Template,
@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from mhcplan.planner.schedules import Schedule
     from mhcplan.sim.program import Program
 
+_LETTER = {"F": "F", "I": "B"}  # a message's pass, as its cell names it
 _RELEASE_AFTER = 2  # actions between a send and the wait for its handle
 
 
@@ -156,13 +157,16 @@ class _Placement:
 
 @dataclass(frozen=True)
 class _StageTemplates:
-    """Everything that stages of one shape do; ``before_*`` are its states for a pair."""
+    """Everything that stages of one shape do; ``before_*``: its states for a pair.
 
-    receive: dict[str, Template]
-    send: dict[str, Template]
-    release: dict[str, Template]
+    ``left_by_*``: what is dead after an F, or an I or B, but freed only by the release.
+    ."""
+
+    messages: dict[str, Template]
     before_f: ChunkState
     before_i: ChunkState
+    left_by_f: frozenset[str]
+    left_by_i: frozenset[str]
     actions: dict[str, Template]
 
 
@@ -176,6 +180,8 @@ class _Lowering:
         self._chunk_shapes = {shape: ChunkShape() for shape in self.shapes}
         self._stages: dict[StageShape, _StageTemplates] = {}
         self._pairs: dict[tuple[StageShape, StageShape], Template] = {}
+        grouped = plan.p2p == "grouped"
+        self._batches = place_messages(self.schedule, "grouped") if grouped else ()
         self._batch = -1
 
     def program(self) -> Program:
@@ -189,54 +195,71 @@ class _Lowering:
         }
         return tile(stamps, places, self.labels, streams, groups, self._static_bytes(), meta)
 
-    # -- a rank's row ------------------------------------------------------------------------------
+    # -- a rank's row
 
     def _rank(self, rank: int) -> Iterator[Stamp]:
         row = self.schedule.actions[rank]
-        grouped = self.plan.p2p == "grouped"
-        last_use = {stage: i for i, a in enumerate(row) for stage in _stages_of(a)}
-        if not grouped and row:
-            yield from self._messages(rank, row[0], "receive")
+        last_use = {part.stage: i for i, action in enumerate(row) for part in action.parts}
         for i, action in enumerate(row):
-            if grouped:
-                self._batch += 1
-                if i > 0:
-                    yield from self._messages(rank, row[i - 1], "send", self._batch)
-                yield from self._messages(rank, action, "receive", self._batch)
-                if i > 0:
-                    yield from self._messages(rank, row[i - 1], "release")
-            else:
-                if i + 1 < len(row):
-                    yield from self._messages(rank, row[i + 1], "receive")
-                if i >= _RELEASE_AFTER:
-                    yield from self._messages(rank, row[i - _RELEASE_AFTER], "release")
-            yield Stamp(self._action(action), rank, str(action), _chunks(action))
-            if not grouped:
-                yield from self._messages(rank, action, "send")
+            yield from self._batched(rank, i) if self._batches else self._ahead(rank, row, i)
+            chunks = tuple((part.stage, part.microbatch) for part in action.parts)
+            yield Stamp(self._action(action), rank, str(action), chunks)
+            if not self._batches:
+                yield from self._messages(rank, action, "SEND")
             if self.schedule.num_directions == 1:
-                for stage in [s for s in _stages_of(action) if last_use[s] == i]:
+                for stage in sorted({p.stage for p in action.parts if last_use[p.stage] == i}):
                     yield from self._reduce(rank, stage)
-        if grouped and row:
-            self._batch += 1
-            yield from self._messages(rank, row[-1], "send", self._batch)
-        for action in row[-1:] if grouped else row[-_RELEASE_AFTER:]:
-            yield from self._messages(rank, action, "release")
+        if self._batches:
+            yield from self._batched(rank, len(row))
+        else:
+            for action in row[-_RELEASE_AFTER:]:
+                yield from self._messages(rank, action, "RELEASE")
         if self.schedule.num_directions > 1:
             for stage in sorted(set(self.schedule.stages_of(rank))):
                 yield from self._reduce(rank, stage)
         yield self._optimizer(rank)
 
-    def _messages(self, rank: int, action: Action, what: str, batch: int = -1) -> Iterator[Stamp]:
+    def _ahead(self, rank: int, row: tuple[Action, ...], i: int) -> Iterator[Stamp]:
+        """What goes before action i: the receives of the next (and at the start its own), and the
+        release of what an earlier one sent."""
+        if i == 0:
+            yield from self._messages(rank, row[0], "RECV")
+        if i + 1 < len(row):
+            yield from self._messages(rank, row[i + 1], "RECV")
+        if i >= _RELEASE_AFTER:
+            yield from self._messages(rank, row[i - _RELEASE_AFTER], "RELEASE")
+
+    def _messages(self, rank: int, action: Action, what: str) -> Iterator[Stamp]:
         """Receives, sends or releases that go with an action, if any."""
         for part in action.parts:
-            templates = self._templates(self.shapes[part.stage])
-            pass_ = {"F": "F", "I": "I", "B": "I"}.get(part.kind)
-            template = getattr(templates, what).get(pass_)
-            if template is not None:
-                letter = "F" if pass_ == "F" else "B"
-                name = {"receive": "RECV_", "send": "SEND_", "release": "WAIT_"}[what] + letter
-                cell = f"{part.stage}{name}{part.microbatch}"
-                yield Stamp(template, rank, cell, ((part.stage, part.microbatch),), batch)
+            if part.kind != "W":
+                letter = "F" if part.kind == "F" else "B"
+                yield from self._message(rank, f"{what}_{letter}", part.stage, part.microbatch)
+
+    def _message(
+        self, rank: int, what: str, stage: int, microbatch: int, batch: int = -1
+    ) -> Iterator[Stamp]:
+        template = self._templates(self.shapes[stage]).messages.get(what)
+        if template is not None:
+            cell = f"{stage}{what}{microbatch}"
+            yield Stamp(template, rank, cell, ((stage, microbatch),), batch)
+
+    def _batched(self, rank: int, slot: int) -> Iterator[Stamp]:
+        """One batched call before action ``slot``, as DualPipe places it; then wait for all of it,
+        and free what is dead after the action before."""
+        self._batch += 1
+        messages = self._batches[rank][slot]
+        for kind, stage, microbatch, _ in messages:
+            yield from self._message(rank, kind, stage, microbatch, self._batch)
+        for kind, stage, microbatch, _ in messages:
+            what = {"SEND": "RELEASE", "RECV": "AWAIT"}[kind[:4]] + kind[4:]
+            yield from self._message(rank, what, stage, microbatch)
+        sent = {(m.stage, m.microbatch, m.kind[-1]) for slots in self._batches[rank] for m in slots
+                if m.kind.startswith("SEND")}  # fmt: skip
+        for part in self.schedule.actions[rank][slot - 1].parts if slot else ():
+            letter = "F" if part.kind == "F" else "B"
+            if part.kind != "W" and (part.stage, part.microbatch, letter) not in sent:
+                yield from self._message(rank, f"RELEASE_{letter}", part.stage, part.microbatch)
 
     def _action(self, action: Action) -> Template:
         parts = action.parts
@@ -248,12 +271,16 @@ class _Lowering:
             pair = self._pairs[forward, backward] = self._overlapped(forward, backward)
         return pair
 
-    # -- templates ---------------------------------------------------------------------------------
+    # -- templates
 
     def _record(
-        self, state: ChunkState, shape: StageShape, emit: Callable[[Chunk], None]
+        self,
+        state: ChunkState,
+        shape: StageShape,
+        emit: Callable[[Chunk], None],
+        hold: frozenset[str] = frozenset(),
     ) -> tuple[Template, ChunkState]:
-        builder = TemplateBuilder(self.labels, state)
+        builder = TemplateBuilder(self.labels, state, hold=(hold,))
         emit(Chunk(self.work, shape, builder, 0))
         return builder.finish(), builder.states[0]
 
@@ -267,37 +294,50 @@ class _Lowering:
         return self._stages[shape]
 
     def _make_templates(self, shape: StageShape) -> _StageTemplates:
-        receive: dict[str, Template] = {}
-        send: dict[str, Template] = {}
-        release: dict[str, Template] = {}
+        messages: dict[str, Template] = {}
         actions: dict[str, Template] = {}
         state = ChunkState(self._chunk_shapes[shape])
         if shape.input_local:
             state.adopt("x0", -1, OUT, self.work.post_stream(is_ffn=True))
         elif not shape.first:
-            receive["F"], state = self._record(state, shape, lambda c: c.receive("F"))
+            state = self._receive(state, shape, "F", messages)
         before_f = state
         actions["F"], state = self._record(state, shape, _forward)
-        state = self._hand_over(state, shape, "F", send, release, needed=not shape.last)
+        left_by_f = frozenset(state.pending)
+        state = self._hand_over(state, shape, "F", messages, needed=not shape.last)
         if shape.output_local:
             stream = COMPUTE if self.work.residual.is_plain else self.work.pre_stream
             state.adopt(f"g{shape.num_sites}", 1, GRAD_OUT, stream)
         elif not shape.last:
-            receive["I"], state = self._record(state, shape, lambda c: c.receive("I"))
+            state = self._receive(state, shape, "I", messages)
         before_i = state
-        actions["B"], _ = self._record(before_i, shape, lambda c: _backward(c, weights=True))
         actions["I"], state = self._record(before_i, shape, lambda c: _backward(c, weights=False))
+        left_by_i = frozenset(state.pending)
+        actions["B"], after_b = self._record(
+            before_i, shape, lambda c: _backward(c, weights=True), hold=left_by_i
+        )
+        assert frozenset(after_b.pending) == left_by_i
         actions["W"], _ = self._record(state, shape, _weights)
-        self._hand_over(state, shape, "I", send, release, needed=not shape.first)
-        return _StageTemplates(receive, send, release, before_f, before_i, actions)
+        self._hand_over(state, shape, "I", messages, needed=not shape.first)
+        return _StageTemplates(messages, before_f, before_i, left_by_f, left_by_i, actions)
+
+    def _receive(
+        self, state: ChunkState, shape: StageShape, pass_: str, messages: dict[str, Template]
+    ) -> ChunkState:
+        """The receive of an action's input, and a wait for it that a batched call needs."""
+        receive, state = self._record(state, shape, lambda c: c.receive(pass_))
+        messages[f"RECV_{_LETTER[pass_]}"] = receive
+        messages[f"AWAIT_{_LETTER[pass_]}"], _ = self._record(
+            state, shape, lambda c: c.await_message(pass_)
+        )
+        return state
 
     def _hand_over(
         self,
         state: ChunkState,
         shape: StageShape,
         pass_: str,
-        send: dict[str, Template],
-        release: dict[str, Template],
+        messages: dict[str, Template],
         *,
         needed: bool,
     ) -> ChunkState:
@@ -308,35 +348,38 @@ class _Lowering:
         local = shape.output_local if pass_ == "F" else shape.input_local
         sent = state
         if needed and not local:
-            send[pass_], sent = self._record(state, shape, lambda c: c.send(pass_))
+            send, sent = self._record(state, shape, lambda c: c.send(pass_))
+            messages[f"SEND_{_LETTER[pass_]}"] = send
         released = self._release(sent)
         if released is not None:
-            release[pass_] = released
+            messages[f"RELEASE_{_LETTER[pass_]}"] = released
         sent.clock = dict(state.clock)
         sent.pending = []
         return sent
 
     def _overlapped(self, forward: StageShape, backward: StageShape) -> Template:
         """F of one chunk beside B of another, layer by layer in the order of figure 4."""
-        states = self._templates(forward).before_f, self._templates(backward).before_i
-        builder = TemplateBuilder(self.labels, *states)
+        first, second = self._templates(forward), self._templates(backward)
+        hold = first.left_by_f, second.left_by_i
+        builder = TemplateBuilder(self.labels, first.before_f, second.before_i, hold=hold)
         f = Chunk(self.work, forward, builder, 0)
         b = Chunk(self.work, backward, builder, 1)
         layers_f, layers_b = range(len(forward.moe)), reversed(range(len(backward.moe)))
         f.enter()
         b.enter_backward()
-        for k, m in _zip_longest(list(layers_f), list(layers_b)):
-            _overlapped_layer(f if k is not None else None, k or 0, b if m is not None else None, m or 0)
+        for k, m in zip_longest(layers_f, layers_b):
+            _overlapped_layer(f, k, b, m)
         f.leave()
         b.leave_backward()
         b.enter_weights()
         b.leave_weights()
+        assert tuple(frozenset(state.pending) for state in builder.states) == hold
         return builder.finish()
 
-    # -- the end of a step -------------------------------------------------------------------------
+    # -- the end of a step
 
     def _reduce(self, rank: int, stage: int) -> Iterator[Stamp]:
-        """Reduce a stage's gradients: dense ones over ep x dp, experts' over dp, and the copies'."""
+        """Reduce a stage's gradients over the GPUs that hold the same weights."""
         shared = self._shared(rank, stage)
         if not shared:
             return
@@ -394,9 +437,7 @@ class _Lowering:
         experts = counts.routed_experts
         return counts.total - experts + experts // self.plan.layout.ep
 
-    def _shards(
-        self, rank: int, counts: ParameterCounts
-    ) -> list[tuple[str, int, int, list[int]]]:
+    def _shards(self, rank: int, counts: ParameterCounts) -> list[tuple[str, int, int, list[int]]]:
         """(name, stream role, parameters on one GPU, GPUs that hold the same ones) by part."""
         dense = counts.total - counts.routed_experts
         experts = counts.routed_experts // self.plan.layout.ep
@@ -420,10 +461,12 @@ class _Lowering:
                 shard = sum(-(-e // len(gpus)) for _, _, e, gpus in self._shards(rank, counts))
                 static[rank, COMPONENTS.index("parameters")] += BF16 * held
                 static[rank, COMPONENTS.index("gradients")] += FP32 * held
-                static[rank, COMPONENTS.index("optimizer")] += optimizer_bytes_per_parameter() * shard
+                static[rank, COMPONENTS.index("optimizer")] += (
+                    optimizer_bytes_per_parameter() * shard
+                )
         return static
 
-    # -- streams and groups ------------------------------------------------------------------------
+    # -- streams and groups
 
     def _places(self) -> tuple[tuple[Stream, ...], tuple[Group, ...], Places]:
         table = _Tables(self.plan, self.schedule, self.placement)
@@ -504,7 +547,7 @@ class _Tables:
                         self.pipe_stream[forward, source, target, end] = stream
 
     def _one_pipe_group(self, ranks: range, medium: str) -> None:
-        """One group over all ranks, as DeepSeek's DualPipe has it; sends and receives in batches."""
+        """One group over all ranks, as DeepSeek's DualPipe has it; messages go in batches."""
         self.groups.append(Group("pp", tuple(ranks), len(ranks), medium))
         self.pipe_group[:] = number = len(self.groups) - 1
         for rank in ranks:
@@ -528,7 +571,7 @@ class _Tables:
         self.pipe_stream[:, :, rank, 1] = stream
 
 
-# -- orders of phases ------------------------------------------------------------------------------
+# -- orders of phases
 
 
 def _forward(c: Chunk) -> None:
@@ -574,52 +617,35 @@ def _weights(c: Chunk) -> None:
     c.leave_weights()
 
 
-def _overlapped_layer(f: Chunk | None, k: int, b: Chunk | None, m: int) -> None:
-    """Block k of the forward beside block m of the backward, in the order of figure 4.
+def _overlapped_layer(f: Chunk, k: int | None, b: Chunk, m: int | None) -> None:
+    """Block k of the forward beside block m of the backward, in the order of figure 4; a chunk that
+    has no block left (None) sits out.
 
     One period of the figure, from the recompute at its right end to ATTN(W): on the compute stream
     Recompute(B) F_pre^A(F) ATTN(F) F_post^A(F) F_pre^M(F) MLP(B) MLP(W) MLP(F) F_pre^M(B)
     F_post^A(B) ATTN(B) F_pre^A(B) ATTN(W); on the expert stream COMBINE(B) DISPATCH(F) DISPATCH(B)
     COMBINE(F); F_post^M(B) and F_post^M(F) on the high-priority stream, each between two of these.
     """
-    if b:
+    if m is not None:
         b.recompute(m, of_ffn=True)
         b.ffn_leave_backward(m)
         b.combine_backward(m)
-    if f:
+    if k is not None:
         f.attention_forward(k)
         f.ffn_enter_forward(k)
         f.dispatch_forward(k)
-    if b:
+    if m is not None:
         b.ffn_backward(m)
         b.dispatch_backward(m)
         b.ffn_weights(m)
-    if f:
+    if k is not None:
         f.ffn_forward(k)
         f.combine_forward(k)
-    if b:
+    if m is not None:
         b.ffn_enter_backward(m)
         b.recompute(m, of_ffn=False)
         b.attention_backward(m)
-    if f:
+    if k is not None:
         f.ffn_leave_forward(k)
-    if b:
+    if m is not None:
         b.attention_weights(m)
-
-
-def _zip_longest(
-    forward: list[int], backward: list[int]
-) -> Iterator[tuple[int | None, int | None]]:
-    for i in range(max(len(forward), len(backward))):
-        yield (
-            forward[i] if i < len(forward) else None,
-            backward[i] if i < len(backward) else None,
-        )
-
-
-def _stages_of(action: Action) -> list[int]:
-    return [part.stage for part in action.parts]
-
-
-def _chunks(action: Action) -> tuple[tuple[int, int], ...]:
-    return tuple((part.stage, part.microbatch) for part in action.parts)

@@ -103,8 +103,11 @@ def coefficients(n: int) -> int:
 
 
 def coefficient_bytes(n: int, tokens: int) -> int:
-    """fp32 coefficients that a site keeps for its backward and for recompute."""
-    return coefficients(n) * FP32 * tokens
+    """fp32 that a site keeps from F to I: its coefficients, and the projection with 1/r that they
+    were made of (equations 14-15), from which the backward walks the Sinkhorn steps again.
+    Recompute reads the coefficients only.
+    """
+    return (2 * coefficients(n) + 1) * FP32 * tokens
 
 
 def _mhc_bytes(elements: dict[str, tuple[int, int]]) -> Callable[[Shape, str], int]:

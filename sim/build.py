@@ -1,10 +1,10 @@
 """How a :class:`~mhcplan.sim.program.Program` is made: op templates, tiled by numpy.
 
 A pipeline step repeats few patterns: the forward of a stage, its backward, an overlapped pair.
-:class:`TemplateBuilder` records such a pattern once, in host issue order. It is told which buffers an
-op reads and writes; **the waits follow from that**, and so does the op that may allocate and free
-each buffer (rules in :mod:`mhcplan.sim.program`). :class:`ProgramBuilder` then stamps the template
-out for every microbatch, on every rank, without a Python loop over ops.
+:class:`TemplateBuilder` records such a pattern once, in host issue order. It is told which buffers
+an op reads and writes; **the waits follow from that**, and so does the op that may allocate and
+free each buffer (rules in :mod:`mhcplan.sim.program`). :func:`tile` then stamps the template out
+for every microbatch, on every rank, without a Python loop over ops.
 
 Names inside a template are local to a *chunk* (one stage's layers for one microbatch). An
 overlapped pair has two chunks, slot 0 (the forward's) and slot 1 (the backward's). The chunk at hop
@@ -125,10 +125,15 @@ class TemplateBuilder:
     Args:
         labels: tables of kinds, categories and cost keys that the Program will share.
         states: the chunks of slot 0 and, for a pair, slot 1; copied, see :attr:`states`.
+        hold: buffers a slot that stay pending whatever is known to be done: one release frees
+            them after whichever template ran (alone or in a pair).
     """
 
-    def __init__(self, labels: Labels, *states: ChunkState) -> None:
+    def __init__(
+        self, labels: Labels, *states: ChunkState, hold: Sequence[Iterable[str]] = ()
+    ) -> None:
         self._labels = labels
+        self._hold = [frozenset(names) for names in hold] or [frozenset[str]()] * len(states)
         self.states = [_copy(state) for state in states]
         self._rows: list[dict[str, int]] = []
         self._lists: dict[str, list[tuple[int, int, int, int]]] = {
@@ -303,7 +308,7 @@ class TemplateBuilder:
             kept: list[str] = []
             for buffer in state.pending:
                 users = state.users.get(buffer, [])
-                if all(
+                if buffer not in self._hold[slot] and all(
                     user.stream == COMPUTE or clock.get((slot, user.stream), -1) >= user.seq
                     for user in users
                 ):
