@@ -34,9 +34,9 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def fused(x: Tensor) -> Any:  # noqa: ANN401 - a module
     """The implementation of the pointwise and routing kernels for the device that ``x`` is on.
 
-    Triton on a GPU, plain torch elsewhere. This is the only place where that is decided.
+    Triton on a GPU, plain torch on a CPU and for float64. Only here is that decided.
     """
-    if x.is_cuda:
+    if x.is_cuda and x.dtype != torch.float64:
         from mhcplan.kernels import layers_triton
 
         return layers_triton

@@ -1,4 +1,31 @@
-"""Which op keys a capture measures."""
+"""Which op keys a capture measures, in tiers: a lower tier is measured first.
+
+Tier 1 is what predicting the mHC paper's 9B and 27B models needs, tier 2 brackets it (more token
+counts, the 3B model, widths of larger models for the residual), tier 3 adds the layers of
+DeepSeek-V3's shape. ``TINY`` is a shape of every kind that a CPU can run in no time.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mhcplan.profiles.presets import MODELS
+from mhcplan.profiles.specs import Mla, ModelSpec
+from mhcplan.profiles.vocabulary import VOCABULARY, OpKey, op_key
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+SINKHORN_STEPS = 20
+EXPANSION_RATES = (4, 2, 8)
+RECOMPUTE_SITES = (1, 2, 4, 8)
+EXPERT_PARALLEL = (8, 4, 2, 1)
+SEQ = 4096
+OPTIMIZER_SIZES = (4 * 1024**2, 64 * 1024**2, 1024**3)
+TIERS = (1, 2, 3)
+# kinds that run the eager reference for want of kernels: measuring that would price something else
+UNMEASURED = frozenset({"hc_pre", "mhc_collapse"})
+
 TINY: dict[str, dict[str, int]] = {
     "mhc_pre": {"n": 2, "hidden": 64, "tokens": 5, "steps": 3},
     "mhc_post": {"n": 4, "hidden": 64, "tokens": 5},
@@ -27,3 +54,121 @@ TINY: dict[str, dict[str, int]] = {
     "adamw": {"parameters": 1500},
     "zero_gradients": {"parameters": 1500},
 }  # fmt: skip
+
+
+def tiny_keys() -> list[OpKey]:
+    """Every pass of every kind at its tiny shape."""
+    return [op_key(k, p, **TINY[k]) for k, op in VOCABULARY.items() for p in op.passes]
+
+
+def _all_passes(kind: str, **shape: int) -> Iterator[OpKey]:
+    if kind not in UNMEASURED:
+        yield from (op_key(kind, p, **shape) for p in VOCABULARY[kind].passes)
+
+
+def residual_keys(n: int, hidden: int, tokens: int) -> Iterator[OpKey]:
+    """The mHC and HC ops of one expansion rate, width and token count."""
+    state = {"n": n, "hidden": hidden, "tokens": tokens}
+    yield from _all_passes("mhc_pre", **state, steps=SINKHORN_STEPS)
+    yield from _all_passes("mhc_post", **state)
+    for sites in RECOMPUTE_SITES:
+        yield from _all_passes("mhc_recompute", **state, sites=sites)
+    for kind in ("mhc_expand", "mhc_collapse", "hc_pre", "hc_post"):
+        yield from _all_passes(kind, **state)
+
+
+def block_keys(model: ModelSpec, tokens: int, seq: int) -> Iterator[OpKey]:
+    """Layer ops of an MoE model's blocks, whatever its expert parallelism."""
+    hidden, moe, mla = model.hidden_size, model.moe, model.attention
+    if moe is None or not isinstance(mla, Mla):
+        raise ValueError(f"{model.name}: only MLA models with experts are in the grid")
+    here = {"tokens": tokens, "hidden": hidden}
+    yield from _all_passes(
+        "attention_mla", **here, seq=seq, heads=mla.num_heads, nope=mla.qk_nope_head_dim,
+        rope=mla.qk_rope_head_dim, v=mla.v_head_dim, kv_rank=mla.kv_lora_rank,
+        q_rank=mla.q_lora_rank or 0,
+    )  # fmt: skip
+    yield from _all_passes("norm", **here)
+    yield from _all_passes("residual", **here)
+    yield from _all_passes("router", **here, experts=moe.num_experts, top_k=moe.top_k)
+    if moe.num_shared_experts:
+        yield from _all_passes("shared_experts", **here, ffn=moe.num_shared_experts * moe.ffn_dim)
+    yield from _all_passes("unpermute", **here, top_k=moe.top_k)
+    if model.dense_ffn_dim:
+        yield from _all_passes("dense_ffn", **here, ffn=model.dense_ffn_dim)
+
+
+def expert_keys(model: ModelSpec, tokens: int, ranks: Iterable[int]) -> Iterator[OpKey]:
+    """Experts and regroup of balanced routing on each number of expert-parallel ranks."""
+    if model.moe is None:
+        return
+    rows = tokens * model.moe.top_k
+    yield from _all_passes("regroup", rows=rows, hidden=model.hidden_size)
+    for ep in ranks:
+        if model.moe.num_experts % ep == 0:
+            yield from _all_passes(
+                "experts", rows=rows, hidden=model.hidden_size, ffn=model.moe.ffn_dim,
+                experts=model.moe.num_experts // ep,
+            )  # fmt: skip
+
+
+def end_keys(model: ModelSpec, tokens: int) -> Iterator[OpKey]:
+    """Embedding and head."""
+    here = {"tokens": tokens, "hidden": model.hidden_size, "vocab": model.vocab_size}
+    yield from _all_passes("embedding", **here)
+    yield from _all_passes("head", **here)
+
+
+def _model_keys(
+    name: str, tokens: int, seq: int, ranks: Iterable[int] = EXPERT_PARALLEL
+) -> Iterator[OpKey]:
+    model = MODELS[name]
+    yield from block_keys(model, tokens, seq)
+    yield from expert_keys(model, tokens, ranks)
+    yield from end_keys(model, tokens)
+
+
+def _first_tier() -> Iterator[OpKey]:
+    for tokens in (4096, 2048):
+        for name in ("mhc-27b", "mhc-9b"):
+            for n in EXPANSION_RATES:
+                yield from residual_keys(n, MODELS[name].hidden_size, tokens)
+            yield from _model_keys(name, tokens, min(tokens, SEQ))
+    for parameters in OPTIMIZER_SIZES:
+        yield from _all_passes("adamw", parameters=parameters)
+        yield from _all_passes("zero_gradients", parameters=parameters)
+
+
+def _second_tier() -> Iterator[OpKey]:
+    for name in ("mhc-27b", "mhc-9b"):
+        for tokens in (8192, 1024):
+            for n in EXPANSION_RATES:
+                yield from residual_keys(n, MODELS[name].hidden_size, tokens)
+            yield from _model_keys(name, tokens, min(tokens, SEQ))
+    for n in EXPANSION_RATES:
+        for hidden in (1280, 7168, 4096):
+            for tokens in (4096, 2048):
+                yield from residual_keys(n, hidden, tokens)
+    for tokens in (4096, 2048):
+        yield from _model_keys("mhc-3b", tokens, min(tokens, SEQ))
+
+
+def _third_tier() -> Iterator[OpKey]:
+    for tokens in (4096, 2048):
+        # all 256 experts on one GPU do not fit with their gradients; V3 trains on 64 ranks
+        yield from _model_keys("deepseek-v3", tokens, min(tokens, SEQ), (64, 32, 8))
+
+
+def keys(tiers: Iterable[int] = TIERS) -> list[OpKey]:
+    """Keys of the tiers, each once, in the order to measure them.
+
+    Raises:
+        ValueError: unknown tier.
+    """
+    makers = {1: _first_tier, 2: _second_tier, 3: _third_tier}
+    found: dict[OpKey, None] = {}
+    for tier in tiers:
+        if tier not in makers:
+            raise ValueError(f"tier={tier} must be one of {TIERS}")
+        found.update(dict.fromkeys(makers[tier]()))
+    return list(found)

@@ -1,0 +1,166 @@
+"""The machine and the code of a capture: provenance, rates and overheads."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from mhcplan.profiles.schema import Provenance, Rate
+
+if TYPE_CHECKING:
+    from mhcplan.profiles.capture.timing import GpuTimer
+
+_ENVIRONMENT = ("NCCL_", "CUDA_", "TORCH_NCCL_", "PYTORCH_", "TRITON_", "NVIDIA_TF32")
+_COPY_BYTES = 2 * 1024**3
+_GEMM_SIZE = 8192
+
+
+def code_sha256() -> str:
+    """Hash of every file that decides what is timed and how: kernels, capture, the vocabulary."""
+    import mhcplan.kernels
+    import mhcplan.profiles
+
+    profiles = Path(str(mhcplan.profiles.__file__)).parent
+    files = sorted(Path(str(mhcplan.kernels.__file__)).parent.glob("*.py"))
+    files += [*sorted((profiles / "capture").glob("*.py")), profiles / "vocabulary.py"]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def device_name(device: torch.device) -> str:
+    """The accelerator's name as the driver has it; the processor's architecture on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu {platform.machine()}"
+
+
+def _query(fields: str, load: GpuTimer | None) -> list[str]:
+    """nvidia-smi's answer for the first device, asked under load; nothing where it is missing."""
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits", "-i", "0"]
+    try:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            while load is not None and process.poll() is None:
+                load.heat(0.05)
+            found = process.communicate(timeout=20)[0]
+    except (OSError, subprocess.SubprocessError):
+        return []
+    lines = found.strip().splitlines()
+    return [value.strip() for value in lines[0].split(",")] if lines else []
+
+
+def _versions(device: torch.device) -> dict[str, str]:
+    import triton
+
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
+    if device.type == "cuda":
+        versions["cuda"] = str(torch.version.cuda)
+        versions["cudnn"] = str(torch.backends.cudnn.version())
+        versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    return versions
+
+
+def provenance(
+    device: torch.device, num_devices: int, code: str, load: GpuTimer | None = None
+) -> Provenance:
+    """What runs here, now. Clock and power are read under ``load`` where one is given."""
+    clock, power, driver = 0, 0.0, platform.platform()
+    if device.type == "cuda":
+        readings = [_query("clocks.sm,power.draw,driver_version", load) for _ in range(3)]
+        found = [r for r in readings if len(r) == 3]
+        if found:
+            clock = round(statistics.median(float(r[0]) for r in found))
+            power = statistics.median(float(r[1]) for r in found)
+            driver = found[-1][2]
+    return Provenance(
+        device=device_name(device),
+        num_devices=num_devices,
+        driver=driver,
+        sm_clock_mhz=clock,
+        power_watts=power,
+        versions=_versions(device),
+        environment={k: v for k, v in sorted(os.environ.items()) if k.startswith(_ENVIRONMENT)},
+        measured_on=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        command=" ".join(["python -m mhcplan.profiles.capture", *sys.argv[1:]]),
+        code_sha256=code,
+    )
+
+
+def measure_rates(timer: GpuTimer) -> list[Rate]:
+    """Copy (bytes read plus written), read and bf16 matrix rates of the current GPU, hot."""
+    device = timer.device
+    half = _COPY_BYTES // 2
+    a, b = (torch.empty(half, dtype=torch.uint8, device=device) for _ in range(2))
+    a.random_()
+    wide = a.view(torch.float32)
+    x, y = (
+        torch.randn(_GEMM_SIZE, _GEMM_SIZE, device=device, dtype=torch.bfloat16) for _ in range(2)
+    )
+    out = torch.empty_like(x)
+    work = {
+        "copy_bytes": (lambda: b.copy_(a), 2 * half),
+        "read_bytes": (lambda: torch.sum(wide), half),
+        "gemm_bf16_flops": (lambda: torch.mm(x, y, out=out), 2 * _GEMM_SIZE**3),
+    }
+    rates = []
+    for name, (call, amount) in work.items():
+        sample = timer.measure([call], 60_000_000)
+        per_second = round(amount / sample.duration_ns * 1e9)
+        rates.append(
+            Rate(
+                source="measured", name=name, per_second=per_second,  # type: ignore[arg-type]
+                spread_percent=sample.spread_percent,
+            )
+        )  # fmt: skip
+    return rates
+
+
+def _host_median_ns(call: object, repeats: int = 200) -> int:
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter_ns()
+        call()  # type: ignore[operator]
+        times.append(time.perf_counter_ns() - start)
+    torch.cuda.synchronize()
+    return round(statistics.median(times))
+
+
+def measure_host(device: torch.device) -> dict[str, int]:
+    """Host time to launch a kernel, to record an event and to make a stream wait for one, in ns."""
+    x = torch.zeros(1, device=device)
+    event, stream = torch.cuda.Event(), torch.cuda.Stream(device)
+    event.record()
+    for _ in range(20):
+        x.add_(1)
+    torch.cuda.synchronize(device)
+    return {
+        "launch_ns": _host_median_ns(lambda: x.add_(1)),
+        "event_record_ns": _host_median_ns(lambda: event.record()),
+        "event_wait_ns": _host_median_ns(lambda: stream.wait_event(event)),
+    }
+
+
+def context_bytes(device: torch.device) -> int:
+    """Device memory in use beyond what the caching allocator holds: context, code, libraries.
+
+    What other processes hold would be counted too: measure on an idle machine.
+    """
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free - torch.cuda.memory_reserved(device)

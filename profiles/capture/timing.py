@@ -1,0 +1,166 @@
+"""Timing of calls on a stream: hot, launches hidden, inputs cold where they would be.
+
+On a GPU a *burst* is a run of back-to-back calls between two events; its length is such that the
+events cost little. Bursts are enqueued behind matrix products that keep the chip at its working
+temperature and power for longer than the host needs to enqueue them, so that a burst takes what the
+stream takes and not what Python takes. On a CPU a call is timed by the clock; that serves tests.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+_BURST_NS = 150_000  # an event pair costs about 1 us of stream time
+_MAX_QUEUED = 700  # kernels: the driver's queue holds 1024, and a full queue stops the host
+_MIN_SAMPLES = 12
+_MAX_SAMPLES = 60
+_FILLER_SIZE = 4096
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Median times of one call in ns; spread as in :mod:`mhcplan.profiles.schema`."""
+
+    duration_ns: int
+    spread_percent: float
+    samples: int
+    host_ns: int
+
+
+def spread_percent(values: Sequence[float]) -> float:
+    """Half the distance between the 10th and the 90th percentile, as a share of the median."""
+    if len(values) < 2:
+        return 0.0
+    deciles = statistics.quantiles(values, n=10, method="inclusive")
+    return round(50 * (deciles[8] - deciles[0]) / statistics.median(values), 2)
+
+
+def summarise(durations: Sequence[float], host: Sequence[float]) -> Sample:
+    """Median, spread and count of per-call times in ns."""
+    return Sample(
+        duration_ns=max(1, round(statistics.median(durations))),
+        spread_percent=spread_percent(durations),
+        samples=len(durations),
+        host_ns=round(statistics.median(host)),
+    )
+
+
+class HostTimer:
+    """Times calls by the clock; for devices without events."""
+
+    def heat(self, seconds: float = 0.0) -> None:
+        """Nothing to heat."""
+
+    def measure(self, calls: Sequence[Callable[[], object]], budget_ns: int, **_: int) -> Sample:
+        """Run the calls in turn for about ``budget_ns``, three times at least."""
+        times: list[float] = []
+        end = time.perf_counter_ns() + budget_ns
+        while len(times) < 3 or (time.perf_counter_ns() < end and len(times) < _MAX_SAMPLES):
+            call = calls[len(times) % len(calls)]
+            start = time.perf_counter_ns()
+            call()
+            times.append(time.perf_counter_ns() - start)
+        return summarise(times, times)
+
+
+class GpuTimer:
+    """Times calls on the current stream of a CUDA device; see the module's docstring."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Allocate the filler's operands and measure what one filler product takes."""
+        self.device = device
+        size = (_FILLER_SIZE, _FILLER_SIZE)
+        self._a, self._b, self._c = (
+            torch.randn(size, device=device, dtype=torch.bfloat16) for _ in range(3)
+        )
+        self._filler_ns = 200_000.0
+        self._filler_ns = self._time_filler()
+
+    def _fill(self, duration_ns: float) -> None:
+        for _ in range(max(1, round(duration_ns / self._filler_ns))):
+            torch.mm(self._a, self._b, out=self._c)
+
+    def _time_filler(self) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._fill(5_000_000)
+        start.record()
+        self._fill(20 * self._filler_ns)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e6 / 20
+
+    def heat(self, seconds: float = 1.0) -> None:
+        """Load the chip for ``seconds`` without a pause."""
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            self._fill(50_000_000)
+            torch.cuda.synchronize(self.device)
+
+    def measure(
+        self, calls: Sequence[Callable[[], object]], budget_ns: int, *, kernels: int = 4
+    ) -> Sample:
+        """Time the calls, run in turn, in bursts; about ``budget_ns`` of stream time.
+
+        Args:
+            calls: equal calls on different data; what each returns is kept until its next turn, so
+                that outputs get memory of their own.
+            budget_ns: stream time to spend.
+            kernels: kernels that one call launches at most (bounds the queue).
+        """
+        kept: list[object] = [None] * len(calls)
+        for i, call in enumerate(calls):  # compile, load and allocate
+            kept[i] = call()
+        torch.cuda.synchronize(self.device)
+        guess, host_guess = self._probe(calls, kept)
+        length = max(1, min(round(_BURST_NS / guess), _MAX_QUEUED // (4 * kernels)))
+        bursts = round(budget_ns / (length * guess))
+        bursts = max(_MIN_SAMPLES, min(_MAX_SAMPLES, bursts))
+        per_batch = max(2, _MAX_QUEUED // (length * kernels))
+        durations: list[float] = []
+        host: list[int] = []
+        while len(durations) < bursts:
+            count = min(per_batch, bursts - len(durations) + 1)
+            durations += self._batch(calls, kept, count, length, host_guess, host)
+        return summarise(durations, host)
+
+    def _probe(
+        self, calls: Sequence[Callable[[], object]], kept: list[object]
+    ) -> tuple[float, float]:
+        """Rough stream time and host time of a call in ns."""
+        host: list[int] = []
+        times = self._batch(calls, kept, 4, 1, 300_000, host)
+        return max(1_000.0, min(times)), statistics.median(host)
+
+    def _batch(
+        self, calls: Sequence[Callable[[], object]], kept: list[object], count: int, length: int,
+        host_ns: float, host: list[int],
+    ) -> list[float]:  # fmt: skip
+        """Per-call times of ``count`` bursts but the first, which pays for the filler's state."""
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+        self._fill(1.5 * count * (length * host_ns + 10_000) + 300_000)
+        turn = 0
+        events[0].record()
+        for event in events[1:]:
+            for _ in range(length):
+                start = time.perf_counter_ns()
+                kept[turn] = calls[turn]()
+                host.append(time.perf_counter_ns() - start)
+                turn = (turn + 1) % len(calls)
+            event.record()
+        events[-1].synchronize()
+        spans = [a.elapsed_time(b) for a, b in itertools.pairwise(events[1:])]
+        return [1e6 * span / length for span in spans]
+
+
+def make_timer(device: torch.device) -> HostTimer | GpuTimer:
+    """The timer for a device."""
+    return GpuTimer(device) if device.type == "cuda" else HostTimer()
