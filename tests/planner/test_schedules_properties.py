@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
+import networkx as nx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mhcplan.planner.actions import input_of
+from mhcplan.planner.actions import input_of, output_of
 from mhcplan.planner.schedule_graph import ChunkTimes, bubbles_ns, end_times_ns, peak_live_chunks
 from mhcplan.planner.schedule_p2p import P2P, place_messages
 from mhcplan.planner.schedules import SCHEDULES, Schedule, ScheduleError, build_schedule
 
 if TYPE_CHECKING:
-    from mhcplan.planner.actions import Action
+    from mhcplan.planner.actions import Action, Output
 
 
 def _legal(name: str, num_ranks: int, num_microbatches: int) -> bool:
@@ -141,6 +143,46 @@ def test_both_ends_of_a_message_meet_in_order(schedule: Schedule, p2p: P2P) -> N
             else:
                 received[message.peer, rank].append(message.carries)
     assert sent == received
+
+
+@many
+@given(schedules())
+def test_a_flow_is_consumed_in_the_order_it_is_produced(schedule: Schedule) -> None:
+    """Activations, or gradients, from one rank to another never overtake each other."""
+    produced: dict[tuple[str, int, int], list[Output]] = defaultdict(list)
+    consumed: dict[tuple[str, int, int], list[Output]] = defaultdict(list)
+    for rank, row in enumerate(schedule.actions):
+        for part in (part for action in row for part in action.parts):
+            need = input_of(part, schedule.num_stages)
+            if need and (source := schedule.rank_of(need.stage, need.microbatch)) != rank:
+                consumed[need.of, source, rank].append(need)
+            if (output := output_of(part)) and (target := _target(schedule, output)) != rank:
+                produced[output.of, rank, target].append(output)
+    assert {flow: outputs for flow, outputs in produced.items() if flow[2] >= 0} == consumed
+
+
+def _target(schedule: Schedule, output: Output) -> int:
+    """Rank that needs the output; -1 for the last activation and the first gradient."""
+    stage = output.stage + (1 if output.of == "F" else -1)
+    inside = 0 <= stage < schedule.num_stages
+    return schedule.rank_of(stage, output.microbatch) if inside else -1
+
+
+@many
+@given(schedules())
+def test_eager_messages_pass_through_one_queue_a_rank(schedule: Schedule) -> None:
+    """Even if all sends and receives of a rank block one another, first in, first out."""
+    graph: nx.DiGraph[Action | Output] = nx.DiGraph()
+    for row, slots in zip(schedule.actions, place_messages(schedule), strict=True):
+        graph.add_edges_from(pairwise(row))
+        graph.add_edges_from(pairwise(message.carries for slot in slots for message in slot))
+        for k, slot in enumerate(slots):
+            graph.add_edges_from((row[k - 1], m.carries) for m in slot if m.kind[0] == "S")
+        received = {message.carries for slot in slots for message in slot if message.kind[0] == "R"}
+        for action in row:
+            needs = (input_of(part, schedule.num_stages) for part in action.parts)
+            graph.add_edges_from((need, action) for need in needs if need and need in received)
+    assert nx.is_directed_acyclic_graph(graph)
 
 
 @many
