@@ -3,7 +3,7 @@
 Shapes are points on logarithmic axes. Neighbours are chosen among the rows that differ from the
 target in the fewest axes: those that bracket it on every such axis vote, multilinearly; several
 such groups are averaged, tight brackets counting more. What is asked of the rows is a slowdown
-against the roofline (:mod:`mhcplan.profiles.lookup`), which varies slowly: work itself is not
+against the roofline (:mod:`mhcplan.profiles.op_costs`), which varies slowly: work itself is not
 interpolated. Everything here is deterministic and independent of the order of rows.
 """
 

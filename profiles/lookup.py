@@ -11,7 +11,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mhcplan.profiles.costs import Cost, CostMissing, cost_table
-from mhcplan.profiles.op_costs import OpCosts, Roofline, measure_command
+from mhcplan.profiles.op_costs import (
+    OpCosts,
+    Roofline,
+    deferred_bytes,
+    measure_command,
+    saved_bytes,
+    scale_segments,
+)
 from mhcplan.profiles.transfer_costs import TransferCosts
 from mhcplan.profiles.vocabulary import VOCABULARY, OpKey, TransferKey, op_key, parse_key
 
@@ -21,8 +28,14 @@ if TYPE_CHECKING:
     from mhcplan.profiles.schema import OpTiming, Profile
     from mhcplan.sim.program import CostTable
 
-# An unmeasured HC kind moves the bytes of the mHC kind; paper, equations 3 and 5 against 7-9.
-_STAND_IN = {"hc_pre": "mhc_pre", "hc_post": "mhc_post"}
+# Kinds that a profile may lack, the kind that is priced in their place, and why that is fair.
+_PAPER = "arXiv 2512.24880"
+_STAND_IN = {
+    "hc_pre": ("mhc_pre", f"the same bytes, without Sinkhorn steps ({_PAPER}, equations 3, 5, 7)"),
+    "hc_post": ("mhc_post", f"the same mixing ({_PAPER}, equation 3)"),
+    "mhc_collapse": ("mhc_pre", f"a site's projection and pre-apply ({_PAPER}, equations 14-17)"
+                     " with n outputs, as in DeepSeek-V4's hc_head"),
+}  # fmt: skip
 
 
 class CostModel:
@@ -108,16 +121,25 @@ class CostModel:
         return self._tables[kind, pass_]
 
     def _stand_in(self, key: OpKey) -> Cost:
-        """HC priced by mHC's row: the same bytes, without the Sinkhorn steps."""
-        kind, shape = _STAND_IN[key.kind], dict(key.shape)
+        """Price an unmeasured kind as another one that does the same, by the ratio of rooflines."""
+        kind, reason = _STAND_IN[key.kind]
+        shape = dict(key.shape)
         if "steps" in VOCABULARY[kind].axes:
             measured = self._rows.get((kind, key.pass_), [])
-            # the fewest steps measured: HC has none
+            # the fewest steps measured: these kinds have none
             shape["steps"] = min((row.shape["steps"] for _, row in measured), default=1)
-        cost = self.op(op_key(kind, key.pass_, **shape))
+        other = op_key(kind, key.pass_, **shape)
+        cost = self.op(other)
+        work = self._roofline(key) / self._roofline(other)
+        duration_ns = max(round(cost.duration_ns * work), 1)
         return replace(
             cost,
+            duration_ns=duration_ns,
             source="assumed",
-            explanation=f"{key.kind} was not measured: priced as {kind} ({cost.source}), which"
-            " moves the same bytes (arXiv 2512.24880, equations 3 and 5); HC has no Sinkhorn",
+            explanation=f"{key.kind} was not measured: priced as {kind} ({cost.source}) by"
+            f" roofline: {reason}",
+            segments=scale_segments(cost.segments, duration_ns / cost.duration_ns, work),
+            workspace_bytes=round(cost.workspace_bytes * work),
+            saved_bytes=saved_bytes(key),
+            deferred_bytes=deferred_bytes(key),
         )

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 SECOND_NS = 1_000_000_000
 
+# Elementwise ops over one long array: a longer one is a train of measured ones, a shorter one takes
+# no longer than the shortest measured. So no length of these is too far.
+_TRAIN_AXES = frozenset({"parameters"})
+
 
 def measure_command(key: OpKey) -> str:
     """How to get the missing measurement, as the end of an error line."""
@@ -96,7 +100,7 @@ class OpCosts:
 
     def _refuse_beyond_reach(self, key: OpKey, outside: list[Outside]) -> None:
         for axis, value, low, high, factor in outside:
-            if factor > MAX_EXTRAPOLATION:
+            if factor > MAX_EXTRAPOLATION and axis not in _TRAIN_AXES:
                 measured = str(low) if low == high else f"{low} to {high}"
                 raise CostMissing(
                     f"{self._name}: {key.kind}.{key.pass_} was measured for {axis} {measured};"
@@ -119,10 +123,12 @@ class OpCosts:
             source=worst([how, *(row.source for row in rows)]),
             explanation=_explain(how, [self._keys[i] for i, _ in votes], outside, rows),
             spread_percent=max(row.spread_percent for row in rows),
-            segments=_scale_segments(nearest, duration_ns, work),
+            segments=scale_segments(nearest.segments, duration_ns / nearest.duration_ns, work),
             workspace_bytes=round((nearest.workspace_bytes or 0) * work),
-            saved_bytes=_scaled_kept(_saved, nearest.saved_bytes, key, nearest_key, work),
-            deferred_bytes=_scaled_kept(_deferred, nearest.deferred_bytes, key, nearest_key, work),
+            saved_bytes=_scaled_kept(saved_bytes, nearest.saved_bytes, key, nearest_key, work),
+            deferred_bytes=_scaled_kept(
+                deferred_bytes, nearest.deferred_bytes, key, nearest_key, work
+            ),
         )
 
 
@@ -136,8 +142,8 @@ def _as_measured(key: OpKey, row: OpTiming) -> Cost:
         spread_percent=row.spread_percent,
         segments=row.segments,
         workspace_bytes=row.workspace_bytes or 0,
-        saved_bytes=_saved(key) if row.saved_bytes is None else row.saved_bytes,
-        deferred_bytes=_deferred(key) if row.deferred_bytes is None else row.deferred_bytes,
+        saved_bytes=saved_bytes(key) if row.saved_bytes is None else row.saved_bytes,
+        deferred_bytes=deferred_bytes(key) if row.deferred_bytes is None else row.deferred_bytes,
     )
 
 
@@ -151,11 +157,13 @@ def _explain(how: str, keys: list[OpKey], outside: list[Outside], rows: list[OpT
     return f"{how} from {shapes}{more} by roofline{beyond}{cited}"
 
 
-def _saved(key: OpKey) -> int:
+def saved_bytes(key: OpKey) -> int:
+    """What F keeps for I, by the vocabulary's formula; 0 in other passes."""
     return VOCABULARY[key.kind].saved(dict(key.shape)) if key.pass_ == "F" else 0
 
 
-def _deferred(key: OpKey) -> int:
+def deferred_bytes(key: OpKey) -> int:
+    """What I leaves for W, by the vocabulary's formula; 0 in other passes."""
     return VOCABULARY[key.kind].deferred(dict(key.shape)) if key.pass_ == "I" else 0
 
 
@@ -175,12 +183,13 @@ def _bytes_ratio(key: OpKey, row_key: OpKey) -> float:
     return least(dict(key.shape), key.pass_) / there if there else 1.0
 
 
-def _scale_segments(row: OpTiming, duration_ns: int, work: float) -> tuple[Segment, ...]:
-    """The kernels of ``row``, as they would look in an op of ``duration_ns`` and ``work`` times the
-    bytes: a persistent kernel keeps its CTAs and runs longer, another has more of them.
+def scale_segments(
+    segments: tuple[Segment, ...], longer: float, work: float
+) -> tuple[Segment, ...]:
+    """Kernels of an op as they look when it takes ``longer`` times as long for ``work`` times the
+    work: a persistent kernel keeps its CTAs and runs longer, another has more of them.
     """
-    longer = duration_ns / row.duration_ns
-    return tuple(_scale_segment(segment, longer, work) for segment in row.segments)
+    return tuple(_scale_segment(segment, longer, work) for segment in segments)
 
 
 def _scale_segment(segment: Segment, longer: float, work: float) -> Segment:

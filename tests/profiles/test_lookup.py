@@ -202,6 +202,28 @@ def test_unmeasured_hc_is_assumed_from_mhc(profile: Profile) -> None:
     assert model.op(op_key("hc_post", "I", **shape)).source == "assumed"
 
 
+@pytest.mark.parametrize("pass_", ["F", "B"])
+def test_unmeasured_collapse_is_assumed_from_a_site_by_roofline(
+    profile: Profile, pass_: str
+) -> None:
+    """(n + 1) C bytes forward against a site's (2n + 1) C."""
+    model = without(profile, lambda row: row.kind == "mhc_collapse")
+    key = op_key("mhc_collapse", pass_, n=4, hidden=2560, tokens=4096)
+    cost = model.op(key)
+    assert cost.source == "assumed"
+    assert "priced as mhc_pre" in cost.explanation
+    assert cost.duration_ns == pytest.approx(synthetic_ns(key), rel=1e-3)
+    assert cost.segments[0].duration_ns <= cost.duration_ns
+
+
+@pytest.mark.parametrize("parameters", [1, 100, 10**12])
+def test_any_length_of_an_optimizer_step_has_a_cost(costs: CostModel, parameters: int) -> None:
+    key = op_key("adamw", "O", parameters=parameters)
+    cost = costs.op(key)
+    assert cost.source == "extrapolated"
+    assert cost.duration_ns == pytest.approx(synthetic_ns(key), rel=1e-3)
+
+
 def test_hc_without_mhc_is_refused(profile: Profile) -> None:
     model = without(profile, lambda row: row.kind in ("hc_post", "mhc_post"))
     with pytest.raises(CostMissing, match=r"mhc_post\.F was not measured"):
