@@ -4,10 +4,9 @@ Each rank's row of actions is lowered in order. An action is a template (its pha
 of the paper's figure 4, :mod:`mhcplan.planner.chunks`) that :mod:`mhcplan.sim.build` stamps out for
 each microbatch. Around the actions, in host issue order:
 
-* the receives of an action are posted before the action ahead of it, ordered after what ran before,
-  so a message travels while that action computes (``p2p = eager``);
-* a send leaves right after its action; its buffer is released two actions later, where its handle
-  is waited for;
+* with ``p2p = eager`` a send is posted right after its action and the receive at that point of the
+  peer's row, so both ends agree on the order and nothing can hang. What was sent is released one
+  action later, where its handle is waited for;
 * with ``p2p = grouped``, as in DeepSeek's DualPipe, the sends of one action and the receives of the
   next are one batched call between them, and the next action waits for all of it.
 
@@ -18,8 +17,8 @@ the wrong one. With ``comm_streams = one`` all traffic of a rank shares one stre
 
 After the last action: gradient reduction of every stage held (over ep x dp for what experts do
 not split, over dp for experts; the second copy of a DualPipe stage belongs to both), ZeRO-1 AdamW
-on the own shard, the gather of the updated weights. DualPipe reduces both stages at the end and in depth
-order, since its two holders finish them in opposite order.
+on the own shard, the gather of the updated weights. DualPipe reduces both stages at the end and in
+depth order, since its two holders finish them in opposite order.
 """
 
 from __future__ import annotations
@@ -71,7 +70,6 @@ if TYPE_CHECKING:
     from mhcplan.sim.program import Program
 
 _LETTER = {"F": "F", "I": "B"}  # a message's pass, as its cell names it
-_RELEASE_AFTER = 2  # actions between a send and the wait for its handle
 
 
 def lower(plan: PlanSpec, recompute_block: int | None) -> Program:
@@ -180,8 +178,9 @@ class _Lowering:
         self._chunk_shapes = {shape: ChunkShape() for shape in self.shapes}
         self._stages: dict[StageShape, _StageTemplates] = {}
         self._pairs: dict[tuple[StageShape, StageShape], Template] = {}
-        grouped = plan.p2p == "grouped"
-        self._batches = place_messages(self.schedule, "grouped") if grouped else ()
+        self._messages = place_messages(self.schedule, plan.p2p)
+        self._grouped = plan.p2p == "grouped"
+        self._release_after = 0 if self._grouped else 1  # slots between a send and its release
         self._batch = -1
 
     def program(self) -> Program:
@@ -201,40 +200,47 @@ class _Lowering:
         row = self.schedule.actions[rank]
         last_use = {part.stage: i for i, action in enumerate(row) for part in action.parts}
         for i, action in enumerate(row):
-            yield from self._batched(rank, i) if self._batches else self._ahead(rank, row, i)
+            yield from self._before(rank, i)
             chunks = tuple((part.stage, part.microbatch) for part in action.parts)
             yield Stamp(self._action(action), rank, str(action), chunks)
-            if not self._batches:
-                yield from self._messages(rank, action, "SEND")
             if self.schedule.num_directions == 1:
                 for stage in sorted({p.stage for p in action.parts if last_use[p.stage] == i}):
                     yield from self._reduce(rank, stage)
-        if self._batches:
-            yield from self._batched(rank, len(row))
-        else:
-            for action in row[-_RELEASE_AFTER:]:
-                yield from self._messages(rank, action, "RELEASE")
+        for slot in range(len(row), len(row) + 1 + self._release_after):
+            yield from self._before(rank, slot)
         if self.schedule.num_directions > 1:
             for stage in sorted(set(self.schedule.stages_of(rank))):
                 yield from self._reduce(rank, stage)
         yield self._optimizer(rank)
 
-    def _ahead(self, rank: int, row: tuple[Action, ...], i: int) -> Iterator[Stamp]:
-        """What goes before action i: the receives of the next (and at the start its own), and the
-        release of what an earlier one sent."""
-        if i == 0:
-            yield from self._messages(rank, row[0], "RECV")
-        if i + 1 < len(row):
-            yield from self._messages(rank, row[i + 1], "RECV")
-        if i >= _RELEASE_AFTER:
-            yield from self._messages(rank, row[i - _RELEASE_AFTER], "RELEASE")
+    def _before(self, rank: int, slot: int) -> Iterator[Stamp]:
+        """What stands between action ``slot`` - 1 and the next: messages, waits and releases."""
+        messages = self._messages[rank][slot] if slot < len(self._messages[rank]) else ()
+        batch = -1
+        if self._grouped:
+            batch = self._batch = self._batch + 1
+        for kind, stage, microbatch, _ in messages:
+            yield from self._message(rank, kind, stage, microbatch, batch)
+        if self._grouped:
+            for kind, stage, microbatch, _ in messages:
+                if kind.startswith("RECV"):
+                    yield from self._message(rank, f"AWAIT{kind[4:]}", stage, microbatch)
+        for letter, stage, microbatch in self._released(rank, slot - self._release_after):
+            yield from self._message(rank, f"RELEASE_{letter}", stage, microbatch)
 
-    def _messages(self, rank: int, action: Action, what: str) -> Iterator[Stamp]:
-        """Receives, sends or releases that go with an action, if any."""
-        for part in action.parts:
-            if part.kind != "W":
-                letter = "F" if part.kind == "F" else "B"
-                yield from self._message(rank, f"{what}_{letter}", part.stage, part.microbatch)
+    def _released(self, rank: int, slot: int) -> Iterator[tuple[str, int, int]]:
+        """Chunks whose dead buffers can go once what was posted in ``slot`` is done: those sent
+        there, and those of the action before it that are sent nowhere."""
+        if not 0 <= slot <= len(self.schedule.actions[rank]):
+            return
+        for kind, stage, microbatch, _ in self._messages[rank][slot]:
+            if kind.startswith("SEND"):
+                yield kind[-1], stage, microbatch
+        for part in self.schedule.actions[rank][slot - 1].parts if slot else ():
+            letter = "F" if part.kind == "F" else "B"
+            templates = self._templates(self.shapes[part.stage]).messages
+            if part.kind != "W" and f"SEND_{letter}" not in templates:
+                yield letter, part.stage, part.microbatch
 
     def _message(
         self, rank: int, what: str, stage: int, microbatch: int, batch: int = -1
@@ -243,23 +249,6 @@ class _Lowering:
         if template is not None:
             cell = f"{stage}{what}{microbatch}"
             yield Stamp(template, rank, cell, ((stage, microbatch),), batch)
-
-    def _batched(self, rank: int, slot: int) -> Iterator[Stamp]:
-        """One batched call before action ``slot``, as DualPipe places it; then wait for all of it,
-        and free what is dead after the action before."""
-        self._batch += 1
-        messages = self._batches[rank][slot]
-        for kind, stage, microbatch, _ in messages:
-            yield from self._message(rank, kind, stage, microbatch, self._batch)
-        for kind, stage, microbatch, _ in messages:
-            what = {"SEND": "RELEASE", "RECV": "AWAIT"}[kind[:4]] + kind[4:]
-            yield from self._message(rank, what, stage, microbatch)
-        sent = {(m.stage, m.microbatch, m.kind[-1]) for slots in self._batches[rank] for m in slots
-                if m.kind.startswith("SEND")}  # fmt: skip
-        for part in self.schedule.actions[rank][slot - 1].parts if slot else ():
-            letter = "F" if part.kind == "F" else "B"
-            if part.kind != "W" and (part.stage, part.microbatch, letter) not in sent:
-                yield from self._message(rank, f"RELEASE_{letter}", part.stage, part.microbatch)
 
     def _action(self, action: Action) -> Template:
         parts = action.parts

@@ -2,7 +2,7 @@
 
 A rank stores the input of every recompute block (n C a token) once for each live chunk, and while
 one block is rebuilt holds its transient states ((n + 2) C a token and site). The paper minimises
-n C ceil(L / L_r) + (n + 2) C L_r over one model with one microbatch (arXiv 2512.24880, equation 20);
+n C ceil(L / L_r) + (n + 2) C L_r over one model with one microbatch (arXiv 2512.24880, eq. 20);
 a rank has L sites a stage, several live chunks, and blocks that end where the stage ends.
 """
 

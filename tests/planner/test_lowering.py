@@ -1,4 +1,4 @@
-"""From plans to programs: the order of figure 4, what is sent, what is kept, and that n = 1 is free."""
+"""From plans to programs: figure 4's order, what is sent, what is kept, and that n = 1 is free."""
 
 from __future__ import annotations
 
@@ -87,7 +87,8 @@ def test_lanes_of_an_overlapped_pair_follow_figure_4(one_block_a_stage: Program)
     ops = pair_ops(one_block_a_stage, rank=1)
     assert lane(one_block_a_stage, ops, ("compute",)) == [
         "Recompute(B)", "F_pre^A(F)", "ATTN(F)", "F_post^A(F)", "F_pre^M(F)",
-        "MLP(B)", "MLP(W)", "MLP(F)", "F_pre^M(B)", "F_post^A(B)", "ATTN(B)", "F_pre^A(B)", "ATTN(W)",
+        "MLP(B)", "MLP(W)", "MLP(F)",
+        "F_pre^M(B)", "F_post^A(B)", "ATTN(B)", "F_pre^A(B)", "ATTN(W)",
     ]  # fmt: skip
     assert lane(one_block_a_stage, ops, ("high",)) == ["F_post^M(B)", "F_post^M(F)"]
     assert lane(one_block_a_stage, ops, ("ep",)) == [

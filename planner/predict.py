@@ -1,0 +1,97 @@
+"""One what-if from plan to prediction: lower, price, play, and the same for the plain residual.
+
+Every arrow is a pure function::
+
+    PlanSpec -> Program -> CostTable -> Timeline -> breakdown and memory
+
+The baseline is the same plan with the plain residual, lowered and played like any other plan; the
+overhead is the difference of two simulations, never an assumed figure.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mhcplan.planner.lowering import lower
+from mhcplan.planner.recompute import resolve_recompute_block
+from mhcplan.profiles.lookup import CostModel
+from mhcplan.profiles.store import find_profile
+from mhcplan.sim.breakdown import breakdown
+from mhcplan.sim.engine import simulate
+from mhcplan.sim.memory import memory_of
+
+if TYPE_CHECKING:
+    from mhcplan.planner.spec import PlanSpec
+    from mhcplan.profiles.costs import Cost
+    from mhcplan.profiles.schema import Profile
+    from mhcplan.sim.breakdown import Breakdown
+    from mhcplan.sim.memory import Memory
+    from mhcplan.sim.program import CostTable, Program
+    from mhcplan.sim.timeline import Timeline
+
+
+@dataclass(frozen=True)
+class Step:
+    """A simulated training step.
+
+    Attributes:
+        costs: what each of the program's cost keys costs, with source and spread.
+        table: the same as arrays, which the engine plays.
+    """
+
+    program: Program
+    costs: tuple[Cost, ...]
+    table: CostTable
+    timeline: Timeline
+    memory: Memory
+    breakdown: Breakdown
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A plan's step beside its baseline's.
+
+    Attributes:
+        recompute_block: L_r in sites as ``auto`` or ``stage`` was resolved, None for no recompute.
+    """
+
+    plan: PlanSpec
+    profile: Profile
+    recompute_block: int | None
+    step: Step
+    baseline: Step
+
+    @property
+    def overhead_percent(self) -> float:
+        """Step time over the baseline's, minus 1, in percent."""
+        return 100 * (self.step.timeline.step_ns / self.baseline.timeline.step_ns - 1)
+
+
+def predict(plan: PlanSpec, profile: Profile | None = None) -> Prediction:
+    """Predict a plan's step and its baseline's.
+
+    Args:
+        plan: what to run.
+        profile: what ops cost; None finds the one that the plan names.
+
+    Raises:
+        ProfileError: the profile cannot be read, or prices an op neither by measurement nor near
+            one (:class:`mhcplan.profiles.costs.CostMissing`).
+    """
+    profile = profile or find_profile(plan.profile)
+    model = CostModel(profile)
+    block = resolve_recompute_block(plan)
+    step = play(plan, model, block)
+    baseline = step if plan.residual.is_plain else play(plan.baseline(), model, None)
+    return Prediction(plan, profile, block, step, baseline)
+
+
+def play(plan: PlanSpec, model: CostModel, recompute_block: int | None) -> Step:
+    """Lower, price and simulate one plan."""
+    program = lower(plan, recompute_block)
+    costs, table = model.costs(program.cost_keys), model.table(program.cost_keys)
+    timeline = simulate(program, table)
+    return Step(
+        program, costs, table, timeline, memory_of(program, table), breakdown(program, timeline)
+    )
