@@ -5,8 +5,9 @@ of the paper's figure 4, :mod:`mhcplan.planner.chunks`) that :mod:`mhcplan.sim.b
 each microbatch. Around the actions, in host issue order:
 
 * with ``p2p = eager`` a send is posted right after its action and the receive at that point of the
-  peer's row, so both ends agree on the order and nothing can hang. What was sent is released one
-  action later, where its handle is waited for;
+  peer's row, so both ends agree on the order and nothing can hang; but no later than before the
+  action ahead of the one that needs it, so that the message travels while that action computes.
+  What was sent is released one action later, where its handle is waited for;
 * with ``p2p = grouped``, as in DeepSeek's DualPipe, the sends of one action and the receives of the
   next are one batched call between them, and the next action waits for all of it.
 
@@ -30,7 +31,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mhcplan.planner.chunks import Chunk, StageShape, Work, optimizer_bytes_per_parameter
-from mhcplan.planner.schedule_p2p import place_messages
+from mhcplan.planner.schedule_p2p import P2P, MessageTable, place_messages
 from mhcplan.planner.spec import PlanSpec, schedule_of
 from mhcplan.profiles.parameters import ParameterCounts, stage_parameters
 from mhcplan.profiles.vocabulary import BF16, FP32, NO_COST, TransferKey, op_key
@@ -65,7 +66,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from mhcplan.planner.actions import Action
+    from mhcplan.planner.actions import Action, Message
     from mhcplan.planner.schedules import Schedule
     from mhcplan.sim.program import Program
 
@@ -178,7 +179,7 @@ class _Lowering:
         self._chunk_shapes = {shape: ChunkShape() for shape in self.shapes}
         self._stages: dict[StageShape, _StageTemplates] = {}
         self._pairs: dict[tuple[StageShape, StageShape], Template] = {}
-        self._messages = place_messages(self.schedule, plan.p2p)
+        self._messages = _messages(self.schedule, plan.p2p)
         self._grouped = plan.p2p == "grouped"
         self._release_after = 0 if self._grouped else 1  # slots between a send and its release
         self._batch = -1
@@ -558,6 +559,35 @@ class _Tables:
     def _pipe_on(self, rank: int, stream: int) -> None:
         self.pipe_stream[:, rank, :, 0] = stream
         self.pipe_stream[:, :, rank, 1] = stream
+
+
+def _messages(schedule: Schedule, p2p: P2P) -> MessageTable:
+    """Where messages are posted; eager receives at least one action ahead of their need.
+
+    A receive that is posted earlier cannot block: its flow has a stream of its own, and messages of
+    a flow keep their order.
+    """
+    placed = place_messages(schedule, p2p)
+    if p2p == "grouped":
+        return placed
+    table: list[tuple[tuple[Message, ...], ...]] = []
+    for row, slots in zip(schedule.actions, placed, strict=True):
+        needed = {
+            ("F" if part.kind == "F" else "B", part.stage, part.microbatch): i
+            for i, action in enumerate(row)
+            for part in action.parts
+            if part.kind != "W"
+        }
+        moved: list[list[Message]] = [[] for _ in slots]
+        for slot, messages in enumerate(slots):
+            for message in messages:
+                at = slot
+                if message.kind.startswith("RECV"):
+                    use = needed[message.kind[-1], message.stage, message.microbatch]
+                    at = min(slot, max(use - 1, 0))
+                moved[at].append(message)
+        table.append(tuple(map(tuple, moved)))
+    return tuple(table)
 
 
 # -- orders of phases
