@@ -1,0 +1,157 @@
+"""Why each op of a simulated step started when it did, worked out after the fact.
+
+The start of an op is the last of a few instants: the host has issued it, the op before it on its
+stream has ended, the ops it waits for have ended, its peers are there, links or SMs are free. The
+reason is the one that came last; on a tie the first of start, stream, event, host, then peer. As
+only times decide, every engine gets the same causes from the same times.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mhcplan.sim.device import links_of_transfers
+from mhcplan.sim.order import NO_OP
+from mhcplan.sim.timeline import REASONS, Timeline
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from mhcplan.sim.order import Order
+    from mhcplan.sim.program import Program
+
+    Ints = NDArray[np.int64]
+
+_START, _HOST, _STREAM, _EVENT, _PEER, _LINK, _PRIORITY = range(len(REASONS))
+
+
+def timeline_of(
+    program: Program, order: Order, issue_ns: Ints, start_ns: Ints, end_ns: Ints, release_ns: Ints
+) -> Timeline:
+    """Make the Timeline of a step from its times.
+
+    Args:
+        program, order: what was played.
+        issue_ns: when the host had issued each op.
+        start_ns, end_ns: when each op ran.
+        release_ns: when each transfer freed its links: before ``end_ns`` where a batch went on.
+            Other ops have any lower number.
+    """
+    search = _Search(program, order, start_ns, end_ns, release_ns)
+    search.own_rank(issue_ns)
+    search.peers()
+    search.links()
+    search.sms()
+    at_start = start_ns == 0
+    search.reason[at_start], search.cause[at_start] = _START, NO_OP
+    return Timeline(issue_ns, start_ns, end_ns, search.cause, search.reason)
+
+
+class _Search:
+    """Goes through the instants that a start may have waited for, in the order they come.
+
+    ``ready`` is when the ones so far had come, ``cause`` and ``reason`` tell the last of them.
+    """
+
+    def __init__(
+        self, program: Program, order: Order, start_ns: Ints, end_ns: Ints, release_ns: Ints
+    ) -> None:
+        self.program, self.order = program, order
+        self.start, self.end, self.release = start_ns, end_ns, release_ns
+        self.ready = np.zeros(program.num_ops, np.int64)
+        self.cause = np.full(program.num_ops, NO_OP, np.int64)
+        self.reason = np.zeros(program.num_ops, np.int8)
+        self.transfers = np.flatnonzero(order.meeting >= 0)
+
+    def own_rank(self, issue_ns: Ints) -> None:
+        """What a kernel waits for on its own rank."""
+        first, waited = self.order.first, self.order.waited
+        waiting = first[waited.owners]
+        opens = np.flatnonzero((first == np.arange(len(first))) & (self.order.previous != NO_OP))
+        previous = self.order.previous[opens]
+        # From the weakest claim to the strongest: on a tie the last one written stays.
+        claims = (
+            (_HOST, first, issue_ns, self.order.sync),
+            (_EVENT, waiting, self.end[waited.values], waited.values),
+            (_STREAM, opens, self.end[previous], previous),
+        )
+        for _, kernel, instant, _ in claims:
+            np.maximum.at(self.ready, kernel, instant)
+        for code, kernel, instant, by in claims:
+            binds = instant == self.ready[kernel]
+            self.reason[kernel[binds]] = code
+            self.cause[kernel[binds]] = by[binds]
+        caused = self.cause != NO_OP
+        self.cause[caused] = self._last_of_batch()[self.cause[caused]]
+        self.ready, self.cause = self.ready[first], self.cause[first]
+        self.reason = self.reason[first]
+
+    def _last_of_batch(self) -> Ints:
+        """For every op, the op that its kernel ended with."""
+        first = self.order.first
+        kernel_release = self.release.copy()
+        np.maximum.at(kernel_release, first, self.release)
+        last = np.flatnonzero(self.release == kernel_release[first])
+        last_of = np.arange(len(first))
+        last_of[first[last]] = last
+        return last_of[first]
+
+    def peers(self) -> None:
+        """Where another member came later, what let the last one arrive is the cause."""
+        meeting = self.order.meeting[self.transfers]
+        all_ready, last_member = self._by_meeting(), self._by_meeting()
+        np.maximum.at(all_ready, meeting, self.ready[self.transfers])
+        came_last = self.ready[self.transfers] == all_ready[meeting]
+        # written from the highest op to the lowest, which stays
+        last_member[meeting[came_last][::-1]] = self.transfers[came_last][::-1]
+        waits = self.transfers[~came_last]
+        self.cause[waits] = self.cause[last_member[self.order.meeting[waits]]]
+        self.reason[waits] = _PEER
+        self.ready[self.transfers] = all_ready[meeting]
+
+    def links(self) -> None:
+        """Where a link was taken, the transfer that freed it at the start is the cause."""
+        meeting = self.order.meeting
+        waits = self.transfers[self.start[self.transfers] > self.ready[self.transfers]]
+        member = self._by_meeting()
+        member[meeting[self.transfers]] = self.transfers
+        links = links_of_transfers(self.program, meeting)
+        holder = member[links.owners]
+        held = self.release[holder] > self.start[holder]
+        freed_by = _Lookup(links.values[held], self.release[holder[held]], holder[held])
+        cause = self._by_meeting()
+        np.maximum.at(cause, links.owners, freed_by.find(links.values, self.start[holder]))
+        self.cause[waits] = cause[meeting[waits]]
+        self.reason[waits] = _LINK
+
+    def sms(self) -> None:
+        """Where the SMs were taken, the compute op that ended at the start is the cause."""
+        alone = self.order.meeting < 0
+        waits = np.flatnonzero(alone & (self.start > self.ready))
+        ran = np.flatnonzero(alone & (self.end > self.start))
+        ended_by = _Lookup(self.program.rank[ran], self.end[ran], ran)
+        self.cause[waits] = ended_by.find(self.program.rank[waits], self.start[waits])
+        self.reason[waits] = _PRIORITY
+
+    def _by_meeting(self) -> Ints:
+        return np.full(int(self.order.meeting.max(initial=-1)) + 1, NO_OP, np.int64)
+
+
+class _Lookup:
+    """Finds an op by (place, instant): the lowest one, or NO_OP."""
+
+    def __init__(self, place: NDArray[np.integer], instant_ns: Ints, op: Ints) -> None:
+        self._span = int(instant_ns.max(initial=0)) + 1
+        key = place.astype(np.int64) * self._span + instant_ns
+        by_key = np.lexsort((op, key))
+        self._key, self._op = key[by_key], op[by_key]
+
+    def find(self, place: NDArray[np.integer], instant_ns: Ints) -> Ints:
+        if not len(self._key):
+            return np.full(len(place), NO_OP, np.int64)
+        key = place.astype(np.int64) * self._span + instant_ns
+        at = np.minimum(np.searchsorted(self._key, key), len(self._key) - 1)
+        known = (self._key[at] == key) & (instant_ns < self._span)
+        return np.where(known, self._op[at], NO_OP)

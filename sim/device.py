@@ -1,0 +1,150 @@
+"""The physics: what ops that run at the same time do to each other.
+
+Every engine calls these functions, plainly or compiled, and holds no physics of its own; a better
+model of the GPU replaces this file only. They take and fill plain sequences of integers.
+
+Work and rates. An op that takes d ns alone is ``d * FULL_RATE`` units of work. Whenever something
+on its rank begins or ends, the device says how many units a nanosecond it does from then on, 0 ..
+FULL_RATE; the time to the end is rounded up to a whole nanosecond. So any slow-down that a model of
+contention finds is an integer rate here.
+
+What is modelled:
+
+* **SMs.** A rank's compute streams share its SMs by priority. While an op of a more urgent stream
+  runs, those of less urgent streams make no progress, as if thread blocks were short: pre-emption
+  between blocks. Ops of equally urgent streams run one at a time: the op that has begun first,
+  then in issue order. A kernel that fills the GPU leaves no room for another, and a gain from two
+  that do not fill it would have to be measured; without a measurement none is given. An op of no
+  duration (bookkeeping) takes no SMs and waits for none.
+* **Links.** Each rank has, for each medium, one link out and one link in. A transfer holds ``out``
+  at every member that sends and ``in`` at every member that receives (both, in a collective) from
+  its start to its end, alone. It gets all of them at one instant or none. Transfers that could
+  start at the same instant are served by (most urgent stream priority of its members, lowest issue
+  number of its members, lowest op number); one that finds a link taken does not keep others off
+  its free links.
+
+:data:`NOT_MODELLED` says what is missing; reports print it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mhcplan.sim.program import Csr
+
+if TYPE_CHECKING:
+    from collections.abc import MutableSequence, Sequence
+
+    from numpy.typing import NDArray
+
+    from mhcplan.sim.program import Program
+
+    Ints = NDArray[np.int64]
+
+NOT_MODELLED: tuple[str, ...] = (
+    "communication takes no SMs and no memory bandwidth from compute, and loses none to it",
+    "a more urgent kernel starts at once: the residual life of resident thread blocks, and "
+    "kernels that are persistent, do not delay it",
+    "kernels of equally urgent streams of one GPU run one after another",
+    "transfers over one link take turns and do not share its bandwidth",
+    "streams never share a hardware queue (CUDA_DEVICE_MAX_CONNECTIONS)",
+    "the queue of launched kernels has no limit, so the host never waits for room in it",
+)
+
+# Units of work a nanosecond of an op that has the device to itself. int64 holds 39 hours of it.
+FULL_RATE = 1 << 16
+
+
+def work_of(duration_ns: int) -> int:
+    """Work of an op that takes ``duration_ns`` alone."""
+    return duration_ns * FULL_RATE
+
+
+def work_left(work: int, rate: int, elapsed_ns: int) -> int:
+    """Work left after ``elapsed_ns`` at ``rate``; never below 0, as ends are rounded up."""
+    return max(work - rate * elapsed_ns, 0)
+
+
+def time_to_finish_ns(work: int, rate: int) -> int:
+    """Nanoseconds that ``work`` takes at ``rate`` > 0, rounded up."""
+    return -(-work // rate)
+
+
+def share_sms(
+    begin: int,
+    end: int,
+    resident: Sequence[int],
+    begun: Sequence[int],
+    priority: Sequence[int],
+    rate: MutableSequence[int],
+) -> None:
+    """Set the rates of one rank's compute ops.
+
+    Args:
+        begin, end: the rank's compute streams are ``begin .. end - 1``.
+        resident: op at the head of each compute stream that is free to run, or -1. Op numbers of a
+            rank are its issue numbers.
+        begun: 1 where that op has run before.
+        priority: of each compute stream; lower is more urgent.
+        rate: filled with each stream's rate.
+    """
+    chosen = -1
+    for stream in range(begin, end):
+        rate[stream] = 0
+        if resident[stream] < 0:
+            continue
+        if chosen < 0 or priority[stream] < priority[chosen]:
+            chosen = stream
+        elif priority[stream] == priority[chosen]:
+            earlier = resident[stream] < resident[chosen]
+            if begun[stream] > begun[chosen] or (begun[stream] == begun[chosen] and earlier):
+                chosen = stream
+    if chosen >= 0:
+        rate[chosen] = FULL_RATE
+
+
+def first_taken_link(begin: int, end: int, links: Sequence[int], taken: Sequence[int]) -> int:
+    """The first of ``links[begin : end]`` that another transfer holds, or -1."""
+    for i in range(begin, end):
+        if taken[links[i]]:
+            return links[i]
+    return -1
+
+
+def hold_links(
+    begin: int, end: int, links: Sequence[int], taken: MutableSequence[int], held: int
+) -> None:
+    """Take (``held`` 1) or free (0) ``links[begin : end]``."""
+    for i in range(begin, end):
+        taken[links[i]] = held
+
+
+def links_of_transfers(program: Program, meeting: Ints) -> Csr:
+    """Links of each transfer, numbered (rank x media + medium) x 2, and 1 more for the way in."""
+    media = {medium: i for i, medium in enumerate(dict.fromkeys(g.medium for g in program.groups))}
+    medium = np.array([media[group.medium] for group in program.groups], np.int64)
+    ops = np.flatnonzero(meeting >= 0)
+    out = (program.rank[ops] * len(media) + medium[program.group[ops]]) * 2
+    collective = program.peer[ops] < 0
+    sends, receives = program.is_send[ops] | collective, ~program.is_send[ops] | collective
+    owner = np.concatenate([meeting[ops[sends]], meeting[ops[receives]]])
+    link = np.concatenate([out[sends], out[receives] + 1])
+    by_owner = np.lexsort((link, owner))
+    count = int(meeting.max(initial=-1)) + 1
+    offsets = np.searchsorted(owner[by_owner], np.arange(count + 1))
+    return Csr(offsets, link[by_owner])
+
+
+def transfers_in_turn(program: Program, meeting: Ints) -> Ints:
+    """All transfers in the order in which links are granted to those that wait."""
+    ops = np.flatnonzero(meeting >= 0)
+    count = int(meeting.max(initial=-1)) + 1
+    stream_priority = np.array([stream.priority for stream in program.streams], np.int64)
+    highest = np.iinfo(np.int64).max
+    priority, issue, lowest_op = (np.full(count, highest) for _ in range(3))
+    np.minimum.at(priority, meeting[ops], stream_priority[program.stream[ops]])
+    np.minimum.at(issue, meeting[ops], ops - program.rank_offsets[program.rank[ops]])
+    np.minimum.at(lowest_op, meeting[ops], ops)
+    return np.lexsort((lowest_op, issue, priority))

@@ -1,0 +1,374 @@
+"""The reference engine: plays a Program in virtual time, written with SimPy to be read.
+
+Every stream is a process that runs its ops in order; every rank's host thread is a process that
+issues them. At one instant, in this order:
+
+1. completions: ops whose work is done end;
+2. wake-ups: streams and hosts that waited for those ends go on, ops of no duration begin and end;
+3. decisions: links are granted to transfers that all members have reached, then each rank's SMs are
+   shared (:mod:`mhcplan.sim.device`). Transfers of no duration end in a next round of the instant.
+
+So only what is true at an instant matters, never the order in which SimPy happens to handle it: the
+result is deterministic. Times are integer nanoseconds; 0 is when the hosts begin to issue.
+
+Ops of one batched call are one kernel. It has reached its transfers when all its ops could start;
+each transfer starts when its other end is there too, and the kernel ends with the last of them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import simpy
+from simpy.events import EventPriority
+
+from mhcplan.sim import device
+from mhcplan.sim.causes import timeline_of
+from mhcplan.sim.order import NO_OP, describe, order_of
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Sequence
+
+    from mhcplan.sim.order import Order
+    from mhcplan.sim.program import CostTable, Program
+    from mhcplan.sim.timeline import Timeline
+
+    Process = Generator[simpy.Event, None, None]
+    # The ops of one kernel, and the ops that it waits for through events.
+    Launch = tuple[tuple[int, ...], tuple[int, ...]]
+
+NEVER = -1
+_AFTER_ALL_ELSE = EventPriority(2)  # completions and wake-ups are 1
+_NAME_AT_MOST = 12
+
+
+class DeadlockError(RuntimeError):
+    """No op can go on, though some have not ended; the message names them."""
+
+
+def simulate(program: Program, costs: CostTable) -> Timeline:
+    """Play one step.
+
+    Raises:
+        MeetError: a transfer lacks an end or a member.
+        DeadlockError: ops wait for each other.
+    """
+    step = _Step(program, costs)
+    step.play()
+    return timeline_of(
+        program,
+        step.order,
+        issue_ns=np.array(step.issue, np.int64),
+        start_ns=np.array(step.start, np.int64),
+        end_ns=np.array(step.end[:-1], np.int64),
+        release_ns=np.array(step.release, np.int64),
+    )
+
+
+class _Clock(simpy.Environment):
+    """An environment in which all delays are integers, and so is the time."""
+
+    if TYPE_CHECKING:
+
+        @property
+        def now(self) -> int: ...
+
+
+class _Decision(simpy.Event):
+    """Comes after everything else at this instant."""
+
+    def __init__(self, env: simpy.Environment) -> None:
+        super().__init__(env)
+        self._ok = True
+        self._value = None
+        env.schedule(self, _AFTER_ALL_ELSE)
+
+
+class _Step:
+    """One step being played. Lists are indexed by op unless said otherwise."""
+
+    def __init__(self, program: Program, costs: CostTable) -> None:
+        self.program = program
+        self.order = order_of(program)
+        self.launches = _launches_by_stream(program, self.order)
+        n = program.num_ops
+        self.issue, self.start, self.release = ([NEVER] * n for _ in range(3))
+        self.end = [NEVER] * (n + 1)  # the last entry stands for NO_OP, which never ends
+        self.env = _Clock()
+        self._stream: list[int] = program.stream.tolist()
+        self._rank: list[int] = program.rank.tolist()
+        self._first: list[int] = self.order.first.tolist()
+        self.meeting: list[int] = self.order.meeting.tolist()
+        self._ends: dict[int, simpy.Event] = {}  # of the ops that somebody waits for
+        self._decision_is_due = False
+        self._prepare_hosts(costs)
+        self._prepare_work(costs)
+        self._prepare_compute_streams()
+        self._prepare_transfers()
+
+    def _prepare_hosts(self, costs: CostTable) -> None:
+        ranks = range(self.program.num_ranks)
+        self._host_ns = costs.host_ns[self.program.cost]
+        self._host_goes_on = [self.env.event() for _ in ranks]
+        self.host_waits_for = [NO_OP for _ in ranks]
+
+    def _prepare_work(self, costs: CostTable) -> None:
+        """Work of each op; a transfer's members all have that of the longest."""
+        duration = costs.duration_ns[self.program.cost].copy()
+        ops = np.flatnonzero(self.order.meeting >= 0)
+        meeting = self.order.meeting[ops]
+        longest = np.zeros(int(meeting.max(initial=-1)) + 1, np.int64)
+        np.maximum.at(longest, meeting, duration[ops])
+        duration[ops] = longest[meeting]
+        self._work = [device.work_of(ns) for ns in duration.tolist()]
+        self._rate = [0] * len(self._work)
+        self._rated_at = [0] * len(self._work)
+        self._deadline = [NEVER] * len(self._work)
+
+    def _prepare_compute_streams(self) -> None:
+        """Number the compute streams ("slots") so that those of a rank are neighbours."""
+        streams = self.program.streams
+        slots = [i for i, stream in enumerate(streams) if stream.group < 0]
+        slots.sort(key=lambda i: streams[i].rank)
+        self._slot_of = {stream: slot for slot, stream in enumerate(slots)}
+        ranks = [streams[i].rank for i in slots]
+        self._slot_begin: list[int] = np.searchsorted(
+            ranks, np.arange(self.program.num_ranks + 1)
+        ).tolist()
+        self._slot_priority = [streams[i].priority for i in slots]
+        self._slot_op = [NO_OP for _ in slots]
+        self._slot_begun = [0 for _ in slots]
+        self._slot_rate = [0 for _ in slots]
+        self._changed_ranks: set[int] = set()
+
+    def _prepare_transfers(self) -> None:
+        """Number links and transfers; a transfer's turn is its place in the order of grants."""
+        meeting = self.order.meeting
+        links = device.links_of_transfers(self.program, meeting)
+        self._links: list[int] = links.values.tolist()
+        self._link_begin: list[int] = links.offsets.tolist()
+        self._link_taken = [0] * (max(self._links, default=-1) + 1)
+        self._link_watchers: list[list[int]] = [[] for _ in self._link_taken]
+        self._in_turn: list[int] = device.transfers_in_turn(self.program, meeting).tolist()
+        self._turn = {number: turn for turn, number in enumerate(self._in_turn)}
+        self._candidates: list[int] = []  # turns of transfers whose links may be free now
+        self.members: list[list[int]] = [[] for _ in self._in_turn]
+        self._under_way = [0] * len(self.meeting)  # transfers of a kernel, at its first op
+        for op in np.flatnonzero(meeting >= 0).tolist():
+            self.members[self.meeting[op]].append(op)
+            self._under_way[self._first[op]] += 1
+        self._absent = [len(members) for members in self.members]
+        self.reached = [False] * len(self.meeting)
+        self._batches = {
+            ops[0]: ops for launches in self.launches for ops, _ in launches if len(ops) > 1
+        }
+
+    def play(self) -> None:
+        """Run until nothing happens any more."""
+        for rank in range(self.program.num_ranks):
+            self.env.process(self._host(rank))
+        for stream, launches in zip(self.program.streams, self.launches, strict=True):
+            if launches:
+                self.env.process(self._run_stream(stream.rank, launches))
+        self.env.run()
+        if NEVER in self.end[:-1]:
+            raise DeadlockError(_name_the_stuck(self))
+
+    # -- processes -------------------------------------------------------------------------------
+
+    def _host(self, rank: int) -> Process:
+        """Issues the rank's ops; between two ``host_sync`` ops all times are known at once."""
+        begin, end = self.program.rank_offsets[rank : rank + 2].tolist()
+        syncs = np.flatnonzero(self.program.host_sync[begin:end]) + begin
+        for stop in [*(syncs + 1).tolist(), end]:
+            times = np.cumsum(self._host_ns[begin:stop]) + self.env.now
+            self.issue[begin:stop] = times.tolist()
+            self._host_goes_on[rank].succeed()
+            self._host_goes_on[rank] = self.env.event()
+            if stop > begin and self.program.host_sync[stop - 1]:
+                self.host_waits_for[rank] = stop - 1
+                yield self._end_of(stop - 1)
+            begin = stop
+
+    def _run_stream(self, rank: int, launches: Sequence[Launch]) -> Process:
+        """Runs the kernels of one stream, each after the end of the one before."""
+        env, issue, end = self.env, self.issue, self.end
+        for ops, recorders in launches:
+            op = ops[-1]
+            while issue[op] == NEVER:
+                yield self._host_goes_on[rank]
+            if issue[op] > env.now:
+                yield env.timeout(issue[op] - env.now)
+            for recorder in recorders:
+                if end[recorder] == NEVER:
+                    yield self._end_of(recorder)
+            if self.meeting[op] >= 0:
+                self._reach_transfers(ops)
+            elif self._work[op]:
+                self._ask_for_sms(op)
+            else:
+                self.start[op] = self.env.now
+                self._finish(op)
+                continue
+            yield self._end_of(op)
+
+    def _end_of(self, op: int) -> simpy.Event:
+        """The event that an op ends which has not ended yet."""
+        event = self._ends.get(op)
+        if event is None:
+            event = self._ends[op] = simpy.Event(self.env)
+        return event
+
+    def _finish(self, op: int) -> None:
+        self.end[op] = self.env.now
+        event = self._ends.pop(op, None)
+        if event is not None:
+            event.succeed()
+
+    # -- decisions -------------------------------------------------------------------------------
+
+    def _decide_soon(self) -> None:
+        if not self._decision_is_due:
+            self._decision_is_due = True
+            decision = _Decision(self.env)
+            decision.callbacks.append(self._decide)  # pyright: ignore[reportUnknownMemberType]
+
+    def _decide(self, _event: simpy.Event) -> None:
+        self._decision_is_due = False
+        candidates, self._candidates = sorted(self._candidates), []
+        for turn in candidates:
+            self._try_to_start_transfer(self._in_turn[turn])
+        changed, self._changed_ranks = self._changed_ranks, set()
+        for rank in changed:
+            self._share_sms(rank)
+
+    def _ask_for_sms(self, op: int) -> None:
+        slot = self._slot_of[self._stream[op]]
+        self._slot_op[slot], self._slot_begun[slot] = op, 0
+        self._changed_ranks.add(self._rank[op])
+        self._decide_soon()
+
+    def _share_sms(self, rank: int) -> None:
+        begin, end = self._slot_begin[rank], self._slot_begin[rank + 1]
+        rates = self._slot_rate
+        device.share_sms(begin, end, self._slot_op, self._slot_begun, self._slot_priority, rates)
+        for slot in range(begin, end):
+            op = self._slot_op[slot]
+            if op == NO_OP:
+                continue
+            if rates[slot] and not self._slot_begun[slot]:
+                self._slot_begun[slot] = 1
+                self.start[op] = self.env.now
+            self._set_rate(op, rates[slot])
+
+    def _reach_transfers(self, ops: Sequence[int]) -> None:
+        for op in ops:
+            meeting = self.meeting[op]
+            self.reached[op] = True
+            self._absent[meeting] -= 1
+            if not self._absent[meeting]:
+                self._candidates.append(self._turn[meeting])
+                self._decide_soon()
+
+    def _try_to_start_transfer(self, meeting: int) -> None:
+        begin, end = self._link_begin[meeting], self._link_begin[meeting + 1]
+        taken = device.first_taken_link(begin, end, self._links, self._link_taken)
+        if taken >= 0:  # nothing to try again before that link is free
+            self._link_watchers[taken].append(self._turn[meeting])
+            return
+        device.hold_links(begin, end, self._links, self._link_taken, 1)
+        for op in self.members[meeting]:
+            self.start[op] = self.env.now
+        self._set_rate(self.members[meeting][0], device.FULL_RATE)
+
+    # -- work ------------------------------------------------------------------------------------
+
+    def _set_rate(self, op: int, rate: int) -> None:
+        """Go on at another rate; moves the deadline, at which the op's work is done."""
+        if rate == self._rate[op]:
+            return
+        now = self.env.now
+        elapsed_ns = now - self._rated_at[op]
+        self._work[op] = device.work_left(self._work[op], self._rate[op], elapsed_ns)
+        self._rate[op], self._rated_at[op], self._deadline[op] = rate, now, NEVER
+        if rate:
+            delay_ns = device.time_to_finish_ns(self._work[op], rate)
+            self._deadline[op] = now + delay_ns
+            done = simpy.Timeout(self.env, delay_ns, op)
+            done.callbacks.append(self._on_deadline)  # pyright: ignore[reportUnknownMemberType]
+
+    def _on_deadline(self, event: simpy.Event) -> None:
+        op = cast("int", event.value)
+        if self._deadline[op] != self.env.now:
+            return  # the deadline has moved since
+        self._deadline[op] = NEVER
+        if self.meeting[op] >= 0:
+            self._end_transfer(self.meeting[op])
+        else:
+            self._slot_op[self._slot_of[self._stream[op]]] = NO_OP
+            self._changed_ranks.add(self._rank[op])
+            self._decide_soon()
+            self._finish(op)
+
+    def _end_transfer(self, meeting: int) -> None:
+        begin, end = self._link_begin[meeting], self._link_begin[meeting + 1]
+        device.hold_links(begin, end, self._links, self._link_taken, 0)
+        for link in self._links[begin:end]:
+            if self._link_watchers[link]:
+                self._candidates += self._link_watchers[link]
+                self._link_watchers[link] = []
+                self._decide_soon()
+        for member in self.members[meeting]:
+            self.release[member] = self.env.now
+            first = self._first[member]
+            self._under_way[first] -= 1
+            if not self._under_way[first]:  # a batch ends with its last transfer
+                for op in self._batches.get(first, (first,)):
+                    self._finish(op)
+
+
+def _launches_by_stream(program: Program, order: Order) -> list[list[Launch]]:
+    launches: list[list[Launch]] = [[] for _ in program.streams]
+    waited, offsets = order.waited.values.tolist(), order.waited.offsets.tolist()
+    streams: list[int] = program.stream.tolist()
+    first = order.first.tolist()
+    for op, stream in enumerate(streams):
+        recorders = tuple(waited[offsets[op] : offsets[op + 1]])
+        if first[op] == op:
+            launches[stream].append(((op,), recorders))
+        else:
+            ops, before = launches[stream][-1]
+            launches[stream][-1] = ((*ops, op), before + recorders)
+    return launches
+
+
+def _name_the_stuck(step: _Step) -> str:
+    """Name the op at which each stream stands, and what it waits for."""
+    heads = [
+        next((kernel for kernel in launches if step.end[kernel[0][0]] == NEVER), None)
+        for launches in step.launches
+    ]
+    stuck = [
+        f"{describe(step.program, head[0][-1])} waits for {_obstacle(step, *head)}"
+        for head in heads
+        if head
+    ]
+    more = [f"and {len(stuck) - _NAME_AT_MOST} more"] if len(stuck) > _NAME_AT_MOST else []
+    left = step.end[:-1].count(NEVER)
+    return f"deadlock, {left} ops never end: " + "; ".join(stuck[:_NAME_AT_MOST] + more)
+
+
+def _obstacle(step: _Step, ops: Sequence[int], recorders: Sequence[int]) -> str:
+    program, op = step.program, ops[-1]
+    if step.issue[op] == NEVER:
+        sync = step.host_waits_for[int(program.rank[op])]
+        return f"the host, which waits for {describe(program, sync)}"
+    if NO_OP in recorders:
+        return "an event that no op records"
+    for recorder in recorders:
+        if step.end[recorder] == NEVER:
+            return describe(program, recorder)
+    peers = (peer for op in ops for peer in step.members[step.meeting[op]])
+    absent = next(peer for peer in peers if not step.reached[peer])
+    return f"its peer, {describe(program, absent)}"

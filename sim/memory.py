@@ -1,0 +1,148 @@
+"""Memory of each rank through a step, as torch's caching allocator sees it.
+
+The allocator hands memory out when the host asks for it, so memory is counted in host issue order,
+whatever the streams do meanwhile. While op i is issued, its rank holds
+
+    static bytes + buffers allocated by ops up to i and not freed before i + the workspace of op i.
+
+The peak is the most of that, and the figures by component are those at that op, so they sum to it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mhcplan.sim.order import NO_OP, describe
+from mhcplan.sim.program import COMPONENTS
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from mhcplan.sim.program import CostTable, Csr, Program
+    from mhcplan.sim.timeline import Timeline
+
+    Ints = NDArray[np.int64]
+
+_WORKSPACE = COMPONENTS.index("workspace")
+
+
+class AllocationError(ValueError):
+    """A buffer that is allocated or freed twice, or freed without having been allocated."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that ranks hold; components as in :data:`mhcplan.sim.program.COMPONENTS`.
+
+    Attributes:
+        held_bytes: [op, component], held by the op's rank while the op is issued.
+        peak_op: [rank], the first op at which the rank holds most, or -1 in a rank without ops.
+        peak_bytes: [rank, component], held at that op.
+        left_bytes: [rank, component], held after the last op.
+    """
+
+    held_bytes: Ints
+    peak_op: Ints
+    peak_bytes: Ints
+    left_bytes: Ints
+
+
+def memory_of(program: Program, costs: CostTable) -> Memory:
+    """Count the memory of all ranks.
+
+    Raises:
+        AllocationError: a buffer is allocated or freed twice, or freed before it is allocated.
+    """
+    allocated_by = _only_op(program, program.allocs, "allocates")
+    freed_by = _only_op(program, program.frees, "frees")
+    _check_frees(program, allocated_by, freed_by)
+    rank_begin = program.rank_offsets[:-1]
+    allocated, freed = _running(program, program.allocs), _running(program, program.frees)
+    static = program.static_bytes - (allocated - freed)[rank_begin]
+    held = static[program.rank] + allocated[1:] - freed[:-1]
+    held[:, _WORKSPACE] += costs.workspace_bytes[program.cost]
+    left = static + (allocated - freed)[program.rank_offsets[1:]]
+    peak_op = np.full(program.num_ranks, NO_OP, np.int64)
+    peak = left.copy()  # what a rank without ops holds
+    total = held.sum(axis=1)
+    for rank, (begin, end) in enumerate(zip(rank_begin, program.rank_offsets[1:], strict=True)):
+        if end > begin:
+            peak_op[rank] = begin + np.argmax(total[begin:end])
+            peak[rank] = held[peak_op[rank]]
+    return Memory(held, peak_op, peak, left)
+
+
+def memory_report(program: Program, costs: CostTable, memory: Memory) -> list[dict[str, int]]:
+    """Per rank: bytes by component at the peak, the peak, and what allocator and device add.
+
+    ``reserved_bytes`` adds the allocator's margin to the peak; ``device_bytes`` adds the CUDA
+    context and a communicator for each of the rank's groups that has other members.
+    """
+    report: list[dict[str, int]] = []
+    for rank, components in enumerate(memory.peak_bytes.tolist()):
+        peak = sum(components)
+        reserved = peak + math.ceil(peak * costs.margin_percent / 100)
+        groups = sum(rank in group.members and group.size > 1 for group in program.groups)
+        row = {f"{name}_bytes": n for name, n in zip(COMPONENTS, components, strict=True)}
+        row["peak_bytes"] = peak
+        row["reserved_bytes"] = reserved
+        row["device_bytes"] = reserved + costs.context_bytes + groups * costs.communicator_bytes
+        report.append(row)
+    return report
+
+
+def memory_times_ns(program: Program, timeline: Timeline) -> Ints:
+    """For every op, the instant at which a memory curve over time draws ``held_bytes``.
+
+    All memory belongs to the rank's least urgent compute stream, so an op's memory changes hands
+    when that stream comes to the op's place in issue order. Within a rank the times never go back.
+    """
+    owner_of_rank: dict[int, int] = {}
+    for i, stream in sorted(enumerate(program.streams), key=lambda item: item[1].priority):
+        if stream.group < 0:
+            owner_of_rank[stream.rank] = i
+    is_owner = np.zeros(len(program.streams), np.bool_)
+    is_owner[list(owner_of_rank.values())] = True
+    span = timeline.step_ns + 1
+    shift = program.rank.astype(np.int64) * span
+    times = np.where(is_owner[program.stream], timeline.start_ns, 0) + shift
+    return np.maximum.accumulate(times) - shift
+
+
+def _running(program: Program, lists: Csr) -> Ints:
+    """[op + 1, component]: bytes of all buffers in the lists of the ops before."""
+    running = np.zeros((program.num_ops + 1, len(COMPONENTS)), np.int64)
+    component = program.buffer_component[lists.values]
+    np.add.at(running, (lists.owners + 1, component), program.buffer_bytes[lists.values])
+    return np.cumsum(running, axis=0, out=running)
+
+
+def _only_op(program: Program, lists: Csr, verb: str) -> Ints:
+    """For every buffer the one op that has it in its list, or NO_OP."""
+    op_of = np.full(program.num_buffers, NO_OP, np.int64)
+    op_of[lists.values] = lists.owners
+    again = np.flatnonzero(op_of[lists.values] != lists.owners)
+    if len(again) or len(np.unique(lists.values)) != len(lists.values):
+        counts = np.bincount(lists.values, minlength=program.num_buffers)
+        buffer = int(np.argmax(counts > 1))
+        ops = lists.owners[lists.values == buffer][:2].tolist()
+        names = " and ".join(describe(program, op) for op in ops)
+        raise AllocationError(f"buffer {buffer}: more than one op {verb} it: {names}")
+    return op_of
+
+
+def _check_frees(program: Program, allocated_by: Ints, freed_by: Ints) -> None:
+    freed = np.flatnonzero(freed_by != NO_OP)
+    by, of = freed_by[freed], allocated_by[freed]
+    wrong = (of == NO_OP) | (of > by) | (program.rank[of] != program.rank[by])
+    if wrong.any():
+        i = int(np.argmax(wrong))
+        why = "nobody allocates it" if of[i] == NO_OP else (
+            f"it is allocated by {describe(program, int(of[i]))}"
+        )  # fmt: skip
+        name = describe(program, int(by[i]))
+        raise AllocationError(f"buffer {int(freed[i])}: {name} frees it, but {why}")

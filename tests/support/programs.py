@@ -1,0 +1,257 @@
+"""Programs made by hand or by hypothesis, small enough to reason about.
+
+``Maker`` appends ops in host issue order, each to its rank; ranks may be mixed. What an op waits
+for is given as ops; the events are made from that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from hypothesis import strategies as st
+
+from mhcplan.sim.program import COMPONENTS, CostTable, Csr, Group, Program, Stream
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from hypothesis.strategies import DrawFn
+
+
+@dataclass
+class _Row:
+    number: int
+    rank: int
+    stream: int
+    duration_ns: int
+    host_ns: int
+    waits: tuple[int, ...]
+    columns: dict[str, object] = field(default_factory=dict)
+    lists: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+class Maker:
+    """Collects ops; ``build`` makes the Program. Numbers it hands out are those of ``index_of``."""
+
+    def __init__(self, num_ranks: int = 1) -> None:
+        self.num_ranks = num_ranks
+        self.streams: list[Stream] = []
+        self.groups: list[Group] = []
+        self.rows: list[_Row] = []
+        self.buffer_bytes: list[int] = []
+        self.buffer_component: list[int] = []
+        self.static_bytes = np.zeros((num_ranks, len(COMPONENTS)), np.int64)
+        self.extra_waits: dict[int, list[int]] = {}
+
+    def stream(self, rank: int, name: str, priority: int = 0, group: int = -1) -> int:
+        wanted = Stream(rank, name, priority, group)
+        if wanted not in self.streams:
+            self.streams.append(wanted)
+        return self.streams.index(wanted)
+
+    def group(self, name: str, *members: int, size: int = 0, medium: str = "intra_node") -> int:
+        self.groups.append(Group(name, members, size or len(members), medium))
+        return len(self.groups) - 1
+
+    def buffer(self, num_bytes: int, component: str = "activations") -> int:
+        self.buffer_bytes.append(num_bytes)
+        self.buffer_component.append(COMPONENTS.index(component))
+        return len(self.buffer_bytes) - 1
+
+    def op(
+        self,
+        rank: int,
+        duration_ns: int,
+        *,
+        stream: str = "compute",
+        priority: int = 0,
+        waits: Iterable[int] = (),
+        host_ns: int = 0,
+        **rest: object,
+    ) -> int:
+        """A compute op. ``rest``: columns (kind, category, ...) and lists (reads, writes, ...)."""
+        return self._add(
+            rank, self.stream(rank, stream, priority), duration_ns, host_ns, waits, rest
+        )
+
+    def transfer(
+        self,
+        rank: int,
+        group: int,
+        duration_ns: int,
+        *,
+        to: int = -1,
+        source: int = -1,
+        priority: int = 0,
+        waits: Iterable[int] = (),
+        host_ns: int = 0,
+        **rest: object,
+    ) -> int:
+        """A send (``to``), a receive (``source``) or else a collective of ``group``."""
+        stream = self.stream(rank, self.groups[group].name, priority, group)
+        peer = to if to >= 0 else source
+        rest = {"kind": "transfer", "category": "transfer", "payload_bytes": 8} | rest
+        rest |= {"group": group, "peer": peer, "is_send": to >= 0}
+        return self._add(rank, stream, duration_ns, host_ns, waits, rest)
+
+    def wait(self, op: int, *others: int) -> None:
+        """Let ``op`` wait for more ops."""
+        self.rows[op].waits += others
+
+    def _add(
+        self,
+        rank: int,
+        stream: int,
+        duration_ns: int,
+        host_ns: int,
+        waits: Iterable[int],
+        rest: dict[str, object],
+    ) -> int:
+        lists = {
+            name: tuple(rest.pop(name, ()))  # type: ignore[arg-type]
+            for name in ("reads", "writes", "allocs", "frees")
+        }
+        number = len(self.rows)
+        self.rows.append(
+            _Row(number, rank, stream, duration_ns, host_ns, tuple(waits), rest, lists)
+        )
+        return number
+
+    @property
+    def index_of(self) -> list[int]:
+        """For every number handed out, the op's index in the Program."""
+        by_rank = sorted(range(len(self.rows)), key=lambda i: self.rows[i].rank)
+        index = [0] * len(by_rank)
+        for place, number in enumerate(by_rank):
+            index[number] = place
+        return index
+
+    def build(
+        self, *, workspace_bytes: Sequence[int] = (), scale: int = 1
+    ) -> tuple[Program, CostTable]:
+        """The Program and its costs: a cost key an op, times ``scale``."""
+        index = self.index_of
+        rows = sorted(self.rows, key=lambda row: index[row.number])
+        awaited = sorted({index[w] for row in rows for w in row.waits})
+        event = {op: i for i, op in enumerate(awaited)}
+        tables: dict[str, dict[object, int]] = {"kind": {}, "category": {}, "cell": {}}
+        defaults = {"kind": "work", "category": "compute", "cell": ""}
+
+        def labels(name: str) -> np.ndarray:
+            table = tables[name]
+            values = (row.columns.get(name, defaults[name]) for row in rows)
+            return np.array([table.setdefault(v, len(table)) for v in values], np.int32)
+
+        def column(name: str, dtype: type, default: object = -1) -> np.ndarray:
+            return np.array([row.columns.get(name, default) for row in rows], dtype)
+
+        columns = {name: labels(name) for name in tables}
+        names = {name: tuple(str(label) for label in table) for name, table in tables.items()}
+        program = Program(
+            num_ranks=self.num_ranks,
+            streams=tuple(self.streams),
+            groups=tuple(self.groups),
+            kinds=names["kind"],
+            categories=names["category"],
+            cells=names["cell"],
+            cost_keys=tuple(str(i) for i in range(len(rows))),
+            buffer_bytes=np.array(self.buffer_bytes, np.int64),
+            buffer_component=np.array(self.buffer_component, np.int8),
+            static_bytes=self.static_bytes,
+            num_events=len(awaited),
+            rank=np.array([row.rank for row in rows], np.int32),
+            stream=np.array([row.stream for row in rows], np.int32),
+            **columns,
+            pass_=np.array([ord(str(row.columns.get("pass_", "F"))) for row in rows], np.uint8),
+            cost=np.arange(len(rows), dtype=np.int32),
+            stage=column("stage", np.int32),
+            site=column("site", np.int32),
+            microbatch=column("microbatch", np.int32),
+            record=np.array([event.get(i, -1) for i in range(len(rows))], np.int64),
+            host_sync=column("host_sync", np.bool_, default=False),
+            group=column("group", np.int32),
+            peer=column("peer", np.int32),
+            is_send=column("is_send", np.bool_, default=False),
+            payload_bytes=column("payload_bytes", np.int64, default=0),
+            batch=column("batch", np.int32),
+            waits=Csr.from_lists([[event[index[w]] for w in row.waits] for row in rows]),
+            **{
+                name: Csr.from_lists([row.lists[name] for row in rows])
+                for name in ("reads", "writes", "allocs", "frees")
+            },
+        )
+        workspace = np.zeros(len(rows), np.int64)
+        workspace[: len(workspace_bytes)] = workspace_bytes
+        costs = CostTable(
+            np.array([row.duration_ns * scale for row in rows], np.int64),
+            np.array([row.host_ns * scale for row in rows], np.int64),
+            workspace,
+        )
+        return program, costs
+
+
+@st.composite
+def makers(draw: DrawFn, max_steps: int = 30, host: bool = True) -> Maker:
+    """Random sound programs without buffers.
+
+    Ops are appended in one order over all ranks in which each waits for earlier ones only, so
+    nothing deadlocks: compute ops on three streams (two equally urgent) that wait for any earlier
+    ops of their rank, sends and receives alone and in batches, and collectives.
+    """
+    num_ranks = draw(st.integers(1, 4))
+    maker = Maker(num_ranks)
+    everyone = range(num_ranks)
+    pp = maker.group("pp", *everyone, medium=draw(st.sampled_from(["intra_node", "inter_node"])))
+    ep = maker.group("ep", *everyone)
+    dp = maker.group("dp", 0, size=8, medium="inter_node")
+    done: list[list[int]] = [[] for _ in everyone]
+    duration = st.integers(0, 20)
+    host_ns = st.integers(0, 4) if host else st.just(0)
+
+    def rest(rank: int) -> dict[str, object]:
+        earlier = done[rank]
+        waits = draw(st.lists(st.sampled_from(earlier), max_size=3)) if earlier else []
+        return {"waits": waits, "host_ns": draw(host_ns)}
+
+    def add_batches(batch: int, pairs: list[tuple[int, int]]) -> None:
+        """Every rank's ends of the pairs are one batched call."""
+        ends = [(r, p, True) for r, p in pairs] + [(p, r, False) for r, p in pairs]
+        times = {pair: draw(duration) for pair in pairs}
+        waits = {rank: rest(rank) for rank in everyone}
+        for rank, peer, sends in ends:
+            pair = (rank, peer) if sends else (peer, rank)
+            where = {"to": peer} if sends else {"source": peer}
+            number = maker.transfer(rank, pp, times[pair], batch=batch, **where, **waits[rank])
+            done[rank].append(number)
+
+    for step in range(draw(st.integers(1, max_steps))):
+        choice = draw(st.sampled_from(["compute"] * 4 + ["pair", "batches", "ep", "dp"]))
+        if choice == "compute" or (num_ranks == 1 and choice in {"pair", "batches"}):
+            rank = draw(st.sampled_from(everyone))
+            stream, priority = draw(st.sampled_from([("compute", 0), ("side", 0), ("high", -1)]))
+            sync = draw(st.sampled_from([False] * 7 + [True])) if host else False
+            number = maker.op(
+                rank, draw(duration), stream=stream, priority=priority, host_sync=sync, **rest(rank)
+            )
+            done[rank].append(number)
+        elif choice == "ep":
+            time = draw(duration)
+            for rank in everyone:
+                done[rank].append(maker.transfer(rank, ep, time, **rest(rank)))
+        elif choice == "dp":
+            done[0].append(maker.transfer(0, dp, draw(duration), **rest(0)))
+        else:
+            pairs = draw(
+                st.lists(
+                    st.tuples(st.sampled_from(everyone), st.sampled_from(everyone)).filter(
+                        lambda pair: pair[0] != pair[1]
+                    ),
+                    min_size=1,
+                    max_size=1 if choice == "pair" else 4,
+                    unique=True,
+                )
+            )
+            add_batches(-1 if choice == "pair" else step, pairs)
+    return maker
