@@ -93,7 +93,7 @@ class Grid:
         total = sum(1 / box.span for box in boxes)
         for box in boxes:
             for row, weight in zip(box.rows, box.weights, strict=True):
-                votes[row] = votes.get(row, 0.0) + weight / (box.span * total)
+                votes[row] = weight / (box.span * total)
         return self._ranked(votes)
 
     def _bracket(self, rows: list[int], mask: int, target: Sequence[int]) -> _Box | None:

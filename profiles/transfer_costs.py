@@ -125,7 +125,6 @@ class TransferCosts:
         longer = inside if inside.duration_ns > network_ns else network
         return replace(
             longer,
-            host_ns=network.host_ns,
             source="assumed",
             explanation=f"{how}; beside it {per_node} ranks inside the node"
             f" ({inside.explanation}); the longer of the two counts",

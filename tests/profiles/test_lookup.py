@@ -240,6 +240,27 @@ def test_assumed_neighbour_makes_the_cost_assumed_and_is_cited(profile: Profile)
     assert "datasheet, page 3" in cost.explanation
 
 
+def test_stand_in_takes_the_fewest_measured_sinkhorn_steps(profile: Profile) -> None:
+    shape = {"n": 4, "hidden": 2560, "tokens": 4096}
+    fewer = next(r for r in profile.ops if r.key == op_key("mhc_pre", "F", steps=20, **shape))
+    fewer = fewer.model_copy(
+        update={"shape": {**shape, "steps": 5}, "duration_ns": fewer.duration_ns - 1000}
+    )
+    rows = tuple(row for row in profile.ops if row.kind != "hc_pre")
+    model = CostModel(profile.model_copy(update={"ops": (*rows, fewer)}))
+    assert model.op(op_key("hc_pre", "F", **shape)).duration_ns == fewer.duration_ns
+
+
+def test_spread_is_the_largest_of_the_neighbours(profile: Profile) -> None:
+    rows = tuple(
+        row.model_copy(update={"spread_percent": 9.0}) if row.key == post(tokens=2048) else row
+        for row in profile.ops
+    )
+    model = CostModel(profile.model_copy(update={"ops": rows}))
+    assert model.op(post(tokens=3900)).spread_percent == 9.0
+    assert model.op(post(tokens=5000)).spread_percent == 2.0
+
+
 def test_segments_scale_with_the_op(profile: Profile, costs: CostModel) -> None:
     key = post(tokens=6000)
     cost = costs.op(key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import jsonschema
@@ -88,6 +89,19 @@ def test_shipped_profile_is_found_by_name(monkeypatch: pytest.MonkeyPatch, file:
         match=r"^profile='h100-tst' is unknown; did you mean h100-test\?; or give the path of a",
     ):
         find_profile("h100-tst")
+
+
+def test_two_thousand_rows_are_read_quickly(tmp_path: Path) -> None:
+    """The budget is 0.3 s of a laptop; it takes a fifth of that."""
+    large = make_synthetic_profile(
+        ("mhc-3b", "mhc-9b", "mhc-27b", "deepseek-v3"), (1024, 2048, 3072, 4096, 8192)
+    )
+    assert len(large.ops) > 2000
+    path = tmp_path / "large.json"
+    path.write_text(profile_text(large))
+    start = time.process_time()
+    find_profile(str(path))
+    assert time.process_time() - start < 0.3
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:

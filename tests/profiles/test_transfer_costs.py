@@ -91,17 +91,17 @@ def test_unmeasured_group_scales_with_traffic(
     assert cost.source == "extrapolated"
 
 
-def test_nearest_measured_group_is_used(profile: Profile) -> None:
-    """With groups of 2 and 8 measured, 6 takes 8's time, by ratio the nearer."""
-    eight = tuple(
-        row.model_copy(update={"group_size": 8, "duration_ns": 5 * row.duration_ns})
+def test_group_nearest_by_ratio_is_used(profile: Profile) -> None:
+    """With groups of 2 and 16 measured, 6 is nearer to 16 (2.7x) than to 2 (3x)."""
+    larger = tuple(
+        row.model_copy(update={"group_size": 16, "duration_ns": 5 * row.duration_ns})
         for row in profile.transfers
     )
-    both = CostModel(profile.model_copy(update={"transfers": profile.transfers + eight}))
-    near = both.transfer(TransferKey("all_to_all", 8, 8, MIB))
+    both = CostModel(profile.model_copy(update={"transfers": profile.transfers + larger}))
+    near = both.transfer(TransferKey("all_to_all", 16, 16, MIB))
     cost = both.transfer(TransferKey("all_to_all", 6, 6, MIB))
     assert near.source == "measured"
-    assert cost.duration_ns == pytest.approx(near.duration_ns * (5 / 6) / (7 / 8), abs=1)
+    assert cost.duration_ns == pytest.approx(near.duration_ns * (5 / 6) / (15 / 16), abs=1)
 
 
 def test_group_beyond_four_times_is_refused(costs: CostModel) -> None:
