@@ -9,17 +9,23 @@ path=value`` reaches any field, last of all.
 from __future__ import annotations
 
 import copy
+import json
+import textwrap
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast, get_args, get_origin
+
+from pydantic import BaseModel
 
 from mhcplan.planner.spec import PLAN_FORMAT, PLAN_VERSION, PlanSpec, SpecError, make_plan
 from mhcplan.planner.spec_errors import field_paths, short, unknown_field
 from mhcplan.profiles.presets import MODELS, UnknownPresetError, find_model
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
+
+    from pydantic.fields import FieldInfo
 
 MAX_FILE_BYTES = 1 << 20
 
@@ -28,10 +34,8 @@ Fields = dict[str, object]
 
 def plan_text(plan: PlanSpec) -> str:
     """The plan as TOML, every field written out, the model with all its sizes."""
-    import tomli_w
-
     head = {"format": PLAN_FORMAT, "format_version": PLAN_VERSION}
-    return tomli_w.dumps(head | plan.model_dump(mode="json", exclude_none=True))
+    return _toml(head | plan.model_dump(mode="json", exclude_none=True)) + "\n"
 
 
 def parse_plan(text: str, origin: str) -> PlanSpec:
@@ -159,3 +163,58 @@ def _put(data: Fields, path: str, value: object) -> None:
         table[name] = inner
         table = inner
     table[last] = value
+
+
+def commented_plan_text(plan: PlanSpec) -> str:
+    """The plan as TOML to be edited by a person: what every field decides stands above it.
+
+    A preset is named rather than written out; fields without a value are there as comments.
+    """
+    lines = [
+        "# A plan for mhcplan: predict it with `mhcplan predict FILE`.",
+        f'format = "{PLAN_FORMAT}"',
+        f"format_version = {PLAN_VERSION}",
+    ]
+    tables: list[str] = []
+    for name, field in PlanSpec.model_fields.items():
+        value: object = getattr(plan, name)
+        if name == "model" and plan.model == MODELS.get(plan.model.name):
+            value = plan.model.name
+        if isinstance(value, BaseModel):
+            tables += ["", f"# {field.description}", *_commented_table(name, value)]
+        else:
+            lines += ["", *_commented(name, value, field)]
+    return "\n".join([*lines, *tables, ""])
+
+
+def _commented_table(name: str, spec: BaseModel) -> list[str]:
+    if name == "model":  # its fields are sizes: names say what they are
+        return [_toml({name: spec.model_dump(mode="json", exclude_none=True)})]
+    fields = type(spec).model_fields.items()
+    lines = (line for key, field in fields for line in _commented(key, getattr(spec, key), field))
+    return [f"[{name}]", *lines]
+
+
+def _commented(name: str, value: object, field: FieldInfo) -> list[str]:
+    choices = " | ".join(str(choice) for choice in _choices(field.annotation))
+    text = f"# {field.description}" + (f" [{choices}]" if choices else "")
+    if value is None:
+        setting = f"# {name} ="
+    else:
+        plain: object = json.loads(json.dumps(value))  # TOML knows lists, not tuples
+        setting = _toml({name: plain})
+    return [*textwrap.wrap(text, 96, subsequent_indent="# "), setting]
+
+
+def _choices(annotation: object) -> Iterator[object]:
+    if get_origin(annotation) is Literal:
+        yield from get_args(annotation)
+    else:
+        for inner in get_args(annotation):
+            yield from _choices(inner)
+
+
+def _toml(data: Mapping[str, object]) -> str:
+    import tomli_w
+
+    return tomli_w.dumps(data).rstrip("\n")

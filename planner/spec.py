@@ -111,8 +111,8 @@ class PlanSpec(Spec):
     priority: Annotated[
         Priority,
         _about(
-            "mHC ops on the high-priority stream: none; post: F_post,res of MLP sites;"
-            " recompute: those and the recompute; all"
+            "mHC ops on the high-priority stream: post takes F_post,res of MLP sites, recompute"
+            " those and the recompute, all every mHC op"
         ),
     ] = "post"
     p2p: Annotated[

@@ -89,7 +89,7 @@ def _path(loc: tuple[int | str, ...]) -> str:
     for part in loc:
         if isinstance(part, str) and part in _DISCRIMINATED.get(parts[-1] if parts else "", ()):
             continue
-        if isinstance(part, str) and ("[" in part or part == "constrained-int"):
+        if isinstance(part, str) and ("[" in part or part in ("int", "constrained-int")):
             continue  # the arm of a plain union, as pydantic names it
         parts.append(part if isinstance(part, str) and part.isidentifier() else short(part))
     return ".".join(parts)

@@ -138,16 +138,24 @@ class ModelSpec(Spec):
 
 
 class ResidualSpec(Spec):
-    """How sublayers are joined: the kind, its rate n and Sinkhorn steps, and mHC's recompute block.
+    """How sublayers are joined: the kind, its rate n, Sinkhorn steps, and the recompute block."""
 
-    ``recompute_block`` counts sites (L_r); ``auto`` takes the block of least predicted peak
-    memory, ``stage`` one block a stage, ``none`` stores every intermediate.
-    """
-
-    kind: Literal["mhc", "hc", "plain"] = "mhc"
-    expansion_rate: Literal[1, 2, 4, 8, 16] = 4
-    sinkhorn_steps: PositiveInt = 20
-    recompute_block: Literal["auto", "none", "stage"] | PositiveInt = "auto"
+    kind: Annotated[
+        Literal["mhc", "hc", "plain"], Field(description="how sublayers are joined")
+    ] = "mhc"
+    expansion_rate: Annotated[
+        Literal[1, 2, 4, 8, 16], Field(description="n, the rows of the residual state")
+    ] = 4
+    sinkhorn_steps: Annotated[
+        int, Field(ge=1, strict=True, description="t_max, Sinkhorn iterations of mHC")
+    ] = 20
+    recompute_block: Annotated[
+        Literal["auto", "none", "stage"] | Annotated[int, Field(ge=1, strict=True)],
+        Field(
+            description="L_r in sites; auto takes the one of least peak memory, stage one block a"
+            " stage, none stores every intermediate"
+        ),
+    ] = "auto"
 
     @property
     def is_plain(self) -> bool:

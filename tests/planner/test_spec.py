@@ -18,6 +18,7 @@ from mhcplan.planner.spec import (
     stage_blocks,
 )
 from mhcplan.profiles.presets import MODELS
+from mhcplan.profiles.specs import ResidualSpec
 
 PAPER = {"model": "mhc-27b"}
 
@@ -158,6 +159,6 @@ def test_plan_cannot_be_changed() -> None:
 
 
 def test_every_field_says_what_it_decides() -> None:
-    for spec in (PlanSpec, LayoutSpec):
+    for spec in (PlanSpec, LayoutSpec, ResidualSpec):
         for name, field in spec.model_fields.items():
             assert field.description, name

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from mhcplan.planner.plan_file import (
     MAX_FILE_BYTES,
+    commented_plan_text,
     parse_plan,
     parse_setting,
     plan_text,
@@ -60,6 +61,21 @@ def test_written_and_read_back_is_the_same_plan(plan: PlanSpec) -> None:
     read = parse_plan(plan_text(plan), "plan.toml")
     assert read == plan
     assert read.digest() == plan.digest()
+
+
+@given(plans())
+def test_commented_file_is_the_same_plan(plan: PlanSpec) -> None:
+    assert parse_plan(commented_plan_text(plan), "plan.toml") == plan
+
+
+def test_commented_file_names_a_preset_and_says_what_every_field_decides() -> None:
+    text = commented_plan_text(make_plan({"model": "mhc-27b"}))
+    assert '\nmodel = "mhc-27b"\n' in text
+    for path in field_paths(PlanSpec):
+        if not path.startswith("model."):
+            assert f"{path.rpartition('.')[2]} =" in text or f"[{path}]" in text
+    assert "1f1b | interleaved-1f1b | zb1p | zbv | dualpipe | dualpipev" in text
+    assert max(len(line) for line in text.split("\n")) <= 100
 
 
 def test_file_beats_preset_flag_beats_file_and_set_reaches_any_field(tmp_path: Path) -> None:
