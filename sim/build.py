@@ -13,8 +13,7 @@ overlapped pair has two chunks, slot 0 (the forward's) and slot 1 (the backward'
 
 from __future__ import annotations
 
-from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -320,8 +319,14 @@ class TemplateBuilder:
 
 def _copy(state: ChunkState) -> ChunkState:
     """A state of its own over the same shape."""
-    shape = state.shape
-    return deepcopy(state, {id(shape): shape})
+    return replace(
+        state,
+        producer=dict(state.producer),
+        users={buffer: list(users) for buffer, users in state.users.items()},
+        clock=dict(state.clock),
+        pending=list(state.pending),
+        foreign=dict(state.foreign),
+    )
 
 
 def _table(rows: list[Any], width: int) -> NDArray[np.int64]:
