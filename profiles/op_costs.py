@@ -50,7 +50,7 @@ class Roofline:
         rates = {rate.name: rate.per_second for rate in profile.rates}
         for name in ("gemm_bf16_flops", "copy_bytes"):
             if name not in rates:
-                raise ProfileError(f"{profile.name}: rates: {name} is missing")
+                raise ProfileError(f"profile {profile.name}: rates: {name} is missing")
         self._flops, self._bytes = rates["gemm_bf16_flops"], rates["copy_bytes"]
         self._launch_ns = profile.overheads.launch_ns
 
@@ -103,7 +103,7 @@ class OpCosts:
             if factor > MAX_EXTRAPOLATION and axis not in _TRAIN_AXES:
                 measured = str(low) if low == high else f"{low} to {high}"
                 raise CostMissing(
-                    f"{self._name}: {key.kind}.{key.pass_} was measured for {axis} {measured};"
+                    f"profile {self._name}: {key.kind}.{key.pass_} was measured for {axis} {measured};"
                     f" {axis}={value} is more than {MAX_EXTRAPOLATION}x outside;"
                     f" {measure_command(key)}"
                 )

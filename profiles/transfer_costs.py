@@ -155,7 +155,7 @@ class TransferCosts:
 
     def _missing(self, problem: str, pattern: str, size: int) -> NoReturn:
         raise CostMissing(
-            f"{self._profile.name}: {problem};"
+            f"profile {self._profile.name}: {problem};"
             f" measure it: mhcplan profile measure --transfer {pattern} --group-size {size}"
         )
 

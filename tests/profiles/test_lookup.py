@@ -344,7 +344,7 @@ def test_launch_floor_is_part_of_the_roofline(costs: CostModel) -> None:
 
 def test_missing_rate_is_named(profile: Profile) -> None:
     rates = tuple(rate for rate in profile.rates if rate.name != "copy_bytes")
-    with pytest.raises(ProfileError, match=r"^synthetic: rates: copy_bytes is missing$"):
+    with pytest.raises(ProfileError, match=r"^profile synthetic: rates: copy_bytes is missing$"):
         CostModel(profile.model_copy(update={"rates": rates}))
 
 
