@@ -109,7 +109,8 @@ class CostModel:
         if key.kind in _STAND_IN:
             return self._stand_in(key)
         raise CostMissing(
-            f"profile {self.profile.name}: {key.kind}.{key.pass_} was not measured; {measure_command(key)}"
+            f"profile {self.profile.name}: {key.kind}.{key.pass_} was not measured;"
+            f" {measure_command(key)}"
         )
 
     def _table(self, kind: str, pass_: str) -> OpCosts | None:

@@ -103,8 +103,8 @@ class OpCosts:
             if factor > MAX_EXTRAPOLATION and axis not in _TRAIN_AXES:
                 measured = str(low) if low == high else f"{low} to {high}"
                 raise CostMissing(
-                    f"profile {self._name}: {key.kind}.{key.pass_} was measured for {axis} {measured};"
-                    f" {axis}={value} is more than {MAX_EXTRAPOLATION}x outside;"
+                    f"profile {self._name}: {key.kind}.{key.pass_} was measured for"
+                    f" {axis} {measured}; {axis}={value} is more than {MAX_EXTRAPOLATION}x outside;"
                     f" {measure_command(key)}"
                 )
 
