@@ -36,6 +36,7 @@ class OpKey(NamedTuple):
     shape: tuple[tuple[str, int], ...]
 
     def __str__(self) -> str:
+        """Kind, pass and axes; :func:`parse_key` reads it back."""
         axes = " ".join(f"{axis}={value}" for axis, value in self.shape)
         return f"{self.kind}.{self.pass_} {axes}"
 
@@ -94,7 +95,7 @@ def _kind(
     return OpKind(tuple(axes.split()), passes, category, flops, bytes, saved, deferred)
 
 
-# -- mHC (paper section 4.3.1 and Table 2; bytes of F as fused: reference "I/O after fusion") --------
+# -- mHC (paper section 4.3.1 and Table 2; bytes of F as fused: reference "I/O after fusion") ----
 
 
 def coefficients(n: int) -> int:
@@ -132,7 +133,7 @@ def _mhc_mix_flops(s: Shape, p: str) -> int:
     return mix if p in "FR" else 2 * mix
 
 
-# -- GEMM-like ops -----------------------------------------------------------------------------------
+# -- GEMM-like ops -------------------------------------------------------------------------------
 
 
 def _gemm_bytes(rows: int, inputs: int, outputs: int, weights: int, p: str) -> int:
@@ -151,11 +152,18 @@ def _ffn_flops(s: Shape, _p: str) -> int:
     return 2 * s["tokens"] * swiglu_weights(s["hidden"], s["ffn"])
 
 
+def _swiglu_widths(hidden: int, ffn: int, p: str) -> int:
+    """Elements a row that a SwiGLU's two GEMMs and the kernel between them read and write.
+
+    F: x | gate, up (w, r) | product (w, r) | y. I: dy | its product's gradient (w, r) | gate, up |
+    their gradients (w, r) and the product again (w) | dx. W: dgate, dup, x, dy and the product.
+    """
+    return 2 * hidden + {"F": 6, "I": 9, "W": 3}[p] * ffn
+
+
 def _ffn_bytes(s: Shape, p: str) -> int:
-    inner = 3 * s["ffn"]
     weights = swiglu_weights(s["hidden"], s["ffn"])
-    scale = 1 if p == "F" else 2
-    return scale * _gemm_bytes(s["tokens"], s["hidden"] + inner, s["hidden"] + inner, weights, p)
+    return _gemm_bytes(s["tokens"], _swiglu_widths(s["hidden"], s["ffn"], p), 0, weights, p)
 
 
 def _ffn_saved(s: Shape) -> int:
@@ -172,10 +180,8 @@ def _expert_flops(s: Shape, _p: str) -> int:
 
 
 def _expert_bytes(s: Shape, p: str) -> int:
-    inner = 3 * s["ffn"]
     weights = s["experts"] * swiglu_weights(s["hidden"], s["ffn"])
-    scale = 1 if p == "F" else 2
-    return scale * _gemm_bytes(s["rows"], s["hidden"] + inner, s["hidden"] + inner, weights, p)
+    return _gemm_bytes(s["rows"], _swiglu_widths(s["hidden"], s["ffn"], p), 0, weights, p)
 
 
 def _expert_saved(s: Shape) -> int:
@@ -222,7 +228,8 @@ def _mla_saved(s: Shape) -> int:
     heads, qk = s["heads"], s["nope"] + s["rope"]
     latent = s["kv_rank"] + s["rope"] + 2 * s["q_rank"] + s["kv_rank"]  # before and after the norms
     bf16 = latent + heads * (2 * qk + 2 * s["v"])  # q, k after RoPE, v, attention output
-    return s["tokens"] * (bf16 * BF16 + heads * FP32)  # and the softmax statistics
+    # and the statistics of the softmax and of the norms
+    return s["tokens"] * (bf16 * BF16 + (heads + 1 + (s["q_rank"] > 0)) * FP32)
 
 
 def _mla_deferred(s: Shape) -> int:
@@ -268,7 +275,7 @@ def _router_flops(s: Shape, _p: str) -> int:
 
 def _router_bytes(s: Shape, p: str) -> int:
     if p == "W":
-        return s["tokens"] * (s["hidden"] * BF16 + s["experts"] * FP32)
+        return s["tokens"] * (s["hidden"] + s["experts"]) * BF16
     return s["tokens"] * (1 + s["top_k"] + (p == "I")) * s["hidden"] * BF16
 
 
@@ -289,7 +296,9 @@ def _head_flops(s: Shape, _p: str) -> int:
 
 
 def _head_bytes(s: Shape, p: str) -> int:
-    return _gemm_bytes(s["tokens"], s["hidden"], 2 * s["vocab"], s["hidden"] * s["vocab"], p)
+    # F writes the logits, reads them twice (normaliser, then gradient) and writes the gradient
+    passes = 4 if p == "F" else 1
+    return _gemm_bytes(s["tokens"], s["hidden"], passes * s["vocab"], s["hidden"] * s["vocab"], p)
 
 
 _MHC = "n hidden tokens"
@@ -366,9 +375,9 @@ VOCABULARY: dict[str, OpKind] = {
     "router": _kind(
         "tokens hidden experts top_k", "FIW", "compute",
         flops=_router_flops, bytes=_router_bytes,
-        # routing weights fp32, expert index and slot of each copy int64, logits fp32
-        saved=lambda s: s["tokens"] * (s["top_k"] * (FP32 + 8 + 8) + s["experts"] * FP32),
-        deferred=lambda s: s["tokens"] * (s["hidden"] * BF16 + s["experts"] * FP32),
+        # logits fp32 and the expert of each copy int32; weights and slots are outputs
+        saved=lambda s: s["tokens"] * (s["top_k"] * 4 + s["experts"] * FP32),
+        deferred=lambda s: s["tokens"] * (s["hidden"] + s["experts"]) * BF16,
     ),
     # from (source rank, expert) order to expert order and back; only where ep > 1
     "regroup": _kind(
@@ -381,8 +390,10 @@ VOCABULARY: dict[str, OpKind] = {
     "unpermute": _kind(
         "tokens hidden top_k", "FI", "compute",
         flops=_zero_flops,
+        # F reads the copies and the shared output; I reads them and dy, and writes their gradients
         bytes=lambda s, p: (
-            (s["top_k"] + 2 + (s["top_k"] if p == "I" else 0)) * s["tokens"] * s["hidden"] * BF16
+            (2 * s["top_k"] + 1 if p == "I" else s["top_k"] + 2)
+            * s["tokens"] * s["hidden"] * BF16
         ),
     ),
     "embedding": _kind(
@@ -407,6 +418,7 @@ VOCABULARY: dict[str, OpKind] = {
     ),
 }  # fmt: skip
 
+
 class TransferKey(NamedTuple):
     """What the cost of a transfer is looked up by.
 
@@ -421,6 +433,7 @@ class TransferKey(NamedTuple):
     num_bytes: int
 
     def __str__(self) -> str:
+        """Pattern, group and bytes; :func:`parse_key` reads it back."""
         return f"{self.pattern} {self.group_size}/{self.ranks_per_node} {self.num_bytes}"
 
 
