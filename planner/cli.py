@@ -1,0 +1,131 @@
+"""The command line: names every command, imports none until it is called.
+
+Commands live with what they do and are named here by import string, so that the capture (which
+needs torch) and the planner are loaded only when asked for. A command returns its exit code (None
+is 0). Bad input of any kind ends here as one line on stderr and exit code 2; an error that is not
+bad input is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, NoReturn
+
+import mhcplan
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cyclopts import App
+
+BAD_INPUT = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+_GPU_MODULES = {"torch", "triton"}
+
+_HELP = """\
+What does mHC cost in this training run, and which schedule makes it cost least?
+
+Predicts time and memory of a training step from measured kernel and network times; no GPU needed.
+
+    mhcplan predict mhc-27b --n 4 --pp 8 --microbatches 64
+    mhcplan predict mhc-9b --schedule 1f1b --json
+    mhcplan init mhc-27b -o plan.toml
+    mhcplan predict plan.toml --set layout.gpus_per_node=4 --out out/
+"""
+
+_COMMANDS = {
+    "predict": (
+        "mhcplan.planner.commands:predict",
+        "Predict a step: overhead, time, memory, and whether it fits.",
+    ),
+    "export": (
+        "mhcplan.planner.commands:export",
+        "Write a predicted step in another tool's format.",
+    ),
+    "init": ("mhcplan.planner.commands:init", "Write a plan file with comments, to be edited."),
+}
+_PROFILE_COMMANDS = {
+    "list": ("mhcplan.planner.profile_commands:list_", "List the shipped profiles."),
+    "show": ("mhcplan.planner.profile_commands:show", "Show what a profile measured, and how."),
+    "validate": (
+        "mhcplan.planner.profile_commands:validate",
+        "Check a profile file: every problem, one a line.",
+    ),
+    "diff": (
+        "mhcplan.planner.profile_commands:diff",
+        "Compare two profiles figure by figure.",
+    ),
+}
+
+
+def build_app() -> App:
+    """The command tree; nothing behind it is imported yet."""
+    from cyclopts import App
+
+    app = App(name="mhcplan", help=_HELP, help_format="markdown", version=mhcplan.__version__)
+    profile = App(name="profile", help="Measured times: list, show, check and compare them.")
+    for group, commands in ((app, _COMMANDS), (profile, _PROFILE_COMMANDS)):
+        for name, (home, text) in commands.items():
+            group.command(home, name=name, help=text)
+    app.command(profile)
+    return app
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit with its code: 0 done, 1 nothing feasible, 2 bad input."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("mhcplan: interrupted", file=sys.stderr)
+        code = INTERRUPTED
+    except BrokenPipeError:
+        # whoever read us stopped reading: nothing more to say, also not at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = BROKEN_PIPE
+    sys.exit(code)
+
+
+def _run(arguments: list[str]) -> int:
+    if arguments == ["--version"]:  # asked by scripts: not worth loading the command tree
+        print(mhcplan.__version__)
+        return 0
+    from cyclopts import CycloptsError
+
+    from mhcplan.planner.output import OutputError
+    from mhcplan.planner.spec import SpecError
+    from mhcplan.profiles.schema import ProfileError
+
+    try:
+        result: object = build_app()(
+            arguments,
+            exit_on_error=False,
+            print_error=False,
+            result_action="return_value",
+        )
+    except (CycloptsError, SpecError, ProfileError, OutputError) as error:
+        return _refuse(str(error))
+    except ImportError as error:
+        missing = _missing_module(error)
+        if missing not in _GPU_MODULES:
+            raise
+        return _refuse(f"{missing} is not installed: pip install 'mhcplan[gpu]'")
+    return result if isinstance(result, int) else 0
+
+
+def _refuse(message: str) -> int:
+    print(f"mhcplan: {' '.join(message.split())}", file=sys.stderr)
+    return BAD_INPUT
+
+
+def _missing_module(error: BaseException | None) -> str:
+    """Top-level name of the module whose absence started a chain of import errors."""
+    while error is not None:
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            return error.name.partition(".")[0]
+        error = error.__cause__
+    return ""

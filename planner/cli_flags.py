@@ -1,0 +1,99 @@
+"""The flags that describe a plan, shared by every command that takes one.
+
+A flag that is not given is None, so that it does not override a plan file; the default that help
+shows is the plan field's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+from cyclopts.types import PositiveInt
+
+from mhcplan.planner.plan_file import resolve_plan
+from mhcplan.planner.spec import Engine, LayoutSpec, PlanSpec, Priority, ScheduleName
+from mhcplan.profiles.specs import ResidualSpec
+
+_FIELDS: dict[str, str] = {
+    "n": "residual.expansion_rate",
+    "residual": "residual.kind",
+    "recompute_block": "residual.recompute_block",
+    "pp": "layout.pp",
+    "ep": "layout.ep",
+    "dp": "layout.dp",
+    "microbatches": "microbatches",
+    "micro_batch_size": "micro_batch_size",
+    "seq_len": "seq_len",
+    "schedule": "schedule",
+    "priority": "priority",
+    "profile": "profile",
+    "engine": "engine",
+}
+_SPECS = {"residual": ResidualSpec, "layout": LayoutSpec}
+
+
+def _flag(name: str) -> Parameter:
+    """A flag of the plan field behind ``name``, with its description and its default."""
+    parent, _, last = _FIELDS[name].rpartition(".")
+    info = _SPECS.get(parent, PlanSpec).model_fields[last]
+
+    def default(_value: object) -> str:
+        return str(info.default)
+
+    return Parameter(help=info.description, show_default=default)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class PlanFlags:
+    """What to change in a preset or a plan file."""
+
+    n: Annotated[int | None, _flag("n")] = None
+    residual: Annotated[Literal["mhc", "hc", "plain"] | None, _flag("residual")] = None
+    recompute_block: Annotated[
+        Literal["auto", "none", "stage"] | PositiveInt | None,
+        _flag("recompute_block"),
+    ] = None
+    pp: Annotated[int | None, _flag("pp")] = None
+    ep: Annotated[int | None, _flag("ep")] = None
+    dp: Annotated[int | None, _flag("dp")] = None
+    microbatches: Annotated[int | None, _flag("microbatches")] = None
+    micro_batch_size: Annotated[int | None, _flag("micro_batch_size")] = None
+    seq_len: Annotated[int | None, _flag("seq_len")] = None
+    schedule: Annotated[ScheduleName | None, _flag("schedule")] = None
+    priority: Annotated[Priority | None, _flag("priority")] = None
+    profile: Annotated[str | None, _flag("profile")] = None
+    engine: Annotated[Engine | None, _flag("engine")] = None
+    settings: Annotated[
+        list[str],
+        Parameter(
+            name="--set",
+            negative=(),
+            help="field=value: any other field of a plan, by its dotted path; may be repeated",
+        ),
+    ] = field(default_factory=list[str])
+
+    def plan(self, source: str) -> PlanSpec:
+        """The plan of ``source`` (a preset or a plan file) with these changes.
+
+        Raises:
+            SpecError: see :func:`mhcplan.planner.plan_file.resolve_plan`.
+        """
+        given: dict[str, Any] = {
+            path: value
+            for flag, path in _FIELDS.items()
+            if (value := getattr(self, flag)) is not None
+        }
+        return resolve_plan(source, given, self.settings)
+
+    def arguments(self) -> list[str]:
+        """The command-line words that give these flags."""
+        words: list[str] = []
+        for flag in _FIELDS:
+            if (value := getattr(self, flag)) is not None:
+                words += [f"--{flag.replace('_', '-')}", str(value)]
+        for setting in self.settings:
+            words += ["--set", setting]
+        return words

@@ -1,0 +1,132 @@
+"""The commands that take a plan: predict, export, init."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import Parameter
+
+from mhcplan.planner.cli_flags import PlanFlags
+from mhcplan.planner.output import write_file, write_files
+from mhcplan.planner.plan_file import commented_plan_text, plan_text
+from mhcplan.planner.terminal import note, output, progress
+
+if TYPE_CHECKING:
+    from mhcplan.planner.predict import Prediction
+    from mhcplan.planner.report import PlanReport
+
+TRACE_NAME = "trace.json.gz"
+
+Source = Annotated[
+    str,
+    Parameter(
+        name="MODEL|PLAN", help="a model preset, or a plan file (.toml)", allow_leading_hyphen=False
+    ),
+]
+OutputFolder = Annotated[Path, Parameter(name=["--output", "-o"], help="folder to write to")]
+
+
+def predict(
+    source: Source,
+    /,
+    *,
+    flags: PlanFlags | None = None,
+    json: Annotated[bool, Parameter(negative=())] = False,
+    out: Path | None = None,
+) -> None:
+    """Predict a training step: what mHC adds to its time and memory, and whether it fits.
+
+    Exits 0 also when the plan does not fit: the first line says by how much.
+
+    Args:
+        source: a model preset, or a plan file (.toml)
+        flags: what to change in it
+        json: print one JSON object instead of text
+        out: folder for report.json, plan.toml, timeline.html and trace.json.gz
+    """
+    flags = flags or PlanFlags()
+    prediction, report = _predict(source, flags)
+    if out is not None:
+        with progress("writing the timeline"):
+            write_files(out, _files(prediction, report))
+        note(f"wrote {out}")
+    if json:
+        print(report.to_json())
+    else:
+        from mhcplan.planner.report_text import print_report
+
+        print_report(report, output())
+
+
+def export(
+    source: Source,
+    /,
+    *,
+    to: Literal["perfetto"],
+    folder: OutputFolder,
+    flags: PlanFlags | None = None,
+) -> None:
+    """Write a predicted step in another tool's format.
+
+    perfetto: trace.json.gz for ui.perfetto.dev or chrome://tracing, a process a rank, a thread a
+    stream, memory as a counter, slices named as torch's pipeline runtime names them.
+
+    Args:
+        source: a model preset, or a plan file (.toml)
+        to: the format
+        folder: folder to write to
+        flags: what to change in the plan
+    """
+    prediction, _ = _predict(source, flags or PlanFlags())
+    assert to == "perfetto"
+    write_files(folder, {TRACE_NAME: _trace(prediction)})
+    note(f"wrote {folder / TRACE_NAME}")
+
+
+def init(
+    source: Source = "mhc-27b",
+    /,
+    *,
+    file: Annotated[Path, Parameter(name=["--output", "-o"])] = Path("plan.toml"),
+    force: Annotated[bool, Parameter(negative=(), help="replace an existing file")] = False,
+    flags: PlanFlags | None = None,
+) -> None:
+    """Write a plan file with comments that say what every field decides, to be edited.
+
+    Args:
+        source: a model preset, or a plan file (.toml)
+        file: file to write
+        force: replace an existing file
+        flags: what to change in the plan
+    """
+    plan = (flags or PlanFlags()).plan(source)
+    write_file(file, commented_plan_text(plan), replace=force)
+    note(f"wrote {file}; now: mhcplan predict {shlex.quote(str(file))}")
+
+
+def _predict(source: str, flags: PlanFlags) -> tuple[Prediction, PlanReport]:
+    from mhcplan.planner.predict import predict as predict_step
+    from mhcplan.planner.report_make import make_report
+
+    plan = flags.plan(source)
+    with progress(f"simulating {plan.model.name}"):
+        prediction = predict_step(plan)
+        command = shlex.join(["mhcplan", "predict", source, *flags.arguments()])
+        return prediction, make_report(prediction, command)
+
+
+def _files(prediction: Prediction, report: PlanReport) -> dict[str, str | bytes]:
+    from mhcplan.planner.timeline_page import timeline_page
+
+    return {
+        "report.json": report.to_json() + "\n",
+        "plan.toml": plan_text(prediction.plan),
+        "timeline.html": timeline_page(prediction, report),
+        TRACE_NAME: _trace(prediction),
+    }
+
+
+def _trace(prediction: Prediction) -> bytes:
+    raise NotImplementedError
