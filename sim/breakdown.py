@@ -2,16 +2,16 @@
 
 :func:`breakdown` gives every nanosecond of a rank to the first class that holds:
 
-1. an op runs on a compute stream: its category (``compute``, ``mhc``, ``recompute``, ``optimizer``;
-   that of the least urgent stream when several run);
+1. a compute op runs: its category (``compute``, ``mhc``, ``recompute``, ``optimizer``; that of the
+   least urgent stream when several run);
 2. the next compute op waits for expert traffic (``exposed_ep``), for a pipeline message whose
    sender has its data ready (``exposed_pp``), for gradient reduction (``exposed_dp``);
 3. the host has not issued the next compute op (``host``);
 4. ``bubble``.
 
-The first two letters of a group's name say which traffic it carries. "Next compute op" is the one
-that begins next on a compute stream of the rank; after the last one it is the end of the step,
-which waits for all transfers of the rank.
+The first two letters of a group's name say which traffic it carries. Compute ops are those that are
+no transfers. The "next" one is that of the rank which begins next; after the last one it is the end
+of the step, which waits for all transfers of the rank.
 
 To treat all ranks at once, times are shifted so that the ranks lie one behind the other.
 """
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from mhcplan.sim.intervals import Union, fresh_lengths
-from mhcplan.sim.order import NO_OP, batch_first
+from mhcplan.sim.order import NO_OP, batch_first, waited_ops
 from mhcplan.sim.program import match_transfers
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Breakdown:
 
     Attributes:
         ns: [rank, class], classes as in :data:`CLASSES`.
-        rank: the rank to report: the one whose compute streams are busiest, the lowest on a tie.
+        rank: the rank to report: the one that computes longest, the lowest on a tie.
     """
 
     ns: Ints
@@ -71,7 +71,7 @@ class Overlap:
     """How much of each rank's traffic hides behind its compute.
 
     Attributes:
-        compute_ns: [rank], time in which an op runs on a compute stream.
+        compute_ns: [rank], time in which a compute op runs.
         traffic_ns: [rank, traffic], time in which a transfer of ep, pp, dp or other groups runs.
         hidden_ns: [rank, traffic], the part of it in which compute runs too.
     """
@@ -85,7 +85,7 @@ def breakdown(program: Program, timeline: Timeline) -> Breakdown:
     """Say what each rank's time was spent on.
 
     Raises:
-        ValueError: an op that takes time on a compute stream has a category not in CATEGORIES.
+        ValueError: a compute op that takes time has a category not in CATEGORIES.
     """
     axis = _Axis(program, timeline)
     ns = np.zeros((program.num_ranks, len(CLASSES)), np.int64)
@@ -105,7 +105,7 @@ def breakdown(program: Program, timeline: Timeline) -> Breakdown:
 def overlap(program: Program, timeline: Timeline) -> Overlap:
     """Measure how much traffic hides behind compute."""
     axis = _Axis(program, timeline)
-    compute = Union.of(axis.begin[axis.on_compute], axis.end[axis.on_compute])
+    compute = Union.of(axis.begin[axis.is_compute], axis.end[axis.is_compute])
     shape = (program.num_ranks, len(TRAFFIC) + 1)
     traffic_ns, hidden_ns = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     for traffic in range(shape[1]):
@@ -141,13 +141,12 @@ class _Axis:
         self.end = timeline.end_ns + self.shift
         self.issue = timeline.issue_ns + self.shift
         self.end_ns = timeline.end_ns
-        is_compute = np.array([stream.group < 0 for stream in program.streams], np.bool_)
-        self.on_compute = is_compute[program.stream]
+        self.is_compute = program.group < 0
         traffic = [
             TRAFFIC.index(group.name[:2]) if group.name[:2] in TRAFFIC else _OTHER_TRAFFIC
             for group in program.groups
         ]
-        # The last entry is for ops that are no transfers: their group is -1.
+        # the last entry is for compute ops: their group is -1
         self.traffic = np.array([*traffic, _OTHER_TRAFFIC], np.int64)[program.group]
 
 
@@ -155,11 +154,11 @@ def _add_busy(axis: _Axis, ns: Ints) -> None:
     program = axis.program
     classes = [CATEGORIES.index(c) if c in CATEGORIES else -1 for c in program.categories]
     class_ = np.array(classes, np.int64)[program.category]
-    ran = axis.on_compute & (axis.end > axis.begin)
+    ran = axis.is_compute & (axis.end > axis.begin)
     unknown = np.flatnonzero(ran & (class_ < 0))
     if len(unknown):
         category = program.categories[program.category[unknown[0]]]
-        raise ValueError(f"category {category!r} on a compute stream is not one of {CATEGORIES}")
+        raise ValueError(f"category {category!r} of a compute op is not one of {CATEGORIES}")
     urgency = _urgency(program)[program.stream]
     seen = Union.of(np.zeros(0, np.int64), np.zeros(0, np.int64))
     for level in range(int(urgency[ran].max(initial=-1)) + 1):
@@ -171,12 +170,12 @@ def _add_busy(axis: _Axis, ns: Ints) -> None:
 
 
 def _urgency(program: Program) -> Ints:
-    """Per stream, its place among its rank's compute streams, least urgent first."""
+    """Per stream, its place among its rank's streams, least urgent first."""
     place = np.zeros(len(program.streams), np.int64)
     count = [0] * program.num_ranks
     for i in sorted(range(len(program.streams)), key=lambda i: -program.streams[i].priority):
         stream = program.streams[i]
-        if stream.group < 0:
+        if stream.group < 0:  # the stream of a process group runs no compute
             place[i] = count[stream.rank]
             count[stream.rank] += 1
     return place
@@ -192,12 +191,12 @@ class _Gaps(NamedTuple):
 
 
 def _gaps(axis: _Axis) -> _Gaps:
-    ranks = np.arange(axis.program.num_ranks)
-    ops = np.flatnonzero(axis.on_compute)
+    ranks = np.arange(axis.program.num_ranks, dtype=np.int64)
+    ops = np.flatnonzero(axis.is_compute)
     ops = ops[np.argsort(axis.begin[ops], kind="stable")]
     # a mark at the beginning and at the end of each rank's part of the axis
     op = np.concatenate([np.full(len(ranks), NO_OP), ops, np.full(len(ranks), NO_OP)])
-    rank = np.concatenate([ranks, axis.program.rank[ops], ranks])
+    rank = np.concatenate([ranks, axis.program.rank[ops].astype(np.int64), ranks])
     begin = np.concatenate([ranks * axis.span, axis.begin[ops], ranks * axis.span + axis.step_ns])
     end = np.concatenate([ranks * axis.span, axis.end[ops], ranks * axis.span + axis.step_ns])
     in_order = np.argsort(begin, kind="stable")
@@ -256,7 +255,7 @@ def _awaited_transfers(axis: _Axis, gaps: _Gaps) -> tuple[Ints, Ints]:
     gap = np.repeat(np.arange(len(gaps.op)), counts)
     nth = np.arange(len(gap)) - np.repeat(np.cumsum(counts) - counts, counts)
     events = program.waits.values[starts[gap] + nth]
-    pairs.append((gap, program.recorder[events] if len(events) else events))
+    pairs.append((gap, program.recorder[events] if program.num_events else events))
     for tail in np.flatnonzero(gaps.op == NO_OP).tolist():
         begin, end = program.rank_offsets[gaps.rank[tail] : gaps.rank[tail] + 2]
         ops = np.flatnonzero(program.group[begin:end] >= 0) + begin
@@ -272,9 +271,7 @@ def _data_ready_ns(axis: _Axis) -> Ints:
     program = axis.program
     first, meeting = batch_first(program), match_transfers(program)
     ready = np.zeros(program.num_ops, np.int64)
-    if len(program.waits.values):
-        ends = axis.end_ns[program.recorder[program.waits.values]]
-        np.maximum.at(ready, first[program.waits.owners], ends)
+    np.maximum.at(ready, first[program.waits.owners], axis.end_ns[waited_ops(program)])
     senders = np.flatnonzero((meeting >= 0) & (program.is_send | (program.peer < 0)))
     by_meeting = np.zeros(int(meeting.max(initial=-1)) + 1, np.int64)
     np.maximum.at(by_meeting, meeting[senders], ready[first[senders]])

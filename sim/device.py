@@ -10,7 +10,7 @@ contention finds is an integer rate here.
 
 What is modelled:
 
-* **SMs.** A rank's compute streams share its SMs by priority. While an op of a more urgent stream
+* **SMs.** A rank's compute ops (all that are no transfers) share its SMs by priority. While an op of a more urgent stream
   runs, those of less urgent streams make no progress, as if thread blocks were short: pre-emption
   between blocks. Ops of equally urgent streams run one at a time: the op that has begun first,
   then in issue order. A kernel that fills the GPU leaves no room for another, and a gain from two

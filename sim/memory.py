@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mhcplan.sim.order import NO_OP, describe
+from mhcplan.sim.order import COMPUTE_STREAM, NO_OP, describe
 from mhcplan.sim.program import COMPONENTS
 
 if TYPE_CHECKING:
@@ -98,15 +98,10 @@ def memory_report(program: Program, costs: CostTable, memory: Memory) -> list[di
 def memory_times_ns(program: Program, timeline: Timeline) -> Ints:
     """For every op, the instant at which a memory curve over time draws ``held_bytes``.
 
-    All memory belongs to the rank's least urgent compute stream, so an op's memory changes hands
-    when that stream comes to the op's place in issue order. Within a rank the times never go back.
+    All memory belongs to the rank's stream "compute", so an op's memory changes hands when that
+    stream comes to the op's place in issue order. Within a rank the times never go back.
     """
-    owner_of_rank: dict[int, int] = {}
-    for i, stream in sorted(enumerate(program.streams), key=lambda item: item[1].priority):
-        if stream.group < 0:
-            owner_of_rank[stream.rank] = i
-    is_owner = np.zeros(len(program.streams), np.bool_)
-    is_owner[list(owner_of_rank.values())] = True
+    is_owner = np.array([stream.name == COMPUTE_STREAM for stream in program.streams], np.bool_)
     span = timeline.step_ns + 1
     shift = program.rank.astype(np.int64) * span
     times = np.where(is_owner[program.stream], timeline.start_ns, 0) + shift

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     Ints = NDArray[np.int64]
 
 NO_OP = -1
+COMPUTE_STREAM = "compute"  # owns its rank's memory
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,18 @@ def order_of(program: Program) -> Order:
         MeetError: a transfer that lacks an end or a member.
     """
     first = batch_first(program)
-    waits = program.waits.values
-    recorders = program.recorder[waits] if program.num_events else waits
     return Order(
         first,
         program.previous_on_stream[first],
-        Csr(program.waits.offsets, recorders),
+        Csr(program.waits.offsets, waited_ops(program)),
         _last_sync(program),
         match_transfers(program),
     )
+
+
+def waited_ops(program: Program) -> Ints:
+    """For every entry of ``waits.values``, the op that records the event, or NO_OP."""
+    return program.recorder[program.waits.values] if program.num_events else program.waits.values
 
 
 def batch_first(program: Program) -> Ints:
