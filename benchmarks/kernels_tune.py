@@ -25,7 +25,7 @@ from kernels_timing import Timer
 
 from mhcplan.kernels import mhc_backward, mhc_forward, mhc_recompute, tuning
 from mhcplan.kernels.reference import num_coefficients
-from mhcplan.kernels.triton_support import gradient_parts, padded_coefficients
+from mhcplan.kernels.triton_support import padded_coefficients, residual_parts
 from mhcplan.kernels.tuning import Config
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def calls(tokens: int, n: int, channels: int, dtype: torch.dtype) -> dict[str, t
     bias, alpha = random(m), torch.ones(3, device="cuda")
     partial = mhc_forward.project(x, phi)
     _, mix, projection = mhc_forward.coefficients_and_pre(x, partial, bias, alpha, 20, 1e-6)
-    dp = random(tokens, gradient_parts(dtype) * padded_coefficients(n), dtype=dtype)
+    dp = random(tokens, residual_parts(dtype) * padded_coefficients(n), dtype=dtype)
     s = random(tokens)
     fs = [random(tokens, channels, dtype=dtype) for _ in range(SITES - 1)]
 

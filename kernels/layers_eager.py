@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-FORCED_BIAS = 1e4
+FORCED_BIAS = 2.0  # scores are below 1; more would cost digits of their order
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -42,6 +42,19 @@ def rms_norm_grad(
     g = _wide(dy) * _wide(weight)
     dx.copy_((g - xhat * (g * xhat).mean(-1, keepdim=True)) * rstd[:, None])
     main_grad += (_wide(dy) * xhat).sum(0)
+
+
+# -- rows of the residual's state ------------------------------------------------------------------
+
+
+def expand_rows(h: Tensor, n: int) -> Tensor:
+    """h [T, C] copied to n rows: [T, n, C]."""
+    return h[:, None].expand(-1, n, -1).contiguous()
+
+
+def sum_rows(x: Tensor) -> Tensor:
+    """x [T, n, C]: the sum of a token's rows [T, C]."""
+    return _wide(x).sum(1).to(x.dtype)
 
 
 # -- SwiGLU ----------------------------------------------------------------------------------------
@@ -110,7 +123,7 @@ def _scores(logits: Tensor, scoring: str) -> Tensor:
 
 
 def _forced_bias(logits: Tensor, top_k: int) -> Tensor:
-    """Large where it is an expert's turn: experts t k .. t k + k - 1 (mod E) take token t."""
+    """Above any score where it is an expert's turn: experts t k .. t k + k - 1 (mod E) take token t."""
     tokens, experts = logits.shape
     token = torch.arange(tokens, device=logits.device)[:, None]
     expert = torch.arange(experts, device=logits.device)[None]

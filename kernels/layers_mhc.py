@@ -3,19 +3,29 @@
 Thin: the work is in :mod:`mhcplan.kernels.mhc`. T = tokens, n = expansion rate, C = hidden size,
 M = n^2 + 2n coefficients. Parameters of the residual are fp32, and so are their gradients.
 
-HC's coefficients and the exit (``HcPre``, ``Collapse``) have no Triton kernels yet: they run the
-eager reference and its autograd on any device, correct but slow, and say so in ``eager``.
+HC's coefficients (``HcPre``) have no Triton kernels yet: they run the eager reference and its
+autograd on any device, correct but slow.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
 
 from mhcplan.kernels import mhc, reference
-from mhcplan.kernels.layers_base import Env, Gradients, Op, Tensors, Weight, random_like, wide
+from mhcplan.kernels.layers_base import (
+    Env,
+    Gradients,
+    Op,
+    Tensors,
+    Weight,
+    fused,
+    random_like,
+    wide,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -196,13 +206,13 @@ class Expand(Op):
 
     def forward(self, h: Tensor) -> tuple[Tensors, Tensors]:  # type: ignore[override]
         """h [T, C]: [T, n, C]."""
-        return (reference.expand(h, self.n),), ()
+        return (fused(h).expand_rows(h, self.n),), ()
 
     def backward_input(  # type: ignore[override]
         self, saved: Tensors, dx: Tensor
     ) -> tuple[Gradients, Tensors]:
         """dx [T, n, C]: the sum of its rows [T, C]."""
-        return (dx.sum(1),), ()
+        return (fused(dx).sum_rows(dx),), ()
 
     @classmethod
     def build(cls, shape: Mapping[str, int], _env: Env) -> Expand:
@@ -215,50 +225,49 @@ class Expand(Op):
         return (env.normal(shape["tokens"], shape["hidden"]),)
 
 
-class _EagerOp(Op):
-    """An op whose backward is autograd of its reference, made again in I and in W."""
-
-    eager: ClassVar[bool] = True
-
-    def _reference(self, x: Tensor, *parameters: Tensor) -> Tensors:
-        raise NotImplementedError
-
-    def forward(self, x: Tensor) -> tuple[Tensors, Tensors]:  # type: ignore[override]
-        """x [T, n, C]: see the class."""
-        return self._reference(x, *(w.data for w in self.weights.values())), (x,)
-
-    def _gradients(self, x: Tensor, grads: Tensors) -> Tensors:
-        with torch.enable_grad():
-            leaves = [x.detach().requires_grad_()]
-            leaves += [w.data.detach().requires_grad_() for w in self.weights.values()]
-            outputs = self._reference(*leaves)
-            used = outputs[: len(grads)]
-            return torch.autograd.grad(used, leaves, grads)
-
-    def backward_weight(self, deferred: Tensors) -> None:
-        """Every parameter's gradient."""
-        x, *grads = deferred
-        _, *parameter_grads = self._gradients(x, tuple(grads))
-        for weight, grad in zip(self.weights.values(), parameter_grads, strict=True):
-            weight.main_grad.add_(grad)
-
-
-class Collapse(_EagerOp):
+class Collapse(Op):
     """Exit: rows weighted by learned sigmoids and summed.
 
-    Weights (fp32): ``phi`` [n, n C], ``bias`` [n], ``alpha`` [1].
+    The weights are H_pre of a site (eq. 16-17), so F is a site's F_pre whose other coefficients
+    are not used, and B is F_pre's, with H_res set to zero. Weights (fp32): ``phi`` [n, n C],
+    ``bias`` [n], ``alpha`` [1].
     """
 
     kind = "mhc_collapse"
 
-    def _reference(self, x: Tensor, *parameters: Tensor) -> Tensors:
-        return (reference.collapse(x, *parameters),)
+    def __init__(self, phi: Weight, bias: Weight, alpha: Weight) -> None:
+        """Bind parameters."""
+        super().__init__(phi=phi, bias=bias, alpha=alpha)
 
-    def backward_input(  # type: ignore[override]
+    def _padded(self) -> Tensors:
+        """The parameters of a site that has zeros where the exit has nothing."""
+        phi, bias, alpha = (w.data for w in self.weights.values())
+        more = bias.numel() * (bias.numel() + 1)
+        return (
+            functional.pad(phi, (0, 0, 0, more)),
+            functional.pad(bias, (0, more)),
+            functional.pad(alpha, (0, 2)),
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensors, Tensors]:  # type: ignore[override]
+        """x [T, n, C]: [T, C]."""
+        h, mix, projection = mhc.mhc_pre_forward(x, *self._padded(), steps=1)
+        mix[:, x.shape[1] :].zero_()
+        return (h,), (x, mix, projection)
+
+    def backward(  # type: ignore[override]
         self, saved: Tensors, dh: Tensor
-    ) -> tuple[Gradients, Tensors]:
-        """dh [T, C]: dx [T, n, C]."""
-        return self._gradients(saved[0], (dh,))[:1], (saved[0], dh)
+    ) -> Gradients:
+        """dh [T, C]: dx [T, n, C]; adds every parameter's gradient."""
+        x, mix, projection = saved
+        n = x.shape[1]
+        # any finite tensor can stand for dy, which H_res = 0 multiplies: x is in the cache anyway
+        dx, *grads = mhc.mhc_pre_backward(
+            x, x, dh, mix, projection, torch.zeros_like(mix), *self._padded(), steps=1
+        )
+        for weight, grad in zip(self.weights.values(), grads, strict=True):
+            weight.main_grad.add_(grad[: 1 if grad.numel() == 3 else n])
+        return (dx,)
 
     @classmethod
     def build(cls, shape: Mapping[str, int], env: Env) -> Collapse:
@@ -276,21 +285,29 @@ class Collapse(_EagerOp):
         return (_state(shape, env),)
 
 
-class HcPre(_EagerOp):
+class HcPre(Op):
     """HC's first half of a site: coefficients (eq. 5) and the sublayer's input.
 
-    Weights (fp32): ``theta`` [n + 2, C], ``bias`` [M], ``alpha`` [3].
+    Weights (fp32): ``theta`` [n + 2, C], ``bias`` [M], ``alpha`` [3]. Eager: see the module.
     """
 
     kind = "hc_pre"
 
-    def _reference(self, x: Tensor, *parameters: Tensor) -> Tensors:
-        return reference.hc_pre(x, *parameters)
+    def __init__(self, theta: Weight, bias: Weight, alpha: Weight) -> None:
+        """Bind parameters."""
+        super().__init__(theta=theta, bias=bias, alpha=alpha)
 
-    def forward(self, x: Tensor) -> tuple[Tensors, Tensors]:
+    def forward(self, x: Tensor) -> tuple[Tensors, Tensors]:  # type: ignore[override]
         """x [T, n, C]: u [T, C] and coefficients [T, M]."""
-        outputs, saved = super().forward(x)
-        return outputs, (*saved, outputs[1])
+        u, mix = reference.hc_pre(x, *(w.data for w in self.weights.values()))
+        return (u, mix), (x, mix)
+
+    def _gradients(self, x: Tensor, grads: Tensors) -> Tensors:
+        """Gradients of x and of the parameters, by autograd of the reference."""
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_()]
+            leaves += [w.data.detach().requires_grad_() for w in self.weights.values()]
+            return torch.autograd.grad(reference.hc_pre(*leaves), leaves, grads)
 
     def backward_input(  # type: ignore[override]
         self, saved: Tensors, dy: Tensor, du: Tensor, dmix: Tensor
@@ -304,6 +321,13 @@ class HcPre(_EagerOp):
         res = reference.Coefficients.split(mix, n).res
         dx = dx + torch.einsum("toi,toc->tic", res, dy.to(res.dtype)).to(x.dtype)
         return (dx,), (x, du, dmix)
+
+    def backward_weight(self, deferred: Tensors) -> None:
+        """Every parameter."""
+        x, *grads = deferred
+        _, *found = self._gradients(x, tuple(grads))
+        for weight, grad in zip(self.weights.values(), found, strict=True):
+            weight.main_grad.add_(grad)
 
     def example_grads(self, inputs: Tensors, outputs: Tensors, env: Env) -> Tensors:
         """dy of the site, du, and gradients of the coefficients."""

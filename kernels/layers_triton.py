@@ -34,6 +34,7 @@ __all__ = [
     "add_embedding_gradient",
     "add_grouped_weight_gradient",
     "cross_entropy_",
+    "expand_rows",
     "gather_rows",
     "grouped_linear",
     "grouped_linear_grad",
@@ -48,14 +49,15 @@ __all__ = [
     "route",
     "route_grad",
     "scatter_rows",
+    "sum_rows",
     "swiglu",
     "swiglu_grad",
     "unpermute",
     "unpermute_grad",
 ]
 
-# CTAs that share the reduction of a norm's weight gradient: two a SM of the largest Hopper part
-_NORM_PROGRAMS = 264
+# CTAs that share the reduction of a norm's weight gradient: three on each SM of an H100
+_NORM_PROGRAMS = 396
 
 
 def _row_block(width: int) -> tuple[int, int]:
@@ -116,7 +118,7 @@ def _rms_norm_grad(
     inside = column < width
     gain = tl.load(weight + column, inside, 0.0).to(tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
-    for row in range(program, rows, tl.num_programs(0)):
+    for row in tl.range(program, rows, tl.num_programs(0), num_stages=3):
         grad = tl.load(dy + row * width + column, inside, 0.0).to(tl.float32)
         value = tl.load(x + row * x_stride + column, inside, 0.0).to(tl.float32)
         scale = tl.load(rstd + row)
@@ -157,6 +159,48 @@ def rms_norm_grad(
     _add_column_sums[(triton.cdiv(width, 32),)](
         partial, main_grad, programs, width, ROWS=64, BLOCK=32, num_warps=4
     )
+
+
+# -- rows of the residual's state ------------------------------------------------------------------
+
+
+@triton.jit
+def _expand_rows(h, x, width, N: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    value = tl.load(h + token * width + column, inside)
+    for i in tl.static_range(N):
+        tl.store(x + (token * N + i) * width + column, value, inside)
+
+
+@triton.jit
+def _sum_rows(x, h, width, N: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    total = tl.zeros([BLOCK], tl.float32)
+    for i in tl.static_range(N):
+        total += tl.load(x + (token * N + i) * width + column, inside, 0.0).to(tl.float32)
+    tl.store(h + token * width + column, total.to(h.dtype.element_ty), inside)
+
+
+def expand_rows(h: Tensor, n: int) -> Tensor:
+    """See :func:`mhcplan.kernels.layers_eager.expand_rows`."""
+    tokens, width = h.shape
+    x = torch.empty((tokens, n, width), dtype=h.dtype, device=h.device)
+    block = min(1024, triton.next_power_of_2(width))
+    _expand_rows[(tokens, triton.cdiv(width, block))](h, x, width, N=n, BLOCK=block, num_warps=4)
+    return x
+
+
+def sum_rows(x: Tensor) -> Tensor:
+    """See :func:`mhcplan.kernels.layers_eager.sum_rows`."""
+    tokens, n, width = x.shape
+    h = torch.empty((tokens, width), dtype=x.dtype, device=x.device)
+    block = min(1024, triton.next_power_of_2(width))
+    _sum_rows[(tokens, triton.cdiv(width, block))](x, h, width, N=n, BLOCK=block, num_warps=4)
+    return h
 
 
 # -- SwiGLU ----------------------------------------------------------------------------------------
@@ -358,7 +402,9 @@ def _cross_entropy(logits, targets, loss, scale, vocab, BLOCK: tl.constexpr):
     total = tl.zeros([BLOCK], tl.float32)
     for first in range(0, vocab, BLOCK):
         inside = first + column < vocab
-        value = tl.load(at + first + column, inside, float("-inf")).to(tl.float32)
+        value = tl.load(
+            at + first + column, inside, float("-inf"), eviction_policy="evict_last"
+        ).to(tl.float32)
         higher = tl.maximum(high, value)
         # a lane that has seen nothing yet holds -inf: keep exp(-inf + inf) out
         shift = tl.where(higher == float("-inf"), 0.0, higher)
@@ -371,7 +417,9 @@ def _cross_entropy(logits, targets, loss, scale, vocab, BLOCK: tl.constexpr):
     tl.debug_barrier()  # every warp has read the target's logit before any of them overwrites it
     for first in range(0, vocab, BLOCK):
         inside = first + column < vocab
-        value = tl.load(at + first + column, inside, float("-inf")).to(tl.float32)
+        value = tl.load(
+            at + first + column, inside, float("-inf"), eviction_policy="evict_first"
+        ).to(tl.float32)
         grad = tl.exp(value - lse) - tl.where(first + column == target, 1.0, 0.0)
         tl.store(at + first + column, (grad * scale).to(logits.dtype.element_ty), inside)
 
@@ -380,7 +428,8 @@ def cross_entropy_(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
     """See :func:`mhcplan.kernels.layers_eager.cross_entropy_`."""
     rows, vocab = logits.shape
     loss = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    block = min(8192, triton.next_power_of_2(vocab))
+    # few rows at a time: what the first pass read should still be in the cache for the second
+    block = min(16384, triton.next_power_of_2(vocab))
     _cross_entropy[(rows,)](
         logits, targets, loss, scale, vocab, BLOCK=block, num_warps=max(1, block // 1024)
     )

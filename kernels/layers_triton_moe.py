@@ -18,7 +18,6 @@ from torch import Tensor
 from mhcplan.kernels.layers_eager import FORCED_BIAS
 
 _FORCED_BIAS = tl.constexpr(FORCED_BIAS)
-_TOKEN_BLOCK = 32
 
 
 @triton.jit
@@ -48,7 +47,8 @@ def _choose(
     score = _expert_scores(logits, token, expert, inside, experts, SOFTMAX)
     choice = score
     if FORCED:
-        turn = (expert[None, :] + experts - (token[:, None] * K) % experts) % experts < K
+        ahead = expert[None, :] - ((token * K) % experts)[:, None]
+        turn = tl.where(ahead < 0, ahead + experts, ahead) < K
         choice = score + tl.where(turn, _FORCED_BIAS, 0.0)
     choice = tl.where(inside, choice, float("-inf"))
     taken = tl.zeros([TOKENS, EXPERTS], tl.int32)
@@ -116,14 +116,16 @@ def route(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`mhcplan.kernels.layers_eager.route`."""
     tokens, experts = logits.shape
-    blocks = triton.cdiv(tokens, _TOKEN_BLOCK)
+    padded = triton.next_power_of_2(experts)
+    block, warps = (32, 4 if padded <= 64 else 8) if padded <= 128 else (16, 8)
+    blocks = triton.cdiv(tokens, block)
     new = {"dtype": torch.int32, "device": logits.device}
     weights = torch.empty((tokens, top_k), dtype=torch.float32, device=logits.device)
     chosen, slot = torch.empty((tokens, top_k), **new), torch.empty((tokens, top_k), **new)
     counts, ends = torch.empty((blocks, experts), **new), torch.empty(experts, **new)
     shape = {
-        "K": top_k, "TOKENS": _TOKEN_BLOCK, "EXPERTS": triton.next_power_of_2(experts),
-        "KS": triton.next_power_of_2(top_k), "num_warps": 4,
+        "K": top_k, "TOKENS": block, "EXPERTS": padded,
+        "KS": triton.next_power_of_2(top_k), "num_warps": warps,
     }  # fmt: skip
     _choose[(blocks,)](
         logits, weights, chosen, counts, tokens, experts,
@@ -356,10 +358,15 @@ def _grouped_weight_gradient(
 def add_grouped_weight_gradient(main_grad: Tensor, dy: Tensor, x: Tensor, ends: Tensor) -> None:
     """See :func:`mhcplan.kernels.layers_eager.add_grouped_weight_gradient`."""
     experts, out_dim, in_dim = main_grad.shape
-    small = out_dim < 128 or in_dim < 128  # as in tests
-    out, inner, rows, warps = (16, 16, 16, 4) if small else (128, 256, 64, 8)
+    if out_dim < 128 or in_dim < 128:  # as in tests
+        out, inner, warps, stages = 16, 16, 4, 3
+    elif x.shape[0] < 1024 * experts:  # few rows an expert: reading and writing the gradient rules
+        out, inner, warps, stages = 256, 128, 8, 3
+    else:
+        out, inner, warps, stages = 128, 256, 8, 4
+    rows = 16 if out == 16 else 64
     tiles_out, tiles_in = triton.cdiv(out_dim, out), triton.cdiv(in_dim, inner)
     _grouped_weight_gradient[(tiles_out * tiles_in, experts)](
         main_grad, dy, x, ends, out_dim, in_dim, tiles_in,
-        OUT=out, IN=inner, ROWS=rows, num_warps=warps, num_stages=3,
+        OUT=out, IN=inner, ROWS=rows, num_warps=warps, num_stages=stages,
     )  # fmt: skip

@@ -60,8 +60,8 @@ from mhcplan.kernels.reference import (
 )
 from mhcplan.kernels.triton_support import (
     INTERPRETED,
-    gradient_parts,
     padded_coefficients,
+    residual_parts,
 )
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def saved_coefficient_bytes(n: int) -> int:
 
 def projection_gradient_width(n: int, dtype: torch.dtype) -> int:
     """Numbers a token of ``dp``, what I leaves for W, in the residual's dtype ``dtype``."""
-    return gradient_parts(dtype) * padded_coefficients(n)
+    return residual_parts(dtype) * padded_coefficients(n)
 
 
 def _on_kernels(x: Tensor) -> bool:

@@ -31,15 +31,17 @@ from mhcplan.kernels.reference import num_coefficients
 from mhcplan.kernels.triton_support import (
     dot,
     fold,
-    gradient_parts,
     load_mix,
     load_rows,
     num_multiprocessors,
     padded_coefficients,
+    residual_parts,
     split,
+    sum_parts,
 )
 
-FUSED_MOST_ROWS = 4  # above, dphi's tile does not fit in registers beside the rest
+# Most rows n with which dphi's tile fits in registers beside the rest, by bytes an element.
+FUSED_MOST_ROWS = {2: 4, 4: 2}
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -271,10 +273,13 @@ def _pre_backward_kernel(
     dphi = ()
     phi = ()
     column, part = _part_columns(0, MK, PARTS)
-    if WITH_W:  # MK == MP: all coefficients at once; phi is loaded once and stays on chip
-        for i in tl.static_range(N):
-            dphi = dphi + (tl.zeros((BC, PARTS * MK), tl.float32),)
+    # With all coefficients in one tile, phi is loaded once and stays on chip.
+    WHOLE: tl.constexpr = MK == MP
+    for i in tl.static_range(N):
+        if WHOLE:
             phi = phi + (_load_phi(phi_ptr, c, i, column, DT, N, C),)
+        if WITH_W:
+            dphi = dphi + (tl.zeros((BC, PARTS * MK), tl.float32),)
     for t0 in tl.range(t_first, min(t_first + t_split, T), BT, num_stages=STAGES):
         t = (t0 + tl.arange(0, BT)).to(tl.int64)
         token = t < T
@@ -287,14 +292,15 @@ def _pre_backward_kernel(
         res = load_mix(coefficients_ptr, t, token, 2 * N, N * N, M)
         s = tl.load(s_ptr + t, mask=token, other=0.0)
         dp_row = dp_ptr + t[:, None] * (PARTS * MP)
-        if WITH_W:
+        if WHOLE:
             dp = tl.load(dp_row + (part * MP + column)[None, :], mask=token[:, None], other=0.0)
         new_dphi = ()
         for i in tl.static_range(N):
             dx = tl.zeros((BT, BC), tl.float32)
             if WITH_W:
-                dx = dot(dp, phi[i], dx)
                 new_dphi = new_dphi + (dot(tl.trans(x[i]), dp, dphi[i]),)
+            if WHOLE:
+                dx = dot(dp, phi[i], dx)
             else:
                 for first in tl.static_range(0, M, MK):
                     chunk, half = _part_columns(first, MK, PARTS)
@@ -313,8 +319,7 @@ def _pre_backward_kernel(
         keep = (rows < M)[None, :] & (c < C)[:, None]
         base = partial_ptr + slot * (M * N * C) + rows[None, :] * (N * C) + c[:, None]
         for i in tl.static_range(N):
-            whole = tl.sum(tl.reshape(dphi[i], [BC, PARTS, MP]), axis=1)
-            tl.store(base + i * C, whole, mask=keep)
+            tl.store(base + i * C, sum_parts(dphi[i], PARTS), mask=keep)
 
 
 @triton.jit(do_not_specialize=["T", "t_split"])
@@ -337,9 +342,8 @@ def _weight_kernel(
         dp = tl.load(dp_row + (part * MP + column)[None, :], mask=token, other=0.0)
         acc = dot(tl.trans(x), dp, acc)
     rows = first + tl.arange(0, MB)
-    whole = tl.sum(tl.reshape(acc, [BK, PARTS, MB]), axis=1)
     base = partial_ptr + slot * (M * K) + rows[None, :] * K + k[:, None]
-    tl.store(base, whole, mask=(rows < M)[None, :] & (k < K)[:, None])
+    tl.store(base, sum_parts(acc, PARTS), mask=(rows < M)[None, :] & (k < K)[:, None])
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -386,7 +390,7 @@ def coefficient_gradients(
     """
     tokens, n, channels = x.shape
     padded = padded_coefficients(n)
-    parts = gradient_parts(x.dtype)
+    parts = residual_parts(x.dtype)
     cfg = tuning.config("pre_reduce", n, channels, tokens, x.dtype)
     dlogits = torch.empty_like(dmix)
     history = x.new_empty((tokens, max(steps - 1, 1), 2 * n), dtype=torch.float32)
@@ -421,7 +425,7 @@ def pre_backward(
     """dx ``[T, n, C]``, and dphi ``[M, n C]`` if asked for in the same pass over the state."""
     tokens, n, channels = x.shape
     m = num_coefficients(n)
-    fused = with_weight and n <= FUSED_MOST_ROWS
+    fused = with_weight and n <= FUSED_MOST_ROWS[x.dtype.itemsize]
     kernel = "pre_backward" if fused else "pre_backward_input"
     cfg = tuning.config(kernel, n, channels, tokens, x.dtype)
     padded = padded_coefficients(n)
@@ -432,8 +436,8 @@ def pre_backward(
     partial = x.new_empty(shape, dtype=torch.float32)
     _pre_backward_kernel[(blocks, splits)](
         dy, x, du, coefficients, dp, s, phi, dx, partial, tokens, t_split,
-        N=n, C=channels, MP=padded, MK=padded if fused else min(padded, 32),
-        PARTS=gradient_parts(x.dtype), WITH_W=fused,
+        N=n, C=channels, MP=padded, MK=min(padded, 32),
+        PARTS=residual_parts(x.dtype), WITH_W=fused,
         BT=cfg.BT, BC=cfg.BC, STAGES=cfg.stages, num_warps=cfg.warps,
     )  # fmt: skip
     if not with_weight:
@@ -455,7 +459,7 @@ def weight_backward(x: Tensor, dp: Tensor) -> Tensor:
     partial = x.new_empty((splits, m, width), dtype=torch.float32)
     _weight_kernel[(blocks, column_blocks, splits)](
         x, dp, partial, tokens, t_split, K=width, M=m, MP=padded, MB=column_block,
-        PARTS=gradient_parts(x.dtype),
+        PARTS=residual_parts(x.dtype),
         BT=cfg.BT, BK=cfg.BC, STAGES=cfg.stages, num_warps=cfg.warps,
     )  # fmt: skip
     return _sum_partials(partial)

@@ -23,11 +23,14 @@ from torch import Tensor
 from mhcplan.kernels import tuning
 from mhcplan.kernels.reference import num_coefficients
 from mhcplan.kernels.triton_support import (
-    dot_exact_left,
+    dot,
     load_mix,
     load_rows,
     num_multiprocessors,
     padded_coefficients,
+    residual_parts,
+    stack_parts,
+    sum_parts,
 )
 
 # Token counts and the like are not specialised on: a new batch shape must not compile anything.
@@ -61,7 +64,7 @@ def first_sinkhorn_step(logits):
 @triton.jit(do_not_specialize=["T", "split_steps"])
 def _project_kernel(
     x_ptr, phi_ptr, partial_ptr, T, split_steps,
-    K: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
+    K: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, PARTS: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0) * BT + tl.arange(0, BT)
@@ -72,15 +75,15 @@ def _project_kernel(
     token = t < T
     x_base = x_ptr + t.to(tl.int64)[:, None] * K + kk[None, :]
     phi_base = phi_ptr + columns[:, None] * K + kk[None, :]
-    acc = tl.zeros((BT, MP), tl.float32)
+    acc = tl.zeros((BT, PARTS * MP), tl.float32)
     square = tl.zeros((BT,), tl.float32)
     for k in tl.range(k_first, min(k_first + split_steps * BK, K), BK, num_stages=STAGES):
         x = tl.load(x_base + k, mask=token[:, None], other=0.0)
         phi = tl.load(phi_base + k, mask=columns[:, None] < M, other=0.0)
-        acc = dot_exact_left(x, tl.trans(phi), acc)
+        acc = dot(x, tl.trans(stack_parts(phi, x.dtype, PARTS)), acc)
         wide = x.to(tl.float32)
         square += tl.sum(wide * wide, axis=1)
-    out = tl.where(columns[None, :] == M, square[:, None], acc)
+    out = tl.where(columns[None, :] == M, square[:, None], sum_parts(acc, PARTS))
     out_ptr = partial_ptr + (split * T + t).to(tl.int64)[:, None] * MP + columns[None, :]
     tl.store(out_ptr, out, mask=token[:, None] & (columns[None, :] <= M))
 
@@ -135,6 +138,24 @@ def _write_coefficients(
     tl.store(coefficients_ptr + t[:, None, None] * M + cell[None, :, :], m, mask=mask3)
 
 
+@triton.jit
+def mixed_row(x, f, post, res, o: tl.constexpr, N: tl.constexpr):
+    """Row o of the next state in fp32; every kernel sums in this order, so all agree bit by bit."""
+    y = post[o][:, None] * f
+    for i in tl.static_range(N):
+        y = tl.fma(res[o * N + i][:, None], x[i].to(tl.float32), y)
+    return y
+
+
+@triton.jit
+def weighted_rows(x, pre, N: tl.constexpr):
+    """u in fp32, in the one order too; left to itself the compiler chooses what to contract."""
+    u = pre[0][:, None] * x[0].to(tl.float32)
+    for i in tl.static_range(1, N):
+        u = tl.fma(pre[i][:, None], x[i].to(tl.float32), u)
+    return u
+
+
 @triton.jit(do_not_specialize=["T", "splits", "sinkhorn_programs"])
 def _coefficients_pre_kernel(
     x_ptr, partial_ptr, bias_ptr, alpha_ptr, u_ptr, coefficients_ptr, projection_ptr,
@@ -166,20 +187,9 @@ def _coefficients_pre_kernel(
         for c in tl.range(0, C, BC, num_stages=STAGES):
             mask = token[:, None] & (c + cc < C)[None, :]
             x = load_rows(x_ptr, t[:, None] * (N * C) + (c + cc)[None, :], mask, N, C)
-            u = pre[0][:, None] * x[0].to(tl.float32)
-            for i in tl.static_range(1, N):
-                u += pre[i][:, None] * x[i].to(tl.float32)
+            u = weighted_rows(x, pre, N)
             out = u_ptr + t[:, None] * C + (c + cc)[None, :]
             tl.store(out, u.to(u_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def mixed_row(x, f, post, res, o: tl.constexpr, N: tl.constexpr):
-    """Row o of the next state in fp32; every kernel sums in this order, so all agree bit by bit."""
-    y = post[o][:, None] * f
-    for i in tl.static_range(N):
-        y += res[o * N + i][:, None] * x[i].to(tl.float32)
-    return y
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -211,7 +221,7 @@ def _post_kernel(
 @triton.jit(do_not_specialize=["T", "split_steps"])
 def _post_project_kernel(
     x_ptr, f_ptr, coefficients_ptr, phi_ptr, y_ptr, partial_ptr, T, split_steps,
-    N: tl.constexpr, C: tl.constexpr, MP: tl.constexpr,
+    N: tl.constexpr, C: tl.constexpr, MP: tl.constexpr, PARTS: tl.constexpr,
     BT: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     M: tl.constexpr = N * N + 2 * N
@@ -222,7 +232,7 @@ def _post_project_kernel(
     cc = tl.arange(0, BC)
     post = load_mix(coefficients_ptr, t, token, N, N, M)
     res = load_mix(coefficients_ptr, t, token, 2 * N, N * N, M)
-    acc = tl.zeros((BT, MP), tl.float32)
+    acc = tl.zeros((BT, PARTS * MP), tl.float32)
     square = tl.zeros((BT,), tl.float32)
     c_first = split * split_steps * BC
     for c0 in tl.range(c_first, min(c_first + split_steps * BC, C), BC, num_stages=STAGES):
@@ -240,10 +250,12 @@ def _post_project_kernel(
                 mask=(columns[:, None] < M) & (c < C)[None, :],
                 other=0.0,
             )
-            acc = dot_exact_left(y, tl.trans(phi), acc)
+            # Added, not chained: Triton lays chained products out for attention, badly here.
+            product = tl.zeros((BT, PARTS * MP), tl.float32)
+            acc += dot(y, tl.trans(stack_parts(phi, y.dtype, PARTS)), product)
             wide = y.to(tl.float32)
             square += tl.sum(wide * wide, axis=1)
-    out = tl.where(columns[None, :] == M, square[:, None], acc)
+    out = tl.where(columns[None, :] == M, square[:, None], sum_parts(acc, PARTS))
     out_ptr = partial_ptr + (split * T + t)[:, None] * MP + columns[None, :]
     tl.store(out_ptr, out, mask=token[:, None] & (columns[None, :] <= M))
 
@@ -277,6 +289,7 @@ def project(x: Tensor, phi: Tensor) -> Tensor:
     partial = x.new_empty((splits, tokens, padded), dtype=torch.float32)
     _project_kernel[(blocks, splits)](
         x, phi, partial, tokens, split_steps, K=width, M=num_coefficients(n), MP=padded,
+        PARTS=residual_parts(x.dtype),
         BT=cfg.BT, BK=cfg.BK, STAGES=cfg.stages, num_warps=cfg.warps,
     )  # fmt: skip
     return partial
@@ -336,6 +349,7 @@ def post_project(
     partial = x.new_empty((splits, tokens, padded), dtype=torch.float32)
     _post_project_kernel[(blocks, splits)](
         x, f, coefficients, phi_next, y, partial, tokens, split_steps, N=n, C=channels, MP=padded,
+        PARTS=residual_parts(x.dtype),
         BT=cfg.BT, BC=cfg.BC, STAGES=cfg.stages, num_warps=cfg.warps,
     )  # fmt: skip
     return y, partial

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from mhcplan.kernels import tuning
-from mhcplan.kernels.mhc_forward import mixed_row
+from mhcplan.kernels.mhc_forward import mixed_row, weighted_rows
 from mhcplan.kernels.triton_support import load_mix, load_rows
 
 if TYPE_CHECKING:
@@ -25,7 +25,16 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-MOST_SITES = 16  # a launch; every site is unrolled, so a longer block takes several
+MOST_SITES = 16  # a launch: each passes two pointers, and the kernel picks among them
+
+
+@triton.jit
+def _pick(pointers, index):
+    """``pointers[index]`` with an index that is known only at run time."""
+    chosen = pointers[0]
+    for k in tl.static_range(1, len(pointers)):
+        chosen = tl.where(index == k, pointers[k], chosen)
+    return chosen
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -34,7 +43,6 @@ def _recompute_kernel(
     N: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     M: tl.constexpr = N * N + 2 * N
-    SITES: tl.constexpr = len(coefficients_ptrs)
     POSTS: tl.constexpr = len(f_ptrs)
     DT: tl.constexpr = x_ptr.dtype.element_ty
     blocks_c: tl.constexpr = (C + BC - 1) // BC
@@ -47,21 +55,22 @@ def _recompute_kernel(
     offsets = t[:, None] * (N * C) + c[None, :]
     size = tl.cast(T, tl.int64) * C
     x = load_rows(x_ptr, offsets, mask, N, C)
-    for site in tl.static_range(SITES):
-        pre = load_mix(coefficients_ptrs[site], t, token, 0, N, M)
-        u = pre[0][:, None] * x[0].to(tl.float32)
-        for i in tl.static_range(1, N):
-            u += pre[i][:, None] * x[i].to(tl.float32)
+    # A loop, not unrolled: compiling n^2 terms for every site of a block takes minutes at n = 8.
+    for site in tl.range(0, POSTS):
+        mix = _pick(coefficients_ptrs, site)
+        f = tl.load(_pick(f_ptrs, site) + row, mask=mask, other=0.0).to(tl.float32)
+        u = weighted_rows(x, load_mix(mix, t, token, 0, N, M), N)
         tl.store(u_ptr + site * size + row, u.to(DT), mask=mask)
-        if site < POSTS:
-            post = load_mix(coefficients_ptrs[site], t, token, N, N, M)
-            res = load_mix(coefficients_ptrs[site], t, token, 2 * N, N * N, M)
-            f = tl.load(f_ptrs[site] + row, mask=mask, other=0.0).to(tl.float32)
-            y = ()
-            for o in tl.static_range(N):
-                y = y + (mixed_row(x, f, post, res, o, N).to(DT),)
-                tl.store(y_ptr + site * (N * size) + o * C + offsets, y[o], mask=mask)
-            x = y
+        post = load_mix(mix, t, token, N, N, M)
+        res = load_mix(mix, t, token, 2 * N, N * N, M)
+        y = ()
+        for o in tl.static_range(N):
+            y = y + (mixed_row(x, f, post, res, o, N).to(DT),)
+            tl.store(y_ptr + site * (N * size) + o * C + offsets, y[o], mask=mask)
+        x = y
+    if len(coefficients_ptrs) > POSTS:
+        u = weighted_rows(x, load_mix(coefficients_ptrs[POSTS], t, token, 0, N, M), N)
+        tl.store(u_ptr + POSTS * size + row, u.to(DT), mask=mask)
 
 
 def recompute_block(

@@ -48,8 +48,8 @@ def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def gradient_parts(dtype: torch.dtype) -> int:
-    """Parts in which dp is kept: bf16 residuals multiply it as rounded value and remainder."""
+def residual_parts(dtype: torch.dtype) -> int:
+    """Parts in which fp32 factors meet a residual: bf16 takes rounded value and remainder."""
     return 1 if dtype == torch.float32 else 2
 
 
@@ -79,12 +79,19 @@ def split(tile, dtype: tl.constexpr):
 
 
 @triton.jit
-def dot_exact_left(a, b, acc):
-    """``acc + a @ b`` where ``a`` is a residual tile (exact as it is) and ``b`` is fp32."""
-    if a.dtype == tl.float32:
-        return dot(a, b, acc)
-    high, low = split(b, a.dtype)
-    return dot(a, low, dot(a, high, acc))
+def stack_parts(tile, dtype: tl.constexpr, PARTS: tl.constexpr):
+    """An fp32 tile ``[R, K]`` as ``[PARTS * R, K]`` of ``dtype``: rounded values, remainders."""
+    if PARTS == 1:
+        return tile.to(dtype)
+    high, low = split(tile, dtype)
+    both = tl.permute(tl.join(high, low), (2, 0, 1))
+    return tl.reshape(both, [2 * tile.shape[0], tile.shape[1]])
+
+
+@triton.jit
+def sum_parts(tile, PARTS: tl.constexpr):
+    """``[R, PARTS * K]``, parts side by side, summed to ``[R, K]``."""
+    return tl.sum(tl.reshape(tile, [tile.shape[0], PARTS, tile.shape[1] // PARTS]), axis=1)
 
 
 @triton.jit
