@@ -78,12 +78,15 @@ class Grid:
     def neighbours(self, target: Sequence[int]) -> list[tuple[int, float]]:
         """Rows that speak for ``target`` and their weights (sum 1), heaviest first."""
         masks: list[int] = ((self._array != np.array(target, np.int64)) @ self._bits).tolist()
+        groups: dict[int, list[int]] = {}
+        for row, mask in enumerate(masks):
+            groups.setdefault(mask, []).append(row)
         boxes: list[_Box] = []
         differing = 0
-        for mask in sorted(set(masks), key=lambda m: (m.bit_count(), m)):
+        for mask in sorted(groups, key=lambda m: (m.bit_count(), m)):
             if boxes and mask.bit_count() > differing:
                 break
-            box = self._bracket([i for i, m in enumerate(masks) if m == mask], mask, target)
+            box = self._bracket(groups[mask], mask, target)
             if box is not None:
                 boxes.append(box)
                 differing = mask.bit_count()
@@ -151,8 +154,12 @@ class Grid:
 
         def distance(row: int) -> tuple[int, float, tuple[int, ...]]:
             point = self._points[row]
-            square = sum((_log(v) - x) ** 2 for v, x in zip(point, logs, strict=True))
-            return sum(v != t for v, t in zip(point, target, strict=True)), square, point
+            square = differing = 0
+            for value, wanted, log in zip(point, target, logs, strict=True):
+                if value != wanted:
+                    differing += 1
+                    square += (_log(value) - log) ** 2
+            return differing, square, point
 
         near = sorted((*distance(row), row) for row in range(len(self._points)))[:_NEAREST]
         total = sum(1 / square for _, square, _, _ in near)
