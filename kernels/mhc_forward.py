@@ -232,7 +232,7 @@ def _post_project_kernel(
     cc = tl.arange(0, BC)
     post = load_mix(coefficients_ptr, t, token, N, N, M)
     res = load_mix(coefficients_ptr, t, token, 2 * N, N * N, M)
-    acc = tl.zeros((BT, PARTS * MP), tl.float32)
+    acc = tl.zeros((PARTS * MP, BT), tl.float32)
     square = tl.zeros((BT,), tl.float32)
     c_first = split * split_steps * BC
     for c0 in tl.range(c_first, min(c_first + split_steps * BC, C), BC, num_stages=STAGES):
@@ -250,12 +250,12 @@ def _post_project_kernel(
                 mask=(columns[:, None] < M) & (c < C)[None, :],
                 other=0.0,
             )
-            # Added, not chained: Triton lays chained products out for attention, badly here.
-            product = tl.zeros((BT, PARTS * MP), tl.float32)
-            acc += dot(y, tl.trans(stack_parts(phi, y.dtype, PARTS)), product)
+            # phi on the left: y then reaches the tensor cores through shared memory. As the left
+            # factor it would be worked out a second time in the layout of their registers.
+            acc = dot(stack_parts(phi, y.dtype, PARTS), tl.trans(y), acc)
             wide = y.to(tl.float32)
             square += tl.sum(wide * wide, axis=1)
-    out = tl.where(columns[None, :] == M, square[:, None], sum_parts(acc, PARTS))
+    out = tl.where(columns[None, :] == M, square[:, None], sum_parts(tl.trans(acc), PARTS))
     out_ptr = partial_ptr + (split * T + t)[:, None] * MP + columns[None, :]
     tl.store(out_ptr, out, mask=token[:, None] & (columns[None, :] <= M))
 
