@@ -123,7 +123,7 @@ def _scores(logits: Tensor, scoring: str) -> Tensor:
 
 
 def _forced_bias(logits: Tensor, top_k: int) -> Tensor:
-    """Above any score where it is an expert's turn: experts t k .. t k + k - 1 (mod E) take token t."""
+    """Above any score on experts t k .. t k + k - 1 (mod E), whose turn token t is."""
     tokens, experts = logits.shape
     token = torch.arange(tokens, device=logits.device)[:, None]
     expert = torch.arange(experts, device=logits.device)[None]

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 _BURST_NS = 150_000  # an event pair costs about 1 us of stream time
-_MAX_QUEUED = 700  # kernels: the driver's queue holds 1024, and a full queue stops the host
+_MAX_QUEUED = 600  # kernels: the driver's queue holds 1024, and a full queue stops the host
 _MIN_SAMPLES = 12
 _MAX_SAMPLES = 60
-_FILLER_SIZE = 4096
+_FILLER_SIZE = 8192
 
 
 @dataclass(frozen=True)
@@ -82,18 +82,19 @@ class GpuTimer:
         self._a, self._b, self._c = (
             torch.randn(size, device=device, dtype=torch.bfloat16) for _ in range(3)
         )
-        self._filler_ns = 200_000.0
+        self._filler_ns = 1_500_000.0
         self._filler_ns = self._time_filler()
 
-    def _fill(self, duration_ns: float) -> None:
+    def fill(self, duration_ns: float) -> None:
+        """Enqueue about ``duration_ns`` of matrix products and return."""
         for _ in range(max(1, round(duration_ns / self._filler_ns))):
             torch.mm(self._a, self._b, out=self._c)
 
     def _time_filler(self) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._fill(5_000_000)
+        self.fill(20_000_000)
         start.record()
-        self._fill(20 * self._filler_ns)
+        self.fill(20 * self._filler_ns)
         end.record()
         end.synchronize()
         return start.elapsed_time(end) * 1e6 / 20
@@ -102,7 +103,7 @@ class GpuTimer:
         """Load the chip for ``seconds`` without a pause."""
         end = time.perf_counter() + seconds
         while time.perf_counter() < end:
-            self._fill(50_000_000)
+            self.fill(50_000_000)
             torch.cuda.synchronize(self.device)
 
     def measure(
@@ -146,7 +147,7 @@ class GpuTimer:
     ) -> list[float]:  # fmt: skip
         """Per-call times of ``count`` bursts but the first, which pays for the filler's state."""
         events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
-        self._fill(1.5 * count * (length * host_ns + 10_000) + 300_000)
+        self.fill(1.5 * count * (length * host_ns + 10_000) + 300_000)
         turn = 0
         events[0].record()
         for event in events[1:]:

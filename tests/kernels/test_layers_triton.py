@@ -64,6 +64,13 @@ def test_rms_norm_gradient_of_more_rows_than_programs() -> None:
     same(results[0], results[1])
 
 
+@pytest.mark.parametrize("width", [40, 1100])
+def test_rows_of_a_state(width: int) -> None:
+    x = rand(3, 4, width)
+    same(kernels.sum_rows(x), eager.sum_rows(x))
+    assert torch.equal(kernels.expand_rows(x[:, 0].contiguous(), 4), x[:, :1].expand(-1, 4, -1))
+
+
 @pytest.mark.parametrize("width", [24, 1500])
 def test_swiglu(width: int) -> None:
     gate_up, da = rand(3, 2 * width), rand(3, width, seed=1)
@@ -99,8 +106,9 @@ def test_mla_key(heads: int) -> None:
 @pytest.mark.parametrize("scoring", ["sigmoid", "softmax"])
 @pytest.mark.parametrize("renormalise", [True, False])
 @pytest.mark.parametrize("forced", [True, False])
-def test_routing(scoring: str, renormalise: bool, forced: bool) -> None:
-    logits = rand(70, 6)
+@pytest.mark.parametrize("experts", [6, 130])
+def test_routing(scoring: str, renormalise: bool, forced: bool, experts: int) -> None:
+    logits = rand(70, experts)
     ours = kernels.route(logits, 2, scoring, renormalise, forced)
     theirs = eager.route(logits, 2, scoring, renormalise, forced)
     same(ours, theirs)

@@ -1,0 +1,283 @@
+"""Measuring transfers between the GPUs of one host: NCCL through torch.distributed.
+
+One process a GPU. A transfer is timed as it runs on the process group's internal stream: a burst of
+calls is enqueued back to back behind a sleep, between two events of that stream's waiters, so that
+neither Python nor the peer's Python is in the figure. The slowest rank counts. On a CPU (gloo) the
+clock is used; that serves tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import torch
+import torch.distributed as dist
+
+from mhcplan.profiles.capture.timing import spread_percent
+from mhcplan.profiles.schema import Pattern, TransferTiming
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+PATTERNS: tuple[Pattern, ...] = get_args(Pattern)
+# 1 KiB to 1 GiB in steps of 2
+SIZES = tuple(1024 * 2**i for i in range(21))
+# renamed after torch 2.11
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_REDUCING = ("all_reduce", "reduce_scatter")
+_BURST_NS = 400_000
+_SAMPLES = 9
+_MAX_BURST = 40
+
+
+class Transfers:
+    """The patterns on one rank, over buffers made once for the largest size."""
+
+    def __init__(self, device: torch.device, max_bytes: int) -> None:
+        """Allocate; fp32 for patterns that reduce (as gradients are), bf16 for the others."""
+        self.device = device
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self._send = torch.randn(max_bytes // 4, device=device)
+        self._receive = torch.empty_like(self._send)
+
+    def call(self, pattern: Pattern, num_bytes: int) -> Callable[[], Any]:
+        """A call that enqueues one transfer of ``num_bytes`` and returns its handles."""
+        dtype = torch.float32 if pattern in _REDUCING else torch.bfloat16
+        count = num_bytes // dtype.itemsize
+        count -= count % self.size
+        send = self._send.view(dtype)[:count]
+        receive = self._receive.view(dtype)[:count]
+        part = count // self.size
+        if pattern == "all_to_all":
+            return lambda: [dist.all_to_all_single(receive, send, async_op=True)]
+        if pattern == "all_reduce":
+            return lambda: [dist.all_reduce(receive, async_op=True)]
+        if pattern == "reduce_scatter":
+            out = receive[:part]
+            return lambda: [_reduce_scatter(out, send, async_op=True)]
+        if pattern == "all_gather":
+            mine = send[:part]
+            return lambda: [_all_gather(receive, mine, async_op=True)]
+        return self._pairs(send, receive, both=pattern == "send_recv_both")
+
+    def _pairs(self, send: torch.Tensor, receive: torch.Tensor, *, both: bool) -> Callable[[], Any]:
+        """Ranks 0 and 1 exchange; in one direction 0 sends. The others have nothing to do."""
+        peer = 1 - self.rank
+        sends = dist.P2POp(dist.isend, send, peer) if self.rank < 2 else None
+        receives = dist.P2POp(dist.irecv, receive, peer) if self.rank < 2 else None
+        parts = [sends, receives] if both else [sends if self.rank == 0 else receives]
+        mine = [p for p in parts if p is not None]
+        return lambda: dist.batch_isend_irecv(mine) if mine else []
+
+
+def _wait(handles: Sequence[Any]) -> None:
+    for handle in handles:
+        handle.wait()
+
+
+def _time_gpu(call: Callable[[], Any], length: int, samples: int) -> tuple[list[float], list[int]]:
+    """Per-call stream times of bursts and host times of calls, ns."""
+    durations: list[float] = []
+    host: list[int] = []
+    for _ in range(samples):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        _wait(call())  # the peers meet here, so that the burst starts together
+        torch.cuda._sleep(400_000 + 100_000 * length)
+        # the group's stream waits for the current one at each call: both queues fill meanwhile
+        start.record()
+        handles: list[Any] = []
+        for _ in range(length):
+            begin = time.perf_counter_ns()
+            handles += call()
+            host.append(time.perf_counter_ns() - begin)
+        _wait(handles)
+        end.record()
+        end.synchronize()
+        durations.append(start.elapsed_time(end) * 1e6 / length)
+    return durations, host
+
+
+def _time_host(call: Callable[[], Any], samples: int) -> tuple[list[float], list[int]]:
+    times = []
+    for _ in range(samples):
+        dist.barrier()
+        begin = time.perf_counter_ns()
+        _wait(call())
+        times.append(time.perf_counter_ns() - begin)
+    return [float(t) for t in times], times
+
+
+def _measure(transfers: Transfers, pattern: Pattern, num_bytes: int) -> TransferTiming | None:
+    """One row on rank 0, None elsewhere; every rank calls it."""
+    call = transfers.call(pattern, num_bytes)
+    gpu = transfers.device.type == "cuda"
+    for _ in range(3):
+        _wait(call())
+    if gpu:
+        torch.cuda.synchronize()
+        guess = statistics.median(_time_gpu(call, 4, 3)[0])
+        agreed: list[Any] = [None] * transfers.size
+        dist.all_gather_object(agreed, guess)
+        length = max(2, min(_MAX_BURST, round(_BURST_NS / max(agreed))))
+        durations, host = _time_gpu(call, length, _SAMPLES)
+    else:
+        durations, host = _time_host(call, 3)
+    found: list[Any] = [None] * transfers.size
+    dist.all_gather_object(found, (durations, statistics.median(host)))
+    if transfers.rank:
+        return None
+    slowest = max((f[0] for f in found[: 2 if pattern.startswith("send") else None]),
+                  key=statistics.median)  # fmt: skip
+    pair = pattern.startswith("send")
+    return TransferTiming(
+        source="measured", pattern=pattern, medium="intra_node",
+        group_size=2 if pair else transfers.size, bytes=num_bytes,
+        duration_ns=max(1, round(statistics.median(slowest))),
+        spread_percent=spread_percent(slowest), samples=len(slowest),
+        host_ns=round(max(f[1] for f in found[:2])),
+    )  # fmt: skip
+
+
+def _communicator_bytes(device: torch.device) -> int:
+    """Device memory that the first collective and the first pair of messages take."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize(device)
+    before = torch.cuda.mem_get_info(device)[0]
+    small = Transfers(device, 4096)
+    held = torch.cuda.memory_reserved(device)
+    for pattern in PATTERNS:
+        _wait(small.call(pattern, 4096)())
+    torch.cuda.synchronize(device)
+    grown = torch.cuda.memory_reserved(device) - held
+    return max(0, before - torch.cuda.mem_get_info(device)[0] - grown)
+
+
+def _worker(
+    rank: int, world: int, device_type: str, port: int, job: dict[str, Any], result: str
+) -> None:
+    """One rank: measures what the log does not have; rank 0 writes the lines."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
+    options: dict[str, Any] = {}
+    if device_type == "cuda":
+        torch.cuda.set_device(device)
+        options["device_id"] = device
+    backend = "nccl" if device_type == "cuda" else "gloo"
+    dist.init_process_group(backend, rank=rank, world_size=world, **options)
+    try:
+        _run(device, job, Path(result))
+    finally:
+        dist.destroy_process_group()
+
+
+def _run(device: torch.device, job: dict[str, Any], result: Path) -> None:
+    rank = dist.get_rank()
+    communicator = _communicator_bytes(device)
+    sizes = sorted(s for _, s in job["todo"])
+    transfers = Transfers(device, max(sizes))
+    begin = time.monotonic()
+    for done, (pattern, num_bytes) in enumerate(job["todo"]):
+        # every rank must stop at the same transfer: rank 0 decides
+        stop = [time.monotonic() - begin > job["budget_seconds"]]
+        dist.broadcast_object_list(stop, 0)
+        if stop[0]:
+            break
+        row = _measure(transfers, pattern, num_bytes)
+        if rank == 0 and row is not None:
+            data = row.model_dump(mode="json", exclude_none=True)
+            line = {**job["stamp"], "transfer": data, "communicator_bytes": communicator}
+            with result.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            print(
+                f"[capture {done + 1}/{len(job['todo'])} {time.monotonic() - begin:.0f}s] {pattern}"
+                f" {num_bytes}: {row.duration_ns / 1000:.1f}us",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+
+
+def _free_port() -> int:
+    with contextlib.closing(socket.socket()) as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def read_transfers(log: Path, stamp: dict[str, str]) -> tuple[list[TransferTiming], int]:
+    """Rows of a log that carry ``stamp`` (code, device), and the communicator's bytes.
+
+    A last line that was cut short is dropped; the latest of equal rows counts.
+    """
+    rows: dict[tuple[str, int], TransferTiming] = {}
+    communicator = 0
+    for text in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if "transfer" in line and all(line.get(k) == v for k, v in stamp.items()):
+            row = TransferTiming.model_validate(line["transfer"])
+            rows[row.pattern, row.bytes] = row
+            communicator = max(communicator, line["communicator_bytes"])
+    return list(rows.values()), communicator
+
+
+def measure_transfers(
+    log: Path,
+    stamp: dict[str, str],
+    device_type: str,
+    world: int,
+    sizes: Sequence[int] = SIZES,
+    budget_seconds: float = 1e9,
+) -> tuple[list[TransferTiming], int]:
+    """Measure every pattern at every size that ``log`` does not have yet.
+
+    Args:
+        log: file of lines; appended to, and read when a run is resumed.
+        stamp: code hash and device name that lines must carry to be used again.
+        device_type: ``cuda`` (NCCL) or ``cpu`` (gloo).
+        world: processes, one a device.
+        sizes: bytes, see :class:`~mhcplan.profiles.schema.TransferTiming`; each at least 4 a rank.
+        budget_seconds: stop before the next transfer when this much time has passed.
+
+    Returns:
+        All rows of the log, and the bytes that NCCL's communicators take on a device.
+
+    Raises:
+        RuntimeError: a worker failed.
+    """
+    have = {(r.pattern, r.bytes) for r in read_transfers(log, stamp)[0]}
+    todo = [(p, s) for s in sorted(sizes) for p in PATTERNS if (p, s) not in have]
+    if todo:
+        _mend(log)
+        job = {"todo": todo, "stamp": stamp, "budget_seconds": budget_seconds}
+        context = torch.multiprocessing.get_context("spawn")
+        port = _free_port()
+        workers = [
+            context.Process(
+                target=_worker, args=(rank, world, device_type, port, job, str(log)), daemon=True
+            )
+            for rank in range(world)
+        ]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        if any(worker.exitcode for worker in workers):
+            raise RuntimeError(f"a worker failed: {[w.exitcode for w in workers]}")
+    return read_transfers(log, stamp)
+
+
+def _mend(log: Path) -> None:
+    """End a line that a kill cut short, so that the next one starts fresh."""
+    if log.exists() and (text := log.read_bytes()) and not text.endswith(b"\n"):
+        with log.open("ab") as file:
+            file.write(b"\n")
