@@ -261,7 +261,8 @@ class Chunk:
         sites = found[0]
         stored = self._x(sites.start)
         reads = [stored, *(f"coef{j}" for j in sites), *(f"f{j}" for j in sites[:-1])]
-        if not self.work.overlap_recompute:
+        arrives = last + 1 < self.shape.num_sites or not self.shape.last
+        if not self.work.overlap_recompute and arrives:
             reads.append(self._g(last + 1))
         made = [self._hidden(f"ur{j}", "recompute") for j in sites]
         made += [self._state(f"xr{j}", "recompute") for j in sites[1:]]
