@@ -14,8 +14,8 @@ from mhcplan.planner.predict import Prediction, predict
 from mhcplan.planner.schedules import SCHEDULES
 from mhcplan.planner.spec import PlanSpec, make_plan
 from mhcplan.profiles.costs import CostMissing
-from tests.support.scaling import scaled
 from mhcplan.sim.check import check
+from tests.support.scaling import scaled
 from tests.support.synthetic_profile import synthetic_profile
 
 if TYPE_CHECKING:
