@@ -256,106 +256,125 @@ def _load_phi(
     return tl.load(phi_ptr + offsets, mask=mask, other=0.0).to(dtype)
 
 
-@triton.jit(do_not_specialize=["T", "t_split"])
+@triton.jit(do_not_specialize=["T", "tiles", "share"])
 def _pre_backward_kernel(
     dy_ptr, x_ptr, du_ptr, coefficients_ptr, dp_ptr, s_ptr, phi_ptr, dx_ptr, partial_ptr,
-    T, t_split,
+    T, tiles, share,
     N: tl.constexpr, C: tl.constexpr, MP: tl.constexpr, MK: tl.constexpr, PARTS: tl.constexpr,
     WITH_W: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    # The work is a line of slices of BC channels, each of ``tiles`` tiles of BT tokens; a program
+    # takes the next ``share`` tiles of the line, whether or not a slice ends among them, so that
+    # every multiprocessor has the same to do for any C and T.
     # dp comes as [rounded | remainder] for bf16 (PARTS = 2), so one product with phi stacked
     # twice is dp phi, and one product of x with it gives both parts of dphi.
     M: tl.constexpr = N * N + 2 * N
     DT: tl.constexpr = x_ptr.dtype.element_ty
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
-    slot = tl.program_id(1)
-    t_first = slot * t_split
-    dphi = ()
-    phi = ()
+    WHOLE: tl.constexpr = MK == MP  # all coefficients in one tile: phi is loaded once a slice
+    slices: tl.constexpr = (C + BC - 1) // BC
     column, part = _part_columns(0, MK, PARTS)
-    # With all coefficients in one tile, phi is loaded once and stays on chip.
-    WHOLE: tl.constexpr = MK == MP
-    for i in tl.static_range(N):
-        if WHOLE:
-            phi = phi + (_load_phi(phi_ptr, c, i, column, DT, N, C),)
-        if WITH_W:
-            dphi = dphi + (tl.zeros((BC, PARTS * MK), tl.float32),)
-    for t0 in tl.range(t_first, min(t_first + t_split, T), BT, num_stages=STAGES):
-        t = (t0 + tl.arange(0, BT)).to(tl.int64)
-        token = t < T
-        mask = token[:, None] & (c < C)[None, :]
-        offsets = t[:, None] * (N * C) + c[None, :]
-        dy = load_rows(dy_ptr, offsets, mask, N, C)
-        x = load_rows(x_ptr, offsets, mask, N, C)
-        du = tl.load(du_ptr + t[:, None] * C + c[None, :], mask=mask, other=0.0)
-        pre = load_mix(coefficients_ptr, t, token, 0, N, M)
-        res = load_mix(coefficients_ptr, t, token, 2 * N, N * N, M)
-        s = tl.load(s_ptr + t, mask=token, other=0.0)
-        dp_row = dp_ptr + t[:, None] * (PARTS * MP)
-        if WHOLE:
-            dp = tl.load(dp_row + (part * MP + column)[None, :], mask=token[:, None], other=0.0)
-        new_dphi = ()
+    begin = tl.program_id(0) * share
+    end = min(begin + share, slices * tiles)
+    while begin < end:
+        piece = begin // tiles
+        stop = min(end, (piece + 1) * tiles)
+        c = piece * BC + tl.arange(0, BC)
+        dphi = ()
+        phi = ()
         for i in tl.static_range(N):
-            dx = tl.zeros((BT, BC), tl.float32)
-            if WITH_W:
-                new_dphi = new_dphi + (dot(tl.trans(x[i]), dp, dphi[i]),)
             if WHOLE:
-                dx = dot(dp, phi[i], dx)
-            else:
-                for first in tl.static_range(0, M, MK):
-                    chunk, half = _part_columns(first, MK, PARTS)
-                    piece = tl.load(
-                        dp_row + (half * MP + chunk)[None, :], mask=token[:, None], other=0.0
-                    )
-                    dx = dot(piece, _load_phi(phi_ptr, c, i, chunk, DT, N, C), dx)
-            dx += s[:, None] * x[i].to(tl.float32) + pre[i][:, None] * du.to(tl.float32)
-            for o in tl.static_range(N):
-                dx += res[o * N + i][:, None] * dy[o].to(tl.float32)
-            tl.store(dx_ptr + i * C + offsets, dx.to(DT), mask=mask)
+                phi = phi + (_load_phi(phi_ptr, c, i, column, DT, N, C),)
+            if WITH_W:
+                dphi = dphi + (tl.zeros((BC, PARTS * MK), tl.float32),)
+        for tile in tl.range(begin - piece * tiles, stop - piece * tiles, num_stages=STAGES):
+            t = (tile * BT + tl.arange(0, BT)).to(tl.int64)
+            token = t < T
+            mask = token[:, None] & (c < C)[None, :]
+            offsets = t[:, None] * (N * C) + c[None, :]
+            dy = load_rows(dy_ptr, offsets, mask, N, C)
+            x = load_rows(x_ptr, offsets, mask, N, C)
+            du = tl.load(du_ptr + t[:, None] * C + c[None, :], mask=mask, other=0.0)
+            pre = load_mix(coefficients_ptr, t, token, 0, N, M)
+            res = load_mix(coefficients_ptr, t, token, 2 * N, N * N, M)
+            s = tl.load(s_ptr + t, mask=token, other=0.0)
+            dp_row = dp_ptr + t[:, None] * (PARTS * MP)
+            if WHOLE:
+                dp = tl.load(dp_row + (part * MP + column)[None, :], mask=token[:, None], other=0.0)
+            new_dphi = ()
+            for i in tl.static_range(N):
+                dx = tl.zeros((BT, BC), tl.float32)
+                if WITH_W:
+                    new_dphi = new_dphi + (dot(tl.trans(x[i]), dp, dphi[i]),)
+                if WHOLE:
+                    dx = dot(dp, phi[i], dx)
+                else:
+                    for first in tl.static_range(0, M, MK):
+                        chunk, half = _part_columns(first, MK, PARTS)
+                        some = tl.load(
+                            dp_row + (half * MP + chunk)[None, :], mask=token[:, None], other=0.0
+                        )
+                        dx = dot(some, _load_phi(phi_ptr, c, i, chunk, DT, N, C), dx)
+                dx += s[:, None] * x[i].to(tl.float32) + pre[i][:, None] * du.to(tl.float32)
+                for o in tl.static_range(N):
+                    dx += res[o * N + i][:, None] * dy[o].to(tl.float32)
+                tl.store(dx_ptr + i * C + offsets, dx.to(DT), mask=mask)
+            if WITH_W:
+                dphi = new_dphi
         if WITH_W:
-            dphi = new_dphi
-    if WITH_W:
-        rows = tl.arange(0, MP)
-        keep = (rows < M)[None, :] & (c < C)[:, None]
-        base = partial_ptr + slot * (M * N * C) + rows[None, :] * (N * C) + c[:, None]
-        for i in tl.static_range(N):
-            tl.store(base + i * C, sum_parts(dphi[i], PARTS), mask=keep)
+            rows = tl.arange(0, MP)
+            keep = (rows < M)[None, :] & (c < C)[:, None]
+            slot = tl.program_id(0) - piece * tiles // share
+            base = partial_ptr + slot * (M * N * C) + rows[None, :] * (N * C) + c[:, None]
+            for i in tl.static_range(N):
+                tl.store(base + i * C, sum_parts(dphi[i], PARTS), mask=keep)
+        begin = stop
 
 
-@triton.jit(do_not_specialize=["T", "t_split"])
+@triton.jit(do_not_specialize=["T", "tiles", "share"])
 def _weight_kernel(
-    x_ptr, dp_ptr, partial_ptr, T, t_split,
+    x_ptr, dp_ptr, partial_ptr, T, tiles, share,
     K: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, MB: tl.constexpr, PARTS: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    k = tl.program_id(0) * BK + tl.arange(0, BK)
+    # Shared out as in _pre_backward_kernel; the rows of the state make one width K = n C here.
     first = tl.program_id(1) * MB
-    slot = tl.program_id(2)
-    t_first = slot * t_split
     column, part = _part_columns(first, MB, PARTS)
-    acc = tl.zeros((BK, PARTS * MB), tl.float32)
-    for t0 in tl.range(t_first, min(t_first + t_split, T), BT, num_stages=STAGES):
-        t = (t0 + tl.arange(0, BT)).to(tl.int64)
-        token = (t < T)[:, None]
-        x = tl.load(x_ptr + t[:, None] * K + k[None, :], mask=token & (k < K)[None, :], other=0.0)
-        dp_row = dp_ptr + t[:, None] * (PARTS * MP)
-        dp = tl.load(dp_row + (part * MP + column)[None, :], mask=token, other=0.0)
-        acc = dot(tl.trans(x), dp, acc)
     rows = first + tl.arange(0, MB)
-    base = partial_ptr + slot * (M * K) + rows[None, :] * K + k[:, None]
-    tl.store(base, sum_parts(acc, PARTS), mask=(rows < M)[None, :] & (k < K)[:, None])
+    begin = tl.program_id(0) * share
+    end = min(begin + share, (K + BK - 1) // BK * tiles)
+    while begin < end:
+        piece = begin // tiles
+        stop = min(end, (piece + 1) * tiles)
+        k = piece * BK + tl.arange(0, BK)
+        acc = tl.zeros((BK, PARTS * MB), tl.float32)
+        for tile in tl.range(begin - piece * tiles, stop - piece * tiles, num_stages=STAGES):
+            t = (tile * BT + tl.arange(0, BT)).to(tl.int64)
+            token = (t < T)[:, None]
+            inside = token & (k < K)[None, :]
+            x = tl.load(x_ptr + t[:, None] * K + k[None, :], mask=inside, other=0.0)
+            dp_row = dp_ptr + t[:, None] * (PARTS * MP)
+            dp = tl.load(dp_row + (part * MP + column)[None, :], mask=token, other=0.0)
+            acc = dot(tl.trans(x), dp, acc)
+        slot = tl.program_id(0) - piece * tiles // share
+        base = partial_ptr + slot * (M * K) + rows[None, :] * K + k[:, None]
+        tl.store(base, sum_parts(acc, PARTS), mask=(rows < M)[None, :] & (k < K)[:, None])
+        begin = stop
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["tiles", "share"])
 def _sum_partials_kernel(
-    partial_ptr, out_ptr, splits, size: tl.constexpr, BLOCK: tl.constexpr
+    partial_ptr, out_ptr, tiles, share,
+    size: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """dphi: add, in order, what the programs that shared a slice of BC channels left."""
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < size
-    total = tl.load(partial_ptr + offsets, mask=mask, other=0.0)
-    for s in tl.range(1, splits):
-        total += tl.load(partial_ptr + s * size + offsets, mask=mask, other=0.0)
-    tl.store(out_ptr + offsets, total, mask=mask)
+    piece = offsets % C // BC
+    slots = ((piece + 1) * tiles - 1) // share - piece * tiles // share + 1
+    total = tl.load(partial_ptr + offsets, mask=offsets < size, other=0.0)
+    for slot in tl.range(1, tl.max(slots)):
+        inside = (offsets < size) & (slot < slots)
+        total += tl.load(partial_ptr + slot * size + offsets, mask=inside, other=0.0)
+    tl.store(out_ptr + offsets, total, mask=offsets < size)
 
 
 # -- launchers -----------------------------------------------------------------------------------
@@ -429,20 +448,22 @@ def pre_backward(
     kernel = "pre_backward" if fused else "pre_backward_input"
     cfg = tuning.config(kernel, n, channels, tokens, x.dtype)
     padded = padded_coefficients(n)
-    blocks = triton.cdiv(channels, cfg.BC)
-    splits, t_split = _token_splits(blocks, tokens, cfg, x.device)
+    slices = triton.cdiv(channels, cfg.BC)
+    tiles, share, slots = _shares(slices, tokens, cfg, x.device)
     dx = torch.empty_like(x)
-    shape = (splits, m, n * channels) if fused else (1,)
+    shape = (slots, m, n * channels) if fused else (1,)
     partial = x.new_empty(shape, dtype=torch.float32)
-    _pre_backward_kernel[(blocks, splits)](
-        dy, x, du, coefficients, dp, s, phi, dx, partial, tokens, t_split,
+    _pre_backward_kernel[(triton.cdiv(slices * tiles, share),)](
+        dy, x, du, coefficients, dp, s, phi, dx, partial, tokens, tiles, share,
         N=n, C=channels, MP=padded, MK=min(padded, 32),
         PARTS=residual_parts(x.dtype), WITH_W=fused,
         BT=cfg.BT, BC=cfg.BC, STAGES=cfg.stages, num_warps=cfg.warps,
     )  # fmt: skip
     if not with_weight:
         return dx, None
-    return dx, _sum_partials(partial) if fused else weight_backward(x, dp)
+    return dx, _sum_partials(partial, tiles, share, channels, cfg.BC) if fused else weight_backward(
+        x, dp
+    )
 
 
 def weight_backward(x: Tensor, dp: Tensor) -> Tensor:
@@ -453,35 +474,34 @@ def weight_backward(x: Tensor, dp: Tensor) -> Tensor:
     cfg = tuning.config("weight", n, channels, tokens, x.dtype)
     padded = padded_coefficients(n)
     column_block = min(padded, 128)
-    blocks = triton.cdiv(width, cfg.BC)
     column_blocks = triton.cdiv(m, column_block)
-    splits, t_split = _token_splits(blocks * column_blocks, tokens, cfg, x.device)
-    partial = x.new_empty((splits, m, width), dtype=torch.float32)
-    _weight_kernel[(blocks, column_blocks, splits)](
-        x, dp, partial, tokens, t_split, K=width, M=m, MP=padded, MB=column_block,
+    slices = triton.cdiv(width, cfg.BC)
+    tiles, share, slots = _shares(slices, tokens, cfg, x.device, column_blocks)
+    partial = x.new_empty((slots, m, width), dtype=torch.float32)
+    _weight_kernel[(triton.cdiv(slices * tiles, share), column_blocks)](
+        x, dp, partial, tokens, tiles, share, K=width, M=m, MP=padded, MB=column_block,
         PARTS=residual_parts(x.dtype),
         BT=cfg.BT, BK=cfg.BC, STAGES=cfg.stages, num_warps=cfg.warps,
     )  # fmt: skip
-    return _sum_partials(partial)
+    return _sum_partials(partial, tiles, share, width, cfg.BC)
 
 
-def _token_splits(
-    blocks: int, tokens: int, cfg: tuning.Config, device: torch.device
-) -> tuple[int, int]:
-    """Splits of the tokens that fill the chip beside ``blocks``, and tokens of a split."""
-    most = max(1, tokens // (4 * cfg.BT))
-    splits = max(1, min(most, num_multiprocessors(device) * cfg.per_sm // blocks))
-    t_split = max(1, triton.cdiv(triton.cdiv(tokens, splits), cfg.BT)) * cfg.BT
-    return max(1, triton.cdiv(tokens, t_split)), t_split
+def _shares(
+    slices: int, tokens: int, cfg: tuning.Config, device: torch.device, columns: int = 1
+) -> tuple[int, int, int]:
+    """``(tiles of a slice, tiles of a program, most programs that share a slice)``."""
+    tiles = max(1, triton.cdiv(tokens, cfg.BT))
+    programs = max(1, num_multiprocessors(device) * cfg.per_sm // columns)
+    share = max(1, triton.cdiv(slices * tiles, programs))
+    # At least four tiles each: a program's partial sums cost about one.
+    share = min(max(share, 4), slices * tiles)
+    return tiles, share, triton.cdiv(tiles - 1, share) + 1
 
 
-def _sum_partials(partial: Tensor) -> Tensor:
-    splits, *shape = partial.shape
-    if splits == 1:
-        return partial[0]
-    out = partial.new_empty(shape)
-    block = 1024
+def _sum_partials(partial: Tensor, tiles: int, share: int, width: int, block_c: int) -> Tensor:
+    out = partial.new_empty(partial.shape[1:])
+    block = 512
     _sum_partials_kernel[(triton.cdiv(out.numel(), block),)](
-        partial, out, splits, size=out.numel(), BLOCK=block
+        partial, out, tiles, share, size=out.numel(), C=width, BC=block_c, BLOCK=block
     )
     return out
