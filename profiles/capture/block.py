@@ -7,6 +7,7 @@ take as long.
 
 from __future__ import annotations
 
+import gc
 import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,13 +15,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from mhcplan.kernels.layers import OPS, Env, Op
+from mhcplan.profiles.capture import machine
 from mhcplan.profiles.capture.grid import SINKHORN_STEPS
+from mhcplan.profiles.capture.ops import Log, Session, measure_ops
 from mhcplan.profiles.capture.timing import GpuTimer, spread_percent
+from mhcplan.profiles.presets import MODELS
 from mhcplan.profiles.specs import Mla, ModelSpec
 from mhcplan.profiles.vocabulary import OpKey, op_key
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from torch import Tensor
 
@@ -188,3 +193,52 @@ def compare(
         end.synchronize()
         times.append(start.elapsed_time(end) * 1e6)
     return Comparison(round(statistics.median(times)), spread_percent(times), samples, summed)
+
+
+def allocator_margin_percent(device: torch.device) -> float:
+    """What the caching allocator reserves beyond what is allocated at the peak, in percent.
+
+    Over three runs of a block of the 9B model, F and B, with weights, gradients and activations.
+    ``PYTORCH_CUDA_ALLOC_CONF`` decides how it reserves; a capture turns expandable segments on.
+    """
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    block = Block(MODELS["mhc-9b"], 4, 4096, 4096, Env(device))
+    for _ in range(3):
+        block.run()
+    torch.cuda.synchronize(device)
+    found = torch.cuda.memory_stats(device)
+    reserved, allocated = (found[f"{k}_bytes.all.peak"] for k in ("reserved", "allocated"))
+    del block
+    gc.collect()
+    torch.cuda.empty_cache()
+    return round(100 * (reserved / allocated - 1), 2)
+
+
+def check_block(
+    model: str, log: Path, device: torch.device, op_budget_ns: int, tokens: int = 4096, n: int = 4
+) -> Comparison:
+    """Measure the ops of a block of the preset ``model`` and the block itself, here and now.
+
+    Args:
+        model: name of a preset with MLA and experts.
+        log: rows are taken from and appended to ``log``.block.jsonl.
+        device: a CUDA device.
+        op_budget_ns: stream time of one pass of one op.
+        tokens: one sequence of this length.
+        n: expansion rate.
+
+    Raises:
+        ValueError: unknown preset, or one without MLA or experts.
+    """
+    if model not in MODELS:
+        raise ValueError(f"model={model!r} must be one of {sorted(MODELS)}")
+    name = machine.device_name(device)
+    session = Session(device, torch.bfloat16, machine.code_sha256(), name, op_budget_ns)
+    assert isinstance(session.timer, GpuTimer)
+    block = Block(MODELS[model], n, tokens, tokens, Env(device))
+    keys = list(dict.fromkeys(block.op_keys()))
+    store = Log(log.with_name(log.name + ".block.jsonl"), session)
+    measure_ops(keys, session, store)
+    return compare(block, store.rows, session.timer)

@@ -23,8 +23,6 @@ EXPERT_PARALLEL = (8, 4, 2, 1)
 SEQ = 4096
 OPTIMIZER_SIZES = (4 * 1024**2, 64 * 1024**2, 1024**3)
 TIERS = (1, 2, 3)
-# kinds that run the eager reference for want of kernels: measuring that would price something else
-UNMEASURED = frozenset({"hc_pre"})
 
 TINY: dict[str, dict[str, int]] = {
     "mhc_pre": {"n": 2, "hidden": 64, "tokens": 5, "steps": 3},
@@ -62,19 +60,21 @@ def tiny_keys() -> list[OpKey]:
 
 
 def _all_passes(kind: str, **shape: int) -> Iterator[OpKey]:
-    if kind not in UNMEASURED:
-        yield from (op_key(kind, p, **shape) for p in VOCABULARY[kind].passes)
+    yield from (op_key(kind, p, **shape) for p in VOCABULARY[kind].passes)
 
 
 def residual_keys(n: int, hidden: int, tokens: int) -> Iterator[OpKey]:
-    """The mHC and HC ops of one expansion rate, width and token count."""
+    """The mHC ops of one expansion rate, width and token count.
+
+    HC's are left out until its coefficients have kernels: the eager ones would price another code.
+    """
     state = {"n": n, "hidden": hidden, "tokens": tokens}
     yield from _all_passes("mhc_pre", **state, steps=SINKHORN_STEPS)
     yield from _all_passes("mhc_post", **state)
     for sites in RECOMPUTE_SITES:
         yield from _all_passes("mhc_recompute", **state, sites=sites)
-    for kind in ("mhc_expand", "mhc_collapse", "hc_pre", "hc_post"):
-        yield from _all_passes(kind, **state)
+    yield from _all_passes("mhc_expand", **state)
+    yield from _all_passes("mhc_collapse", **state)
 
 
 def block_keys(model: ModelSpec, tokens: int, seq: int) -> Iterator[OpKey]:

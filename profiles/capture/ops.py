@@ -56,6 +56,14 @@ class Session:
         self.timer = make_timer(self.device)
         self.chip = chip_of(self.device) if self.is_gpu else None
 
+    def tidy(self) -> None:
+        """Give memory back where little is left: weights of one op are all garbage at the next."""
+        if self.is_gpu:
+            free, total = torch.cuda.mem_get_info(self.device)
+            if free < total // 2:
+                gc.collect()
+                torch.cuda.empty_cache()
+
     @property
     def is_gpu(self) -> bool:
         """Whether there is a stream to time."""
@@ -131,9 +139,7 @@ def measure_ops(
             rows = []
         for row in rows:
             log.append(row)
-        if session.is_gpu:
-            gc.collect()
-            torch.cuda.empty_cache()
+        session.tidy()
         seconds = time.monotonic() - begin
         times = " ".join(f"{r.pass_}={r.duration_ns / 1000:.1f}us" for r in rows)
         print(

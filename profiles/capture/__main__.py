@@ -1,0 +1,73 @@
+"""``python -m mhcplan.profiles.capture``: measure this machine without installing the package."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+# before torch is imported: as long runs allocate, and as the allocator's margin is defined
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+from mhcplan.profiles.capture import grid
+from mhcplan.profiles.capture.measure import PARTS, measure, write_merged
+from mhcplan.profiles.capture.ops import OP_BUDGET_NS
+from mhcplan.profiles.schema import ProfileError
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m mhcplan.profiles.capture", description=str(sys.modules[__name__].__doc__)
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the profile to write")
+    parser.add_argument("--hardware", default="h100-sxm", help="preset that describes the machine")
+    parser.add_argument("--name", help="the profile's name (default: the preset's)")
+    parser.add_argument("--part", choices=PARTS, action="append", help="measure only this part")
+    parser.add_argument("--tier", type=int, action="append", help=f"of {grid.TIERS} (default: all)")
+    parser.add_argument("--kind", action="append", default=[], help="measure only this op kind")
+    parser.add_argument("--budget-seconds", type=float, default=1e9, help="for each part")
+    parser.add_argument("--op-budget-ms", type=float, default=OP_BUDGET_NS / 1e6)
+    parser.add_argument("--compile-workers", type=int, default=0, help="compile kernels beforehand")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes: does it run at all?")
+    parser.add_argument("--merge", nargs=2, type=Path, metavar=("OPS", "COMM"),
+                        help="measure nothing: make the profile of these two parts")  # fmt: skip
+    parser.add_argument("--check-block", metavar="MODEL", help="then time a whole block of MODEL")
+    return parser
+
+
+def _check_block(name: str, out: Path, op_budget_ns: int) -> None:
+    import torch
+
+    from mhcplan.profiles.capture.block import check_block
+
+    print(check_block(name, out, torch.device("cuda"), op_budget_ns))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; 0 done, 2 bad input or a machine that cannot be measured."""
+    args = _parser().parse_args(argv)
+    budget_ns = round(args.op_budget_ms * 1e6)
+    try:
+        if args.merge:
+            write_merged(args.out, *args.merge, args.hardware, args.name)
+            return 0
+        sizes = {"sizes": (64, 4096)} if args.tiny else {}
+        for path in measure(
+            args.out, hardware=args.hardware, name=args.name, parts=args.part,
+            tiers=args.tier or grid.TIERS, kinds=args.kind, budget_seconds=args.budget_seconds,
+            op_budget_ns=budget_ns, device_type=args.device, workers=args.compile_workers,
+            keys=grid.tiny_keys() if args.tiny else None, **sizes,
+        ):  # fmt: skip
+            print(path)
+        if args.check_block:
+            _check_block(args.check_block, args.out, budget_ns)
+    except (ProfileError, ValueError, RuntimeError, OSError) as error:
+        print(f"mhcplan profile measure: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

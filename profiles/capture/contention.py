@@ -1,0 +1,536 @@
+"""Measuring contention: what a kernel and traffic between GPUs do to each other while they overlap.
+
+One process a GPU. Every pair of :mod:`mhcplan.profiles.capture.overlap_pairs` is enqueued behind
+matrix products that keep the chip hot, so that neither side starts before the other is in its
+queue, and read from the device trace: time in the queue apart from time in the kernel. On a CPU
+(gloo, two threads) the clock is used; that serves tests.
+
+``python -m mhcplan.profiles.capture.contention --log FILE`` runs it by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gzip
+import json
+import os
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from mhcplan.profiles.capture.overlap_kernels import Compute, makers
+from mhcplan.profiles.capture.overlap_pairs import (
+    COPY,
+    CTAS,
+    SIZES,
+    Traffic,
+    all_traffic,
+    pair_key,
+    pairs,
+    row_of,
+)
+from mhcplan.profiles.capture.overlap_trace import Run, split_runs, trace_events
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+_CHUNK = 48  # pairs of one trace: reading it costs about a second
+_MOST_OPS, _MOST_MESSAGES = 150, 48  # launches that fit a stream's queue of 1024 with their events
+_COMPUTE_NS = {"A": 2_500_000, "B": 7_000_000}
+_TRAFFIC_NS = {"A": 6_000_000, "B": 1_500_000}
+_FEWEST = 6
+
+
+@dataclass
+class Plan:
+    """What to measure: sizes in bytes, CTA limits, and names of kernels (None: all)."""
+
+    sizes: Sequence[int] = SIZES
+    ctas: Sequence[int] = CTAS
+    copies: Sequence[int] = SIZES
+    names: Sequence[str] | None = None
+    budget_seconds: float = 1e9
+
+
+@dataclass
+class _Estimate:
+    """Rough times of one call, ns: on the stream, of the host; and kernels it launches."""
+
+    stream_ns: float
+    host_ns: float
+    kernels: int = 1
+
+
+class Bench:
+    """One rank: its kernels, its communicators and how to run a pair of them."""
+
+    def __init__(self, device: torch.device, plan: Plan) -> None:
+        """Build the kernels and communicators; every rank calls it.
+
+        A kernel that fails on any rank is reported and left out on all.
+        """
+        self.device, self.gpu = device, device.type == "cuda"
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.control = dist.new_group(backend="gloo") if self.gpu else None
+        self.plan = plan
+        self.compute = self._build()
+        most = max(plan.sizes) // 4
+        self._send = torch.randn(most, device=device)
+        self._receive = torch.empty_like(self._send)
+        self._groups: dict[tuple[int, bool], Any] = {}
+        self._estimates: dict[str, _Estimate] = {}
+        if self.gpu:
+            from mhcplan.profiles.capture.timing import GpuTimer
+
+            self.timer = GpuTimer(device)
+            self.streams = torch.cuda.Stream(device), torch.cuda.Stream(device)
+            self._far: torch.Tensor | None = None
+
+    def gather(self, item: Any) -> list[Any]:  # noqa: ANN401 - anything that pickles
+        """``item`` of every rank, on every rank."""
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, item, group=self.control)
+        return found
+
+    def _build(self) -> dict[str, Compute]:
+        built: dict[str, Compute] = {}
+        for name, make in makers(self.device).items():
+            if self.plan.names is not None and name not in self.plan.names:
+                continue
+            begin = time.monotonic()
+            try:
+                built[name] = make()
+                built[name].call()
+                if self.gpu:
+                    torch.cuda.synchronize()
+            except (RuntimeError, ValueError, TypeError, AttributeError, ImportError) as error:
+                text = str(error).splitlines()[0] if str(error) else type(error).__name__
+                _say(f"{name}: left out: {text}")
+                built.pop(name, None)
+            if self.rank == 0:
+                _say(f"built {name} in {time.monotonic() - begin:.1f} s")
+        common = set.intersection(*map(set, self.gather(list(built))))
+        return {name: case for name, case in built.items() if name in common}
+
+    # -- traffic -----------------------------------------------------------------------------------
+
+    def _group(self, traffic: Traffic) -> Any:  # noqa: ANN401 - a process group
+        if not self.gpu:
+            return None
+        key = traffic.group
+        if key not in self._groups:
+            options = dist.ProcessGroupNCCL.Options()
+            options.is_high_priority_stream = traffic.high_priority
+            if traffic.ctas:
+                options.config.max_ctas = options.config.min_ctas = traffic.ctas
+            self._groups[key] = dist.new_group(backend="nccl", pg_options=options)
+        return self._groups[key]
+
+    def message(self, traffic: Traffic) -> Callable[[], Any] | None:
+        """A call that enqueues one message and returns handles; None where this rank has no part."""
+        group = self._group(traffic)
+        dtype = torch.bfloat16
+        count = traffic.num_bytes // dtype.itemsize
+        count -= count % self.size
+        send, receive = self._send.view(dtype)[:count], self._receive.view(dtype)[:count]
+        if traffic.pattern == "all_to_all":
+            return lambda: [dist.all_to_all_single(receive, send, group=group, async_op=True)]
+        if self.rank > 1:
+            return None
+        if traffic.pattern == COPY:
+            return self._copy(count) if self.rank == 0 else None
+        peer = 1 - self.rank
+        out = dist.P2POp(dist.isend, send, peer, group)
+        back = dist.P2POp(dist.irecv, receive, peer, group)
+        parts = [out, back] if traffic.pattern == "send_recv_both" else [(out, back)[self.rank]]
+        return lambda: dist.batch_isend_irecv(parts)
+
+    def _copy(self, count: int) -> Callable[[], Any]:
+        """Rank 0 writes to the second GPU by its copy engine; what is there belongs to rank 0."""
+        source = self._send.view(torch.bfloat16)
+        if self._far is None:
+            self._far = torch.empty_like(source, device=torch.device("cuda", 1))
+        near, far = source[:count], self._far[:count]
+
+        def call() -> list[Any]:
+            far.copy_(near, non_blocking=True)
+            return []
+
+        return call
+
+    # -- runs --------------------------------------------------------------------------------------
+
+    def run(self, compute: int, work: Callable[[], object] | None, messages: int,
+            send: Callable[[], Any] | None) -> tuple[Run, bool]:  # fmt: skip
+        """Run both sides at once; on a GPU the returned run is empty: it is in the trace.
+
+        Returns:
+            The run, and whether the host was too late: the streams had begun before it was done.
+        """
+        dist.barrier(group=self.control)
+        if not self.gpu:
+            return _run_on_host(compute, work, messages, send), False
+        main = torch.cuda.current_stream()
+        hold = compute * self._host(work) + messages * self._host(send) + 1_500_000
+        self.timer.fill(1.3 * hold)
+        torch.cuda._sleep(1)
+        go = torch.cuda.Event()
+        go.record(main)
+        for stream in self.streams:
+            stream.wait_event(go)
+        handles: list[Any] = []
+        with torch.cuda.stream(self.streams[1]):
+            for _ in range(messages if send is not None else 0):
+                handles += send()  # type: ignore[misc]
+        with torch.cuda.stream(self.streams[0]):
+            for _ in range(compute if work is not None else 0):
+                work()  # type: ignore[misc]
+        late = go.query()
+        with torch.cuda.stream(self.streams[1]):
+            for handle in handles:
+                handle.wait()
+        torch.cuda.synchronize()
+        return Run(), late
+
+    def _host(self, call: Callable[[], object] | None) -> float:
+        found = self._estimates.get(str(id(call)))
+        return 60_000.0 if found is None else found.host_ns
+
+    def estimate(self, key: str, call: Callable[[], Any] | None) -> _Estimate:
+        """Rough times of a call, the same on every rank; kept under ``key``."""
+        if key not in self._estimates:
+            mine = _Estimate(0.0, 0.0) if call is None else self._try(call)
+            every = self.gather(mine)
+            self._estimates[key] = _Estimate(
+                max(e.stream_ns for e in every), max(e.host_ns for e in every)
+            )
+        if call is not None:
+            self._estimates[str(id(call))] = self._estimates[key]
+        return self._estimates[key]
+
+    def _try(self, call: Callable[[], Any]) -> _Estimate:
+        host: list[int] = []
+
+        def several(count: int) -> None:
+            for _ in range(count):
+                begin = time.perf_counter_ns()
+                result = call()
+                host.append(time.perf_counter_ns() - begin)
+                for handle in result if isinstance(result, list) else []:
+                    if hasattr(handle, "wait"):
+                        handle.wait()
+
+        several(2)
+        if not self.gpu:
+            several(2)
+            return _Estimate(min(host), min(host))
+        torch.cuda.synchronize()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(1_500_000)
+        start.record()
+        several(4)
+        end.record()
+        end.synchronize()
+        return _Estimate(start.elapsed_time(end) * 1e6 / 4, sorted(host)[len(host) // 2])
+
+
+def _run_on_host(
+    compute: int, work: Callable[[], object] | None, messages: int, send: Callable[[], Any] | None
+) -> Run:
+    """A thread computes while this one sends; times by the clock."""
+    run = Run()
+
+    def loop() -> None:
+        for _ in range(compute):
+            begin = time.perf_counter_ns()
+            work()  # type: ignore[misc]
+            run.compute.append([begin, time.perf_counter_ns() - begin])
+            run.names.append("host")
+
+    run.launch["host"] = [0, 0, 0, 0]
+    thread = threading.Thread(target=loop)
+    if work is not None:
+        thread.start()
+    for _ in range(messages if send is not None else 0):
+        begin = time.perf_counter_ns()
+        for handle in send():  # type: ignore[misc]
+            handle.wait()
+        run.traffic.append([begin, time.perf_counter_ns() - begin])
+    if work is not None:
+        thread.join()
+    return run
+
+
+def _say(text: str) -> None:
+    print(f"[contention] {text}", file=sys.stderr, flush=True)
+
+
+@dataclass
+class _Book:
+    """Rows of the log that carry the stamp; rank 0 writes."""
+
+    path: Path
+    stamp: dict[str, str]
+    timelines: Path | None = None
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def add(self, row: dict[str, Any], runs: dict[str, list[Run]]) -> None:
+        self.rows[row["pair"]] = row
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**self.stamp, "contention": row}) + "\n")
+        if self.timelines is not None:
+            spans = {k: [[r.compute, r.traffic] for r in v] for k, v in runs.items()}
+            with gzip.open(self.timelines, "at", encoding="utf-8") as file:
+                file.write(json.dumps({"pair": row["pair"], "runs": _relative(spans)}) + "\n")
+
+
+def _relative(spans: dict[str, list[list[list[list[int]]]]]) -> dict[str, Any]:
+    """The same spans counted from the first start of all ranks of a run: shorter numbers."""
+    found = {}
+    for name, ranks in spans.items():
+        zero = min((s[0] for rank in ranks for part in rank for s in part), default=0)
+        found[name] = [[[[s - zero, d] for s, d in part] for part in rank] for rank in ranks]
+    return found
+
+
+def read_rows(log: Path, stamp: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Rows of a log by pair that carry ``stamp``; a last line that was cut short is dropped."""
+    rows: dict[str, dict[str, Any]] = {}
+    for text in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if "contention" in line and all(line.get(k) == v for k, v in stamp.items()):
+            rows[line["contention"]["pair"]] = line["contention"]
+    return rows
+
+
+@contextlib.contextmanager
+def _tracing(gpu: bool) -> Iterator[list[Run]]:
+    """Fills the list with the runs of the block, on a GPU."""
+    runs: list[Run] = []
+    if not gpu:
+        yield runs
+        return
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as records:
+        yield runs
+        torch.cuda.synchronize()
+    runs += split_runs(*trace_events(records))
+
+
+Item = tuple[str, "Traffic | None"]
+
+
+def _counts(bench: Bench, item: Item, run: str) -> tuple[int, int]:
+    """Ops and messages of a run: enough that the side which should outlive the other does."""
+    name, traffic = item
+    if not bench.gpu:
+        return 8, 8
+    ops = messages = 0
+    if name != "-":
+        each = bench.estimate(name, bench.compute[name].call)
+        ops = min(_MOST_OPS, max(_FEWEST, round(_COMPUTE_NS[run] / max(1.0, each.stream_ns))))
+    if traffic is not None:
+        each = bench.estimate(str(traffic.alone), bench.message(traffic))
+        messages = round(_TRAFFIC_NS[run] / max(1.0, each.stream_ns))
+        messages = min(_MOST_MESSAGES, max(_FEWEST, messages))
+    if name != "-" and traffic is not None and run == "B":  # long messages need more compute
+        want = 1.6 * messages * each.stream_ns
+        own = bench.estimate(name, bench.compute[name].call).stream_ns
+        ops = min(_MOST_OPS, max(ops, round(want / max(1.0, own))))
+    return ops, messages
+
+
+def _measure(bench: Bench, item: Item) -> tuple[list[tuple[str, Run]], list[str]]:
+    """The runs of one pair as (A or B, run), and which of them the host was late for."""
+    name, traffic = item
+    work = bench.compute[name].call if name != "-" else None
+    if traffic is not None and traffic.busy == "first" and bench.rank:
+        work = None
+    send = None if traffic is None else bench.message(traffic)
+    found, late = [], []
+    for run in ("A", "B") if name != "-" and traffic is not None else ("A",):
+        ops, messages = _counts(bench, item, run)
+        if work is not None:
+            bench.estimate(name, bench.compute[name].call)
+        if traffic is not None:
+            bench.estimate(str(traffic.alone), send)
+        result, was_late = bench.run(ops, work, messages, send)
+        found.append((run, result))
+        if was_late:
+            late.append(f"{run}{bench.rank}")
+    return found, late
+
+
+def _chunk(bench: Bench, items: Sequence[Item], book: _Book) -> None:
+    """Measure some pairs under one trace; rank 0 writes their rows."""
+    done: list[tuple[Item, list[tuple[str, Run]], list[str]]] = []
+    with _tracing(bench.gpu) as traced:
+        for item in items:
+            done.append((item, *_measure(bench, item)))
+    if bench.gpu:
+        wanted = sum(len(runs) for _, runs, _ in done)
+        if len(traced) != wanted:  # the profiler dropped records: rather none than wrong ones
+            _say(f"rank {bench.rank}: {len(traced)} runs in the trace instead of {wanted}")
+            traced = [Run() for _ in range(wanted)]
+        source = iter(traced)
+        done = [(i, [(name, next(source)) for name, _ in runs], late) for i, runs, late in done]
+    every = bench.gather([(runs, late) for _, runs, late in done])
+    if bench.rank:
+        return
+    for index, (item, _, _) in enumerate(done):
+        ranks = [rank[index] for rank in every]
+        runs = {name: [rank[0][i][1] for rank in ranks] for i, (name, _) in enumerate(ranks[0][0])}
+        late = [mark for rank in ranks for mark in rank[1]]
+        _write(bench, book, item, runs, late)
+
+
+def _write(bench: Bench, book: _Book, item: Item, runs: dict[str, list[Run]],
+           late: list[str]) -> None:  # fmt: skip
+    name, traffic = item
+    per_op = 1
+    if name != "-":
+        if traffic is None:
+            ops = _counts(bench, item, "A")[0]
+            per_op = max(1, round(len(runs["A"][0].compute) / ops))
+        else:
+            per_op = book.rows[pair_key(name, None)]["per_op"]
+    row = row_of(name, traffic, per_op, runs, late)
+    row["per_op"] = per_op
+    if name != "-" and traffic is None:
+        row["family"] = bench.compute[name].family
+        row["hbm_bytes"] = bench.compute[name].hbm_bytes
+    if all(r.compute or r.traffic for r in runs["A"][:1]):
+        book.add(row, runs)
+
+
+def _items(bench: Bench, book: _Book) -> list[Item]:
+    """What the log does not have yet: each side alone, then pairs."""
+    plan = bench.plan
+    traffic = all_traffic(plan.sizes, plan.ctas)
+    names = list(bench.compute)
+    copies = list(plan.copies) if bench.gpu else []
+    alone: list[Item] = [(name, None) for name in names]
+    alone += [("-", t) for t in traffic]
+    alone += [("-", Traffic(COPY, size)) for size in copies]
+    todo = [*alone, *pairs(names, traffic, copies)]
+    missing = [i for i in todo if pair_key(*i) not in book.rows]
+    found: list[Item] = bench.gather(missing)[0]
+    return found
+
+
+def _work(bench: Bench, book: _Book, chunk: int) -> None:
+    begin = time.monotonic()
+    todo = _items(bench, book)
+    if bench.gpu:
+        bench.timer.heat(0.5)
+    for first in range(0, len(todo), chunk):
+        stop = bench.gather(time.monotonic() - begin > bench.plan.budget_seconds)[0]
+        if stop:
+            break
+        _chunk(bench, todo[first : first + chunk], book)
+        if bench.rank == 0:
+            seconds = time.monotonic() - begin
+            _say(f"{min(first + chunk, len(todo))}/{len(todo)} {seconds:.0f} s,"
+                 f" {len(book.rows)} rows")  # fmt: skip
+
+
+def _worker(rank: int, world: int, device_type: str, port: int, job: dict[str, Any]) -> None:
+    """One rank."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    gpu = device_type == "cuda"
+    device = torch.device(device_type, rank) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)
+    dist.init_process_group("nccl" if gpu else "gloo", rank=rank, world_size=world)
+    book = _Book(Path(job["log"]), job["stamp"], job["timelines"] and Path(job["timelines"]))
+    book.rows = read_rows(book.path, book.stamp)
+    try:
+        _work(Bench(device, Plan(**job["plan"])), book, job["chunk"])
+    finally:
+        dist.destroy_process_group()
+
+
+def measure_contention(
+    log: Path,
+    stamp: dict[str, str],
+    device_type: str,
+    world: int = 2,
+    plan: Plan | None = None,
+    timelines: Path | None = None,
+    chunk: int = _CHUNK,
+) -> dict[str, dict[str, Any]]:
+    """Measure every pair that ``log`` does not have yet.
+
+    Args:
+        log: file of lines; appended to, and read when a run is resumed.
+        stamp: code hash and device name that lines must carry to be used again.
+        device_type: ``cuda`` (NCCL) or ``cpu`` (gloo).
+        world: processes, one a device.
+        plan: what to measure, and for how long.
+        timelines: gzip file for the start and length of every kernel, or None.
+        chunk: pairs between two lines of the log, and two looks at the clock.
+
+    Returns:
+        All rows of the log by pair: see :func:`~mhcplan.profiles.capture.overlap_pairs.row_of`.
+
+    Raises:
+        RuntimeError: a worker failed.
+    """
+    from mhcplan.profiles.capture.comm import _free_port, _mend
+
+    _mend(log)
+    job = {
+        "log": str(log), "stamp": stamp, "plan": vars(plan or Plan()), "chunk": chunk,
+        "timelines": str(timelines) if timelines else None,
+    }  # fmt: skip
+    context = torch.multiprocessing.get_context("spawn")
+    port = _free_port()
+    workers = [
+        context.Process(target=_worker, args=(rank, world, device_type, port, job), daemon=True)
+        for rank in range(world)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if any(worker.exitcode for worker in workers):
+        raise RuntimeError(f"a worker failed: {[w.exitcode for w in workers]}")
+    return read_rows(log, stamp)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure by itself, with the defaults of :class:`Plan`."""
+    from mhcplan.profiles.capture.machine import code_sha256, device_name
+
+    parser = argparse.ArgumentParser(prog="contention")
+    parser.add_argument("--log", type=Path, required=True)
+    parser.add_argument("--timelines", type=Path)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--world", type=int, default=2)
+    parser.add_argument("--budget-seconds", type=float, default=230.0)
+    chosen = parser.parse_args(arguments)
+    device = torch.device(chosen.device)
+    stamp = {"code": code_sha256(), "device": device_name(device)}
+    plan = Plan(budget_seconds=chosen.budget_seconds)
+    rows = measure_contention(
+        chosen.log, stamp, chosen.device, chosen.world, plan, chosen.timelines
+    )
+    _say(f"{len(rows)} rows in {chosen.log}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,325 @@
+"""``mhcplan profile measure``: a whole profile from the machine it runs on.
+
+A profile has two parts that may come from two machines of a kind: ``ops`` (one GPU: ops, rates,
+overheads) and ``comm`` (two or more GPUs of one host: transfers). Each part is written to a file of
+its own kind, and :func:`merge` makes a profile of them; with both on one machine that happens at
+once. Rows go to a log beside the output as they come, so an interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import multiprocessing
+import os
+import sys
+import time
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from pydantic import NonNegativeInt, ValidationError
+
+from mhcplan.profiles.capture import grid, machine
+from mhcplan.profiles.capture.block import allocator_margin_percent
+from mhcplan.profiles.capture.comm import SIZES, measure_transfers
+from mhcplan.profiles.capture.ops import OP_BUDGET_NS, Log, Session, groups, measure_ops
+from mhcplan.profiles.presets import HARDWARE
+from mhcplan.profiles.schema import (
+    OpTiming,
+    Overheads,
+    Profile,
+    ProfileError,
+    Provenance,
+    Rate,
+    TransferTiming,
+    profile_text,
+)
+from mhcplan.profiles.specs import HardwareSpec, Spec
+from mhcplan.profiles.vocabulary import VOCABULARY
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+    from mhcplan.profiles.vocabulary import OpKey
+
+Part = Literal["ops", "comm"]
+PARTS: tuple[Part, ...] = get_args(Part)
+
+
+class OpsPart(Spec):
+    """What one GPU was measured to cost."""
+
+    format: Literal["mhcplan.profile-ops"] = "mhcplan.profile-ops"
+    format_version: Literal[1] = 1
+    provenance: Provenance
+    rates: tuple[Rate, ...]
+    launch_ns: NonNegativeInt
+    event_record_ns: NonNegativeInt
+    event_wait_ns: NonNegativeInt
+    context_bytes: NonNegativeInt
+    allocator_margin_percent: float
+    ops: tuple[OpTiming, ...]
+
+
+class CommPart(Spec):
+    """What transfers between the GPUs of one host were measured to cost."""
+
+    format: Literal["mhcplan.profile-comm"] = "mhcplan.profile-comm"
+    format_version: Literal[1] = 1
+    provenance: Provenance
+    communicator_bytes: NonNegativeInt
+    transfers: tuple[TransferTiming, ...]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file or leave it as it was: through a temporary file beside it."""
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, path)
+
+
+def read_part(path: Path, part: type[OpsPart] | type[CommPart]) -> OpsPart | CommPart:
+    """Read a part's file.
+
+    Raises:
+        ProfileError: unreadable, or not such a part; the message names the field.
+    """
+    try:
+        return part.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ProfileError(f"{path}: cannot be read ({error})") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"])) or "file"
+        raise ProfileError(f"{path}: {field}: {first['msg']}") from None
+
+
+def _progress(text: str) -> None:
+    print(f"[capture] {text}", file=sys.stderr, flush=True)
+
+
+# -- ops -------------------------------------------------------------------------------------------
+
+
+def _compile(keys: list[OpKey]) -> None:
+    """Run every key once, so that its kernels are in the compiler's cache on disk."""
+    from mhcplan.kernels.layers import Env, make_case
+
+    for kind, shape, passes in groups(keys):
+        try:
+            case = make_case(kind, shape, Env(torch.device("cuda")))
+            for p in passes:
+                case.prepare(p)()
+            torch.cuda.synchronize()
+        except (RuntimeError, NotImplementedError, ValueError) as error:
+            _progress(f"{kind} {shape}: did not run: {str(error).splitlines()[:1]}")
+        torch.cuda.empty_cache()
+
+
+def warm_compilers(keys: Sequence[OpKey], workers: int) -> None:
+    """Compile the kernels of ``keys`` in parallel processes; the slowest shapes start first.
+
+    Kernels are compiled per width and rate, not per token count or weight size, so shapes that
+    differ only in those are run once, at the smallest.
+    """
+    smallest: dict[tuple[str, tuple[tuple[str, int], ...]], OpKey] = {}
+    free = ("tokens", "rows", "seq", "vocab", "parameters")
+    for key in keys:
+        fixed = tuple((a, v) for a, v in key.shape if a not in free)
+        name = (f"{key.kind}.{key.pass_}", fixed)
+        if name not in smallest or key.shape < smallest[name].shape:
+            smallest[name] = key
+    cases = [[key for key in smallest.values() if (key.kind, key.shape) == (kind, shape)]
+             for kind, shape in {(k.kind, k.shape) for k in smallest.values()}]  # fmt: skip
+
+    def weight(case: list[OpKey]) -> tuple[int, int]:
+        shape = dict(case[0].shape)
+        return shape.get("n", 0) * shape.get("sites", 1), len(case)
+
+    cases.sort(key=weight, reverse=True)
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+        list(pool.map(_compile, cases))
+
+
+def measure_ops_part(
+    log: Path, keys: Sequence[OpKey], device: torch.device, *,
+    budget_seconds: float = 1e9, op_budget_ns: int = OP_BUDGET_NS, workers: int = 0,
+) -> OpsPart:  # fmt: skip
+    """Measure ``keys``, rates and overheads on one device.
+
+    Args:
+        log: file of lines that rows are appended to and resumed from.
+        keys: what to measure, most wanted first.
+        device: a CUDA device, or the CPU for tests.
+        budget_seconds: start no further op after this much time.
+        op_budget_ns: stream time spent on one pass of one op.
+        workers: processes that compile kernels beforehand; 0: none.
+    """
+    deadline = time.monotonic() + budget_seconds
+    code = machine.code_sha256()
+    gpu = device.type == "cuda"
+    dtype = torch.bfloat16 if gpu else torch.float32
+    if gpu and workers:
+        _progress(f"compiling kernels in {workers} processes")
+        warm_compilers(keys, workers)
+    session = Session(device, dtype, code, machine.device_name(device), op_budget_ns)
+    store = Log(log, session)
+    rates, context, host = (
+        [],
+        0,
+        dict.fromkeys(("launch_ns", "event_record_ns", "event_wait_ns"), 0),
+    )
+    if gpu:
+        session.timer.heat(1.0)
+        rates = machine.measure_rates(session.timer)
+        host = machine.measure_host(device)
+    missing = measure_ops(keys, session, store, deadline)
+    margin = 0.0
+    if gpu:
+        margin = allocator_margin_percent(device)
+        context = machine.context_bytes(device)
+    if missing:
+        _progress(f"{len(missing)} of {len(keys)} rows are missing; run again to go on")
+    return OpsPart(
+        provenance=machine.provenance(device, 1, code, session.timer),
+        rates=tuple(rates), context_bytes=context, allocator_margin_percent=margin,
+        ops=tuple(store.rows.values()), **host,
+    )  # fmt: skip
+
+
+# -- comm ------------------------------------------------------------------------------------------
+
+
+def measure_comm_part(
+    log: Path, device_type: str, world: int, *, sizes: Sequence[int] = SIZES,
+    budget_seconds: float = 1e9,
+) -> CommPart:  # fmt: skip
+    """Measure transfers between ``world`` devices of this host.
+
+    Raises:
+        RuntimeError: a worker process failed.
+        ValueError: fewer than two devices.
+    """
+    if world < 2:
+        raise ValueError(f"devices={world}: transfers need at least 2")
+    code = machine.code_sha256()
+    device = torch.device(device_type)
+    stamp = {"code": code, "device": machine.device_name(device), "world": str(world)}
+    rows, communicator = measure_transfers(log, stamp, device_type, world, sizes, budget_seconds)
+    return CommPart(
+        provenance=machine.provenance(device, world, code),
+        communicator_bytes=communicator, transfers=tuple(rows),
+    )  # fmt: skip
+
+
+# -- the whole --------------------------------------------------------------------------------------
+
+
+def merge(ops: OpsPart, comm: CommPart | None, hardware: HardwareSpec, name: str) -> Profile:
+    """One profile of both parts.
+
+    Raises:
+        ProfileError: the parts are of different devices.
+    """
+    if comm is not None and ops.provenance.device != comm.provenance.device:
+        raise ProfileError(
+            f"device: ops were measured on {ops.provenance.device!r},"
+            f" transfers on {comm.provenance.device!r}"
+        )
+    sources = (ops.provenance,) if comm is None else (ops.provenance, comm.provenance)
+    return Profile(
+        name=name, hardware=hardware, provenance=sources, rates=ops.rates,
+        overheads=Overheads(
+            source="measured", launch_ns=ops.launch_ns, event_record_ns=ops.event_record_ns,
+            event_wait_ns=ops.event_wait_ns, context_bytes=ops.context_bytes,
+            communicator_bytes=0 if comm is None else comm.communicator_bytes,
+            allocator_margin_percent=ops.allocator_margin_percent,
+        ),
+        ops=tuple(sorted(ops.ops, key=lambda row: row.key)),
+        transfers=() if comm is None else tuple(
+            sorted(comm.transfers, key=lambda row: (row.pattern, row.bytes))
+        ),
+    )  # fmt: skip
+
+
+def measure(
+    out: Path, *, hardware: str = "h100-sxm", name: str | None = None,
+    parts: Iterable[Part] | None = None, tiers: Iterable[int] = grid.TIERS,
+    kinds: Iterable[str] = (), budget_seconds: float = 1e9, op_budget_ns: int = OP_BUDGET_NS, 
+    device_type: str | None = None, workers: int = 0, sizes: Sequence[int] = SIZES, keys: Sequence[OpKey] | None = None,
+) -> list[Path]:  # fmt: skip
+    """Measure this machine and write what came of it.
+
+    Writes ``OUT.ops.json`` and ``OUT.comm.json`` (parts; logs beside them, ``.jsonl``), then
+    ``OUT`` itself once the ops are there: a profile, with the transfers if they are there too.
+    Every file is written whole or not at all.
+
+    Args:
+        out: the profile's path.
+        hardware: preset that describes the machine (:data:`mhcplan.profiles.presets.HARDWARE`).
+        name: the profile's name; None: the preset's.
+        parts: which to measure; None: ops, and comm where there are two devices.
+        tiers: tiers of the grid.
+        kinds: only these op kinds; empty: all.
+        budget_seconds: for each part, start nothing new after this.
+        op_budget_ns: stream time of one pass of one op.
+        device_type: ``cuda`` or ``cpu``; None: cuda if there is one.
+        workers: processes that compile kernels beforehand; 0: none.
+        sizes: of transfers, bytes.
+        keys: op keys instead of the grid's.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ProfileError: parts of different devices.
+        ValueError: unknown tier, part, kind or preset; or comm with one device.
+        RuntimeError: a worker process failed.
+    """
+    if hardware not in HARDWARE:
+        raise ValueError(f"hardware={hardware!r} must be one of {sorted(HARDWARE)}")
+    if unknown := sorted(set(kinds) - set(VOCABULARY)):
+        raise ValueError(f"kind={unknown[0]!r} must be one of {sorted(VOCABULARY)}")
+    kind_of_device = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
+    devices = torch.cuda.device_count() if kind_of_device == "cuda" else 2
+    wanted = tuple(parts) if parts is not None else PARTS[: 1 + (devices > 1)]
+    chosen = [
+        k for k in (grid.keys(tiers) if keys is None else keys) if not kinds or k.kind in kinds
+    ]
+    ops_path, comm_path = (out.with_name(f"{out.name}.{part}.json") for part in PARTS)
+    written = []
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if "ops" in wanted:
+        found = measure_ops_part(
+            ops_path.with_suffix(".jsonl"), chosen, torch.device(kind_of_device),
+            budget_seconds=budget_seconds, op_budget_ns=op_budget_ns, workers=workers,
+        )  # fmt: skip
+        write_whole(ops_path, found.model_dump_json(by_alias=True, exclude_none=True) + "\n")
+        written.append(ops_path)
+    if "comm" in wanted:
+        comm = measure_comm_part(
+            comm_path.with_suffix(".jsonl"), kind_of_device, devices, sizes=sizes,
+            budget_seconds=budget_seconds,
+        )  # fmt: skip
+        write_whole(comm_path, comm.model_dump_json(by_alias=True, exclude_none=True) + "\n")
+        written.append(comm_path)
+    if ops_path.exists():
+        write_merged(out, ops_path, comm_path if comm_path.exists() else None, hardware, name)
+        written.append(out)
+    return written
+
+
+def write_merged(
+    out: Path, ops_path: Path, comm_path: Path | None, hardware: str, name: str | None = None
+) -> None:
+    """Merge the files of two parts into the profile ``out``.
+
+    Raises:
+        ProfileError: a part cannot be read, or they are of different devices.
+    """
+    ops = read_part(ops_path, OpsPart)
+    comm = None if comm_path is None else read_part(comm_path, CommPart)
+    assert isinstance(ops, OpsPart)
+    assert comm is None or isinstance(comm, CommPart)
+    write_whole(out, profile_text(merge(ops, comm, HARDWARE[hardware], name or hardware)))

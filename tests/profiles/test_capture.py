@@ -1,0 +1,237 @@
+"""The capture suite on the CPU: tiny shapes, gloo, the clock instead of events."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from mhcplan.profiles.capture import grid, measure
+from mhcplan.profiles.capture.__main__ import main
+from mhcplan.profiles.capture.ops import Log, Session, groups, measure_ops
+from mhcplan.profiles.capture.segments import Chip, Kernel, ctas_per_sm, make_segments
+from mhcplan.profiles.capture.timing import HostTimer, spread_percent
+from mhcplan.profiles.presets import HARDWARE
+from mhcplan.profiles.schema import ProfileError, read_profile
+from mhcplan.profiles.vocabulary import VOCABULARY, op_key
+
+H100 = Chip(num_sms=132, registers=65536, shared_bytes=233472, threads=2048)
+SOME = [op_key("norm", p, **grid.TINY["norm"]) for p in "FIR"]
+SOME += [op_key("residual", "F", **grid.TINY["residual"])]
+
+
+def session() -> Session:
+    return Session(torch.device("cpu"), torch.float32, "code", "cpu", budget_ns=10_000)
+
+
+def ops_part(tmp_path: Path, **kwargs: object) -> measure.OpsPart:
+    return measure.measure_ops_part(
+        tmp_path / "log.jsonl", SOME, torch.device("cpu"), op_budget_ns=10_000, **kwargs
+    )
+
+
+def run(*args: str, **kwargs: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "mhcplan.profiles.capture", "--device", "cpu", *args]
+    source = Path(__file__).parents[2] / "src"
+    env = {**os.environ, "PYTHONPATH": str(source), "TRITON_INTERPRET": "0"}
+    return subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
+    )
+
+
+def test_whole_suite_end_to_end(tmp_path: Path) -> None:
+    out = tmp_path / "here" / "p.json"
+    process = run("--out", str(out), "--tiny", "--op-budget-ms", "0.01", "--name", "mine")
+    stdout, stderr = process.communicate(timeout=80)
+    assert process.returncode == 0, stderr
+    assert str(out) in stdout
+    profile = read_profile(out)
+    assert profile.name == "mine"
+    assert {str(row.key) for row in profile.ops} == {str(key) for key in grid.tiny_keys()}
+    patterns = {row.pattern for row in profile.transfers}
+    assert len(patterns) == 6
+    assert {row.bytes for row in profile.transfers} == {64, 4096}
+    assert all(row.source == "measured" for row in (*profile.ops, *profile.transfers))
+    assert [p.num_devices for p in profile.provenance] == [1, 2]
+    assert profile.provenance[0].versions["torch"] == torch.__version__
+    assert not list(out.parent.glob("*.tmp"))
+
+
+def test_kill_and_resume_measures_nothing_twice(tmp_path: Path) -> None:
+    out = tmp_path / "p.json"
+    log = tmp_path / "p.json.ops.jsonl"
+    args = ("--out", str(out), "--tiny", "--part", "ops", "--op-budget-ms", "30")
+    process = run(*args)
+    end = time.monotonic() + 60
+    while time.monotonic() < end and (not log.exists() or log.read_bytes().count(b"\n") < 5):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=20)
+    assert not out.exists()
+    kept = log.read_text().splitlines()
+    log.write_text("\n".join([*kept, '{"code": "cut sho']))
+    again = run(*args)
+    _, stderr = again.communicate(timeout=60)
+    assert again.returncode == 0, stderr
+    lines = log.read_text().splitlines()
+    assert lines[: len(kept)] == kept
+    keys = [json.dumps([r["kind"], r["pass"], r["shape"]]) for r in map(row_of, lines) if r]
+    assert len(keys) == len(set(keys)) == len(grid.tiny_keys())
+    assert len(read_profile(out).ops) == len(keys)
+
+
+def row_of(line: str) -> dict[str, object]:
+    try:
+        return json.loads(line)["row"]
+    except json.JSONDecodeError:
+        return {}
+
+
+def test_rows_of_other_code_or_device_are_measured_again(tmp_path: Path) -> None:
+    log = Log(tmp_path / "log.jsonl", session())
+    assert measure_ops(SOME, session(), log) == []
+    assert len(Log(tmp_path / "log.jsonl", session()).rows) == len(SOME)
+    other = session()
+    other.code_sha256 = "changed"
+    assert Log(tmp_path / "log.jsonl", other).rows == {}
+
+
+def test_deadline_leaves_keys_for_the_next_run(tmp_path: Path) -> None:
+    log = Log(tmp_path / "log.jsonl", session())
+    assert measure_ops(SOME, session(), log, deadline=0.0) == SOME
+    assert measure_ops(SOME, session(), log) == []
+
+
+def test_an_op_that_fails_is_left_out_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = op_key("router", "F", tokens=4, hidden=8, experts=2, top_k=3)
+    log = Log(tmp_path / "log.jsonl", session())
+    assert measure_ops([bad, *SOME], session(), log) == [bad]
+    assert "top_k=3" in capsys.readouterr().err
+
+
+def test_parts_merge_into_a_profile_and_different_devices_do_not(tmp_path: Path) -> None:
+    ops = ops_part(tmp_path)
+    profile = measure.merge(ops, None, HARDWARE["h100-sxm"], "x")
+    assert [row.key for row in profile.ops] == sorted(SOME)
+    comm = measure.CommPart(
+        provenance=ops.provenance.model_copy(update={"device": "another"}),
+        communicator_bytes=7, transfers=(),
+    )  # fmt: skip
+    with pytest.raises(ProfileError, match="'another'"):
+        measure.merge(ops, comm, HARDWARE["h100-sxm"], "x")
+    same = comm.model_copy(update={"provenance": ops.provenance})
+    merged = measure.merge(ops, same, HARDWARE["h100-sxm"], "x")
+    assert merged.overheads.communicator_bytes == 7
+    assert len(merged.provenance) == 2
+
+
+def test_a_broken_part_is_refused_with_its_field(tmp_path: Path) -> None:
+    part = tmp_path / "ops.json"
+    part.write_text('{"format": "mhcplan.profile-ops", "rates": 3}')
+    with pytest.raises(ProfileError, match=r"ops\.json"):
+        measure.read_part(part, measure.OpsPart)
+    with pytest.raises(ProfileError, match="cannot be read"):
+        measure.read_part(tmp_path / "none.json", measure.OpsPart)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--tier", "9"], "tier=9"),
+        (["--hardware", "abacus"], "hardware='abacus'"),
+        (["--kind", "nrom"], "kind='nrom'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    tmp_path: Path, args: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--out", str(tmp_path / "p.json"), "--device", "cpu", *args]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    measure.write_whole(path, "old")
+    with pytest.raises(TypeError):
+        measure.write_whole(path, None)  # type: ignore[arg-type]
+    assert path.read_text() == "old"
+
+
+def test_grid_has_what_the_models_need() -> None:
+    keys = grid.keys((1,))
+    assert len(keys) == len(set(keys))
+    for kind in set(VOCABULARY) - {"hc_pre", "hc_post", "attention_gqa"}:
+        assert any(key.kind == kind for key in keys), kind
+    for n in (2, 4, 8):
+        for hidden in (1920, 2560):
+            for tokens in (2048, 4096):
+                key = op_key("mhc_pre", "B", n=n, hidden=hidden, tokens=tokens, steps=20)
+                assert key in keys
+    local = {dict(k.shape)["experts"] for k in keys if k.kind == "experts"}
+    assert local == {64, 32, 16, 8, 72, 36, 18, 9}
+    assert grid.keys((1, 2))[: len(keys)] == keys
+    with pytest.raises(ValueError, match="tier=4"):
+        grid.keys((4,))
+
+
+def test_groups_keep_passes_of_a_shape_together() -> None:
+    assert [(kind, passes) for kind, _, passes in groups(SOME)] == [
+        ("norm", ["F", "I", "R"]),
+        ("residual", ["F"]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "fit"),
+    [
+        (Kernel("gemm", 1, 132, 384, 168, 213188), 1),  # shared memory and registers of one
+        (Kernel("pointwise", 1, 9999, 128, 32, 0), 16),  # 2048 threads
+        (Kernel("rows", 1, 9999, 1024, 64, 0), 1),  # 65536 registers
+        (Kernel("small", 1, 9999, 32, 16, 0), 32),  # most CTAs an SM takes
+        (Kernel("huge", 1, 9999, 1024, 255, 0), 1),  # at least one, it did run
+    ],
+)
+def test_ctas_that_fit_on_an_sm(kernel: Kernel, fit: int) -> None:
+    assert ctas_per_sm(kernel, H100) == fit
+
+
+def test_segments_add_up_to_no_more_than_the_op() -> None:
+    kernels = [
+        Kernel("gemm", 60_000, 132, 384, 168, 213188),
+        Kernel("pointwise", 40_000, 132 * 16 * 3, 128, 32, 0),
+        Kernel("Memset", 100, 0, 1, 0, 0),
+    ]
+    gemm, pointwise, fill = make_segments(kernels, H100, 90_000, 1000)
+    assert sum(s.duration_ns for s in (gemm, pointwise, fill)) <= 90_000
+    assert gemm.persistent
+    assert gemm.cta_ns == gemm.duration_ns
+    assert not pointwise.persistent
+    assert pointwise.cta_ns == pointwise.duration_ns // 3
+    assert (fill.ctas, fill.ctas_per_sm, fill.persistent) == (132, 1, False)
+    assert gemm.hbm_bytes == 599
+    assert make_segments([], H100, 90_000, 1000) == ()
+
+
+def test_spread_is_half_of_the_middle_eighty_percent() -> None:
+    assert spread_percent([100.0] * 9) == 0
+    assert spread_percent(list(range(50, 151))) == pytest.approx(40.0)
+    assert spread_percent([5.0]) == 0
+
+
+def test_host_timer_takes_calls_in_turn() -> None:
+    seen: list[int] = []
+    sample = HostTimer().measure([lambda: seen.append(0), lambda: seen.append(1)], 0)
+    assert seen == [0, 1, 0]
+    assert sample.samples == 3
+    assert sample.duration_ns > 0
