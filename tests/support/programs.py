@@ -255,3 +255,45 @@ def makers(draw: DrawFn, max_steps: int = 30, host: bool = True) -> Maker:
             )
             add_batches(-1 if choice == "pair" else step, pairs)
     return maker
+
+
+def add_buffers(maker: Maker) -> Maker:
+    """Give every op an output that those who wait for it read, with the waits that this needs.
+
+    Outputs of ops on the stream "compute" are allocated by themselves. Others take their memory
+    after the last compute op before them. A compute op that comes after all users frees, and one
+    more at the end of each rank frees the rest.
+    """
+    users: dict[int, list[int]] = {}
+    compute = {rank: maker.stream(rank, "compute") for rank in range(maker.num_ranks)}
+    last_compute: dict[int, int] = {}
+    for row in list(maker.rows):
+        on_compute = row.stream == compute[row.rank]
+        if not on_compute and row.rank in last_compute:
+            row.waits += (last_compute[row.rank],)
+        output = maker.buffer(10 + row.number)
+        inputs = tuple(dict.fromkeys(maker.rows[w].lists["writes"][0] for w in row.waits))
+        row.lists = {"allocs": (output,), "writes": (output,), "reads": inputs, "frees": ()}
+        users[row.number] = [row.number]
+        for awaited in dict.fromkeys(row.waits):
+            users[awaited].append(row.number)
+        if on_compute:
+            last_compute[row.rank] = row.number
+    for rank in range(maker.num_ranks):
+        _free(maker, rank, users, maker.op(rank, 0, kind="release"))
+    return maker
+
+
+def _free(maker: Maker, rank: int, users: dict[int, list[int]], last: int) -> None:
+    """Let each output of a rank be freed by the first compute op issued after its users."""
+    compute = maker.stream(rank, "compute")
+    frees: dict[int, list[int]] = {}
+    computes = [row.number for row in maker.rows if row.rank == rank and row.stream == compute]
+    for number, using in users.items():
+        row = maker.rows[number]
+        if row.rank == rank:
+            by = next(op for op in computes if op > max(using) or op == last)
+            frees.setdefault(by, []).append(row.lists["writes"][0])
+            maker.wait(by, *using)
+    for by, buffers in frees.items():
+        maker.rows[by].lists["frees"] = tuple(buffers)
