@@ -22,16 +22,20 @@ def _wide(x: Tensor) -> Tensor:
 # -- RMSNorm ---------------------------------------------------------------------------------------
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """x [T, C] (rows may be strided), weight [C]: x / rms(x) * weight [T, C] and 1 / rms(x) [T]."""
     wide = _wide(x)
     rstd = torch.rsqrt(wide.square().mean(-1) + eps)
-    return (wide * rstd[:, None] * _wide(weight)).to(x.dtype), rstd
+    y = (wide * rstd[:, None] * _wide(weight)).to(x.dtype)
+    return (y, rstd) if out is None else (out[0].copy_(y), out[1].copy_(rstd))
 
 
-def rms_norm_again(x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
+def rms_norm_again(x: Tensor, weight: Tensor, rstd: Tensor, out: Tensor | None = None) -> Tensor:
     """The first result of :func:`rms_norm`, from its second."""
-    return (_wide(x) * rstd[:, None] * _wide(weight)).to(x.dtype)
+    y = (_wide(x) * rstd[:, None] * _wide(weight)).to(x.dtype)
+    return y if out is None else out.copy_(y)
 
 
 def rms_norm_grad(
@@ -185,22 +189,27 @@ def permute_grad(drows: Tensor, slot: Tensor, other: Tensor | None) -> Tensor:
     return (total if other is None else total + _wide(other)).to(drows.dtype)
 
 
-def unpermute(rows: Tensor, weights: Tensor, slot: Tensor, shared: Tensor | None) -> Tensor:
+def unpermute(
+    rows: Tensor, weights: Tensor, slot: Tensor, shared: Tensor | None, out: Tensor | None = None
+) -> Tensor:
     """Weighted sum of a token's expert outputs, plus ``shared`` [T, C] if given: [T, C]."""
     total = (_wide(rows[slot.long()]) * weights[..., None]).sum(1)
-    return (total if shared is None else total + _wide(shared)).to(rows.dtype)
+    y = (total if shared is None else total + _wide(shared)).to(rows.dtype)
+    return y if out is None else out.copy_(y)
 
 
 def unpermute_grad(
-    dy: Tensor, rows: Tensor, weights: Tensor, slot: Tensor
-) -> tuple[Tensor, Tensor]:
+    dy: Tensor, rows: Tensor, weights: Tensor, slot: Tensor,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of rows [T k, C] and of weights [T, k]."""
     index = slot.long()
-    drows = torch.empty_like(rows)
+    drows = torch.empty_like(rows) if out is None else out[0]
     drows[index.reshape(-1)] = (
         (weights[..., None] * _wide(dy)[:, None]).to(rows.dtype).reshape(-1, rows.shape[1])
     )
-    return drows, (_wide(rows[index]) * _wide(dy)[:, None]).sum(-1)
+    dweights = (_wide(rows[index]) * _wide(dy)[:, None]).sum(-1)
+    return drows, dweights if out is None else out[1].copy_(dweights)
 
 
 def gather_rows(x: Tensor, index: Tensor) -> Tensor:

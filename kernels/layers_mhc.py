@@ -28,7 +28,7 @@ from mhcplan.kernels.layers_base import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 _STATES = 7  # salt of random states, apart from those of f and of gradients
 
@@ -71,9 +71,11 @@ class MhcPre(Op):
     def _parameters(self) -> Tensors:
         return tuple(w.data for w in self.weights.values())
 
-    def forward(self, x: Tensor) -> tuple[Tensors, Tensors]:  # type: ignore[override]
-        """x [T, n, C]: u [T, C] and coefficients [T, M]."""
-        u, mix, projection = mhc.mhc_pre_forward(x, *self._parameters(), steps=self.steps)
+    def forward(  # type: ignore[override]
+        self, x: Tensor, *, out: tuple[Tensor, Tensor, Tensor] | None = None
+    ) -> tuple[Tensors, Tensors]:
+        """x [T, n, C]: u [T, C] and coefficients [T, M]; ``out`` for u and what is saved."""
+        u, mix, projection = mhc.mhc_pre_forward(x, *self._parameters(), steps=self.steps, out=out)
         return (u, mix), (x, mix, projection)
 
     def backward_input(  # type: ignore[override]
@@ -92,12 +94,12 @@ class MhcPre(Op):
         self.weights["phi"].main_grad.add_(mhc.mhc_pre_backward_weight(*deferred))
 
     def backward(  # type: ignore[override]
-        self, saved: Tensors, dy: Tensor, du: Tensor, dmix: Tensor
+        self, saved: Tensors, dy: Tensor, du: Tensor, dmix: Tensor, *, out: Tensor | None = None
     ) -> Gradients:
-        """I and W with one pass less over the state."""
+        """I and W with one pass less over the state; ``out`` for dx."""
         x, mix, projection = saved
         dx, dphi, dbias, dalpha = mhc.mhc_pre_backward(
-            dy, x, du, mix, projection, dmix, *self._parameters(), steps=self.steps
+            dy, x, du, mix, projection, dmix, *self._parameters(), steps=self.steps, out=out
         )
         self.weights["phi"].main_grad.add_(dphi)
         self._add_small(dbias, dalpha)
@@ -137,16 +139,16 @@ class MhcPost(Op):
     kind = "mhc_post"
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, f: Tensor, mix: Tensor
+        self, x: Tensor, f: Tensor, mix: Tensor, *, out: Tensor | None = None
     ) -> tuple[Tensors, Tensors]:
         """x [T, n, C], f [T, C], coefficients [T, M]: the next state [T, n, C]."""
-        return (mhc.mhc_post_forward(x, f, mix),), (x, f, mix)
+        return (mhc.mhc_post_forward(x, f, mix, out=out),), (x, f, mix)
 
     def backward_input(  # type: ignore[override]
-        self, saved: Tensors, dy: Tensor
+        self, saved: Tensors, dy: Tensor, *, out: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Gradients, Tensors]:
         """dy [T, n, C]: None (x's gradient is mhc_pre's to write), df and dmix [T, M]."""
-        df, dmix = mhc.mhc_post_backward(dy, *saved)
+        df, dmix = mhc.mhc_post_backward(dy, *saved, out=out)
         return (None, df, dmix), ()
 
     @classmethod
@@ -170,14 +172,14 @@ class MhcRecompute(Op):
         """Launches nothing: x, the sites' f and coefficients are what the block stores."""
         return (), inputs
 
-    def recompute(self, saved: Tensors) -> Tensors:
+    def recompute(self, saved: Tensors, *, out: Sequence[Tensor] | None = None) -> Tensors:
         """saved: x [T, n, C], then f [T, C] of all sites but the last, then coefficients of all.
 
         Returns u of every site, then the states after all sites but the last.
         """
         x, *rest = saved
         sites = (len(rest) + 1) // 2
-        us, xs = mhc.mhc_recompute(x, rest[: sites - 1], rest[sites - 1 :])
+        us, xs = mhc.mhc_recompute(x, rest[: sites - 1], rest[sites - 1 :], out=out)
         return (*us, *xs)
 
     @classmethod
@@ -297,9 +299,12 @@ class HcPre(Op):
         """Bind parameters."""
         super().__init__(theta=theta, bias=bias, alpha=alpha)
 
-    def forward(self, x: Tensor) -> tuple[Tensors, Tensors]:  # type: ignore[override]
-        """x [T, n, C]: u [T, C] and coefficients [T, M]."""
-        u, mix = reference.hc_pre(x, *(w.data for w in self.weights.values()))
+    def forward(  # type: ignore[override]
+        self, x: Tensor, *, out: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensors, Tensors]:
+        """x [T, n, C]: u [T, C] and coefficients [T, M]; ``out`` for both."""
+        made = reference.hc_pre(x, *(w.data for w in self.weights.values()))
+        u, mix = mhc.placed(made, out)
         return (u, mix), (x, mix)
 
     def _gradients(self, x: Tensor, grads: Tensors) -> Tensors:
@@ -321,6 +326,13 @@ class HcPre(Op):
         res = reference.Coefficients.split(mix, n).res
         dx = dx + torch.einsum("toi,toc->tic", res, dy.to(res.dtype)).to(x.dtype)
         return (dx,), (x, du, dmix)
+
+    def backward(  # type: ignore[override]
+        self, saved: Tensors, dy: Tensor, du: Tensor, dmix: Tensor, *, out: Tensor | None = None
+    ) -> Gradients:
+        """I, then W; ``out`` for dx."""
+        (dx,) = super().backward(saved, dy, du, dmix)
+        return (dx if out is None else out.copy_(dx),)
 
     def backward_weight(self, deferred: Tensors) -> None:
         """Every parameter."""

@@ -209,17 +209,19 @@ class Unpermute(Op):
     kind = "unpermute"
 
     def forward(  # type: ignore[override]
-        self, rows: Tensor, weights: Tensor, slot: Tensor, shared: Tensor | None = None
+        self, rows: Tensor, weights: Tensor, slot: Tensor, shared: Tensor | None = None,
+        *, out: Tensor | None = None,
     ) -> tuple[Tensors, Tensors]:
         """rows [T k, C] in expert order, weights and slot [T, k], shared [T, C]: [T, C]."""
-        return (fused(rows).unpermute(rows, weights, slot, shared),), (rows, weights, slot)
+        y = fused(rows).unpermute(rows, weights, slot, shared, out)
+        return (y,), (rows, weights, slot)
 
     def backward_input(  # type: ignore[override]
-        self, saved: Tensors, dy: Tensor
+        self, saved: Tensors, dy: Tensor, *, out: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Gradients, Tensors]:
         """dy [T, C]: gradients of rows, weights, (none of slot) and shared, which is dy itself."""
         rows, weights, slot = saved
-        drows, dweights = fused(dy).unpermute_grad(dy, rows, weights, slot)
+        drows, dweights = fused(dy).unpermute_grad(dy, rows, weights, slot, out)
         return (drows, dweights, None, dy), ()
 
     @classmethod

@@ -35,9 +35,11 @@ class Residual(Op):
 
     kind = "residual"
 
-    def forward(self, x: Tensor, f: Tensor) -> tuple[Tensors, Tensors]:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: Tensor, f: Tensor, *, out: Tensor | None = None
+    ) -> tuple[Tensors, Tensors]:
         """x, f [T, C]: their sum."""
-        return (torch.add(x, f),), ()
+        return (torch.add(x, f, out=out),), ()
 
     def backward_input(  # type: ignore[override]
         self, saved: Tensors, dy: Tensor, dx_branch: Tensor
@@ -71,25 +73,27 @@ class Norm(Op):
         super().__init__(weight=weight)
         self.eps = eps
 
-    def forward(self, x: Tensor) -> tuple[Tensors, Tensors]:  # type: ignore[override]
-        """x [T, C]: x / rms(x) * weight."""
-        y, rstd = fused(x).rms_norm(x, self.weights["weight"].data, self.eps)
+    def forward(  # type: ignore[override]
+        self, x: Tensor, *, out: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensors, Tensors]:
+        """x [T, C]: x / rms(x) * weight; ``out`` for it and the saved 1 / rms(x) [T]."""
+        y, rstd = fused(x).rms_norm(x, self.weights["weight"].data, self.eps, out)
         return (y,), (x, rstd)
 
     def backward_input(  # type: ignore[override]
-        self, saved: Tensors, dy: Tensor
+        self, saved: Tensors, dy: Tensor, *, out: Tensor | None = None
     ) -> tuple[Gradients, Tensors]:
         """dy [T, C]: the gradient of x; adds the weight's to its ``main_grad``."""
         x, rstd = saved
         weight = self.weights["weight"]
-        dx = torch.empty_like(dy)
+        dx = torch.empty_like(dy) if out is None else out
         fused(dy).rms_norm_grad(dy, x, weight.data, rstd, weight.main_grad, dx)
         return (dx,), ()
 
-    def recompute(self, saved: Tensors) -> Tensors:
+    def recompute(self, saved: Tensors, *, out: Tensor | None = None) -> Tensors:
         """The normed output again, bit for bit, from x and the saved 1 / rms(x)."""
         x, rstd = saved
-        return (fused(x).rms_norm_again(x, self.weights["weight"].data, rstd),)
+        return (fused(x).rms_norm_again(x, self.weights["weight"].data, rstd, out),)
 
     @classmethod
     def build(cls, shape: Mapping[str, int], env: Env) -> Norm:

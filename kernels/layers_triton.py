@@ -86,11 +86,15 @@ def _rms_norm(
     tl.store(y + row * width + column, (value * scale * gain).to(y.dtype.element_ty), inside)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """See :func:`mhcplan.kernels.layers_eager.rms_norm`."""
     rows, width = x.shape
-    y = torch.empty((rows, width), dtype=x.dtype, device=x.device)
-    rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
+    y, rstd = out or (
+        torch.empty((rows, width), dtype=x.dtype, device=x.device),
+        torch.empty(rows, dtype=torch.float32, device=x.device),
+    )
     block, warps = _row_block(width)
     _rms_norm[(rows,)](
         x, weight, y, rstd, x.stride(0), width, eps, AGAIN=False, BLOCK=block, num_warps=warps
@@ -98,10 +102,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return y, rstd
 
 
-def rms_norm_again(x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
+def rms_norm_again(x: Tensor, weight: Tensor, rstd: Tensor, out: Tensor | None = None) -> Tensor:
     """See :func:`mhcplan.kernels.layers_eager.rms_norm_again`."""
     rows, width = x.shape
-    y = torch.empty((rows, width), dtype=x.dtype, device=x.device)
+    y = torch.empty((rows, width), dtype=x.dtype, device=x.device) if out is None else out
     block, warps = _row_block(width)
     _rms_norm[(rows,)](
         x, weight, y, rstd, x.stride(0), width, 0.0, AGAIN=True, BLOCK=block, num_warps=warps

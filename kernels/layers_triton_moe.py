@@ -231,9 +231,14 @@ def _sum_copies(
     tl.store(y + token * width + column, total.to(y.dtype.element_ty), inside)
 
 
-def _launch_sum(rows: Tensor, weights: Tensor | None, slot: Tensor, other: Tensor | None) -> Tensor:
+def _launch_sum(
+    rows: Tensor, weights: Tensor | None, slot: Tensor, other: Tensor | None,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     (tokens, top_k), width = slot.shape, rows.shape[1]
-    y = torch.empty((tokens, width), dtype=rows.dtype, device=rows.device)
+    y = out
+    if y is None:
+        y = torch.empty((tokens, width), dtype=rows.dtype, device=rows.device)
     blocks, block, warps = _columns(width)
     _sum_copies[(tokens, blocks)](
         rows, rows if weights is None else weights, slot, rows if other is None else other, y,
@@ -248,9 +253,11 @@ def permute_grad(drows: Tensor, slot: Tensor, other: Tensor | None) -> Tensor:
     return _launch_sum(drows, None, slot, other)
 
 
-def unpermute(rows: Tensor, weights: Tensor, slot: Tensor, shared: Tensor | None) -> Tensor:
+def unpermute(
+    rows: Tensor, weights: Tensor, slot: Tensor, shared: Tensor | None, out: Tensor | None = None
+) -> Tensor:
     """See :func:`mhcplan.kernels.layers_eager.unpermute`."""
-    return _launch_sum(rows, weights, slot, shared)
+    return _launch_sum(rows, weights, slot, shared, out)
 
 
 @triton.jit
@@ -270,11 +277,12 @@ def _unpermute_grad(
 
 
 def unpermute_grad(
-    dy: Tensor, rows: Tensor, weights: Tensor, slot: Tensor
-) -> tuple[Tensor, Tensor]:
+    dy: Tensor, rows: Tensor, weights: Tensor, slot: Tensor,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See :func:`mhcplan.kernels.layers_eager.unpermute_grad`."""
     tokens, width = dy.shape
-    drows, dweights = torch.empty_like(rows), torch.empty_like(weights)
+    drows, dweights = out or (torch.empty_like(rows), torch.empty_like(weights))
     block = triton.next_power_of_2(width)
     _unpermute_grad[(tokens,)](
         dy, rows, weights, slot, drows, dweights, width,

@@ -22,8 +22,8 @@ Shapes: ``x``, ``y``, ``dx``, ``dy`` are ``[T, n, C]``; ``u``, ``f``, ``du``, ``
 all of one dtype, bf16 or fp32, contiguous; T is any number of tokens, n one of 2, 4, 8, 16, and
 64 divides C. With M = n^2 + 2n, everything else is fp32: ``phi [M, n C]``, ``bias [M]``,
 ``alpha [3]`` (pre, post, res), ``coefficients [T, M]`` = (H_pre, H_post, H_res row-major),
-``projection [T, M + 1]`` = (p = vec(x) phi^T, 1 / r), ``dmix [T, M]`` (its first n columns are
-not written), ``dp``: opaque, from I to W, of the residual's dtype,
+``projection [T, M + 1]`` = (p = vec(x) phi^T, 1 / r), ``dmix [T, M]``, the gradient of
+``coefficients`` (that of H_pre is zero so far), ``dp``: opaque, from I to W, of the residual's dtype,
 ``projection_gradient_width(n, dtype)`` numbers a token.
 
 ``mhc_pre_backward*`` needs ``dy``, the very gradient that ``mhc_post_backward`` took: dx is written
@@ -40,7 +40,7 @@ device or layout raises ``ValueError`` or ``TypeError`` naming the argument.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -86,6 +86,15 @@ def _on_kernels(x: Tensor) -> bool:
     return x.is_cuda or INTERPRETED
 
 
+def placed(made: Sequence[Tensor], out: Sequence[Tensor] | None) -> Any:  # noqa: ANN401
+    """``made``, copied into ``out`` if that is given: for what cannot write there by itself."""
+    if out is None:
+        return made
+    for target, source in zip(out, made, strict=True):
+        target.copy_(source)
+    return tuple(out)
+
+
 def mhc_pre_forward(
     x: Tensor,
     phi: Tensor,
@@ -94,6 +103,7 @@ def mhc_pre_forward(
     *,
     steps: int = DEFAULT_SINKHORN_STEPS,
     norm_eps: float = DEFAULT_NORM_EPS,
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """F_pre: the coefficients of every token (eq. 14-19) and the sublayer's input u = H_pre x.
 
@@ -104,6 +114,7 @@ def mhc_pre_forward(
         alpha: gates of pre, post and res.
         steps: Sinkhorn steps t_max.
         norm_eps: added to the mean square of the state.
+        out: memory for what is returned.
 
     Returns:
         ``(u, coefficients, projection)``.
@@ -115,22 +126,25 @@ def mhc_pre_forward(
     check_site(x, phi=phi, bias=bias, alpha=alpha)
     check_steps(steps, norm_eps)
     if not _on_kernels(x):
-        return mhc_eager.pre_forward(x, phi, bias, alpha, steps, norm_eps)
+        return placed(mhc_eager.pre_forward(x, phi, bias, alpha, steps, norm_eps), out)
     partial = mhc_forward.project(x, phi)
-    return mhc_forward.coefficients_and_pre(x, partial, bias, alpha, steps, norm_eps)
+    return mhc_forward.coefficients_and_pre(x, partial, bias, alpha, steps, norm_eps, out)
 
 
-def mhc_post_forward(x: Tensor, f: Tensor, coefficients: Tensor) -> Tensor:
-    """F_post,res: the next state y = H_res x + H_post f (eq. 3).
+def mhc_post_forward(
+    x: Tensor, f: Tensor, coefficients: Tensor, *, out: Tensor | None = None
+) -> Tensor:
+    """F_post,res: the next state y = H_res x + H_post f (eq. 3), in ``out`` if given.
 
     Raises:
         TypeError: an argument has the wrong dtype.
         ValueError: an argument has the wrong shape, device or layout.
     """
-    check_site(x, f=f, coefficients=coefficients)
+    check_site(x, f=f, coefficients=coefficients, y=out)
     if not _on_kernels(x):
-        return reference.post_res(x, f, coefficients)
-    return mhc_forward.post_res(x, f, coefficients)
+        y = reference.post_res(x, f, coefficients)
+        return y if out is None else out.copy_(y)
+    return mhc_forward.post_res(x, f, coefficients, out)
 
 
 def mhc_post_pre_forward(
@@ -163,11 +177,13 @@ def mhc_post_pre_forward(
 
 
 def mhc_post_backward(
-    dy: Tensor, x: Tensor, f: Tensor, coefficients: Tensor
-) -> tuple[Tensor, Tensor]:
+    dy: Tensor, x: Tensor, f: Tensor, coefficients: Tensor,
+    *, out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """F_post,res backward, as far as the sublayer waits for it: ``(df, dmix)``.
 
-    The gradient of x through H_res is left to ``mhc_pre_backward*``, which needs ``dy`` again.
+    ``out``: memory for both. The gradient of x through H_res is left to ``mhc_pre_backward*``,
+    which needs ``dy`` again.
 
     Raises:
         TypeError: an argument has the wrong dtype.
@@ -175,8 +191,8 @@ def mhc_post_backward(
     """
     check_site(x, dy=dy, f=f, coefficients=coefficients)
     if not _on_kernels(x):
-        return mhc_eager.post_backward(dy, x, f, coefficients)
-    return mhc_backward.post_backward(dy, x, f, coefficients)
+        return placed(mhc_eager.post_backward(dy, x, f, coefficients), out)
+    return mhc_backward.post_backward(dy, x, f, coefficients, out)
 
 
 def mhc_pre_backward(
@@ -192,6 +208,7 @@ def mhc_pre_backward(
     *,
     steps: int = DEFAULT_SINKHORN_STEPS,
     norm_eps: float = DEFAULT_NORM_EPS,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """B of F_pre: every gradient of the site that is left, in one pass over the state at n <= 4.
 
@@ -207,6 +224,7 @@ def mhc_pre_backward(
         alpha: as in the forward.
         steps: as in the forward.
         norm_eps: as in the forward.
+        out: memory for dx.
 
     Returns:
         ``(dx, dphi, dbias, dalpha)``.
@@ -216,7 +234,8 @@ def mhc_pre_backward(
         ValueError: an argument has the wrong shape, device, layout or value.
     """
     dx, dphi, _, dbias, dalpha = _pre_backward(
-        dy, x, du, coefficients, projection, dmix, phi, bias, alpha, steps, norm_eps, True
+        dy, x, du, coefficients, projection, dmix, phi, bias, alpha, steps, norm_eps, True,
+        out,
     )
     assert dphi is not None
     return dx, dphi, dbias, dalpha
@@ -246,7 +265,8 @@ def mhc_pre_backward_input(
         ValueError: an argument has the wrong shape, device, layout or value.
     """
     dx, _, dp, dbias, dalpha = _pre_backward(
-        dy, x, du, coefficients, projection, dmix, phi, bias, alpha, steps, norm_eps, False
+        dy, x, du, coefficients, projection, dmix, phi, bias, alpha, steps, norm_eps, False,
+        None,
     )
     return dx, dp, dbias, dalpha
 
@@ -268,36 +288,43 @@ def mhc_pre_backward_weight(x: Tensor, dp: Tensor) -> Tensor:
 def _pre_backward(
     dy: Tensor, x: Tensor, du: Tensor, coefficients: Tensor, projection: Tensor, dmix: Tensor,
     phi: Tensor, bias: Tensor, alpha: Tensor, steps: int, norm_eps: float, with_weight: bool,
+    out: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:  # fmt: skip
     """``(dx, dphi or None, dp, dbias, dalpha)``."""
     check_site(
         x, dy=dy, du=du, coefficients=coefficients, projection=projection, dmix=dmix,
-        phi=phi, bias=bias, alpha=alpha,
+        phi=phi, bias=bias, alpha=alpha, y=out,
     )  # fmt: skip
     check_steps(steps, norm_eps)
     if _on_kernels(x):
         dp, s, dbias, dalpha = mhc_backward.coefficient_gradients(
             x, du, coefficients, projection, dmix, bias, alpha, steps
         )
-        dx, dphi = mhc_backward.pre_backward(dy, x, du, coefficients, dp, s, phi, with_weight)
+        dx, dphi = mhc_backward.pre_backward(
+            dy, x, du, coefficients, dp, s, phi, with_weight, out
+        )
         return dx, dphi, dp, dbias, dalpha
     width = projection_gradient_width(x.shape[1], x.dtype)
     dx, dp, dbias, dalpha = mhc_eager.pre_backward_input(
         dy, x, du, coefficients, dmix, phi, bias, alpha, width, steps, norm_eps
     )
     dphi = mhc_eager.pre_backward_weight(x, dp) if with_weight else None
+    if out is not None:
+        dx = out.copy_(dx)
     return dx, dphi, dp, dbias, dalpha
 
 
 def mhc_recompute(
-    x: Tensor, fs: Sequence[Tensor], coefficients: Sequence[Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
+    x: Tensor, fs: Sequence[Tensor], coefficients: Sequence[Tensor],
+    *, out: Sequence[Tensor] | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     """R: rebuild a block of sites from its input, in one launch (16 sites a launch at most).
 
     Args:
         x: input of the block's first site.
         fs: stored outputs of the sublayers; that of the last site may be left out.
         coefficients: stored coefficients, one tensor a site.
+        out: memory for what is returned, us then xs.
 
     Returns:
         ``(us, xs)``: u of every site; xs[l] is the state after site l, for every f given.
@@ -309,5 +336,7 @@ def mhc_recompute(
     """
     check_block(x, fs, coefficients)
     if not _on_kernels(x):
-        return mhc_eager.recompute(x, fs, coefficients)
-    return recompute_kernels.recompute_block(x, fs, coefficients)
+        us, xs = mhc_eager.recompute(x, fs, coefficients)
+        made = placed((*us, *xs), out)
+        return list(made[: len(us)]), list(made[len(us) :])
+    return recompute_kernels.recompute_block(x, fs, coefficients, out)

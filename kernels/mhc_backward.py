@@ -92,6 +92,7 @@ def _post_backward_kernel(
         tl.store(df_ptr + out, df.to(df_ptr.dtype.element_ty), mask=mask & (first == 0))
     base = dmix_ptr + t * M
     for o in tl.static_range(GROUP):
+        tl.store(base + first + o, tl.zeros((BT,), tl.float32), mask=token)  # H_pre: none here
         tl.store(base + N + first + o, tl.sum(dpost[o], axis=1), mask=token)
         for i in tl.static_range(N):
             cell = 2 * N + (first + o) * N + i
@@ -178,7 +179,8 @@ def _coefficient_gradients_kernel(
             dpre = new_dpre
         for i in tl.static_range(N):
             h = tl.load(coefficients_ptr + t * M + i, mask=token, other=0.0)
-            dlogit = tl.sum(dpre[i], axis=1) * h * (1.0 - h)
+            d = tl.load(dmix_ptr + t * M + i, mask=token, other=0.0) + tl.sum(dpre[i], axis=1)
+            dlogit = d * h * (1.0 - h)
             tl.store(dlogits_ptr + t * M + i, dlogit, mask=token)
 
 
@@ -380,17 +382,19 @@ def _sum_partials_kernel(
 # -- launchers -----------------------------------------------------------------------------------
 
 
-def post_backward(dy: Tensor, x: Tensor, f: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+def post_backward(
+    dy: Tensor, x: Tensor, f: Tensor, coefficients: Tensor,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of f and of the coefficients H_post and H_res.
 
     Returns:
-        df ``[T, C]``, and dmix ``[T, M]`` fp32 whose first n columns (H_pre) are not written.
+        df ``[T, C]``, and dmix ``[T, M]`` fp32 whose first n columns (H_pre) are zero.
     """
     tokens, n, channels = x.shape
     cfg = tuning.config("post_backward", n, channels, tokens, x.dtype)
     group = min(n, 8) if n <= 8 else 4
-    df = torch.empty_like(f)
-    dmix = torch.empty_like(coefficients)
+    df, dmix = out or (torch.empty_like(f), torch.empty_like(coefficients))
     _post_backward_kernel[(triton.cdiv(tokens, cfg.BT), n // group)](
         dy, x, f, coefficients, df, dmix, tokens, N=n, C=channels, GROUP=group,
         BT=cfg.BT, BC=cfg.BC, V=cfg.V, STAGES=cfg.stages, num_warps=cfg.warps,
@@ -439,7 +443,7 @@ def coefficient_gradients(
 
 def pre_backward(
     dy: Tensor, x: Tensor, du: Tensor, coefficients: Tensor, dp: Tensor, s: Tensor, phi: Tensor,
-    with_weight: bool,
+    with_weight: bool, out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """dx ``[T, n, C]``, and dphi ``[M, n C]`` if asked for in the same pass over the state."""
     tokens, n, channels = x.shape
@@ -450,7 +454,7 @@ def pre_backward(
     padded = padded_coefficients(n)
     slices = triton.cdiv(channels, cfg.BC)
     tiles, share, slots = _shares(slices, tokens, cfg, x.device)
-    dx = torch.empty_like(x)
+    dx = torch.empty_like(x) if out is None else out
     shape = (slots, m, n * channels) if fused else (1,)
     partial = x.new_empty(shape, dtype=torch.float32)
     _pre_backward_kernel[(triton.cdiv(slices * tiles, share),)](

@@ -296,15 +296,18 @@ def project(x: Tensor, phi: Tensor) -> Tensor:
 
 
 def coefficients_and_pre(
-    x: Tensor, partial: Tensor, bias: Tensor, alpha: Tensor, steps: int, norm_eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, partial: Tensor, bias: Tensor, alpha: Tensor, steps: int, norm_eps: float,
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """``(u, coefficients, projection)`` from the partial sums of :func:`project` (eq. 16-19)."""
     tokens, n, channels = x.shape
     m = num_coefficients(n)
     cfg = tuning.config("pre", n, channels, tokens, x.dtype)
-    u = x.new_empty((tokens, channels))
-    coefficients = x.new_empty((tokens, m), dtype=torch.float32)
-    projection = x.new_empty((tokens, m + 1), dtype=torch.float32)
+    u, coefficients, projection = out or (
+        x.new_empty((tokens, channels)),
+        x.new_empty((tokens, m), dtype=torch.float32),
+        x.new_empty((tokens, m + 1), dtype=torch.float32),
+    )
     sinkhorn_programs = triton.cdiv(tokens, cfg.BS)
     _coefficients_pre_kernel[(sinkhorn_programs + triton.cdiv(tokens, cfg.BT),)](
         x, partial, bias, alpha, u, coefficients, projection,
@@ -315,11 +318,11 @@ def coefficients_and_pre(
     return u, coefficients, projection
 
 
-def post_res(x: Tensor, f: Tensor, coefficients: Tensor) -> Tensor:
+def post_res(x: Tensor, f: Tensor, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
     """The next state ``[T, n, C]``: H_res x + H_post f (eq. 3)."""
     tokens, n, channels = x.shape
     cfg = tuning.config("post", n, channels, tokens, x.dtype)
-    y = torch.empty_like(x)
+    y = torch.empty_like(x) if out is None else out
     blocks = triton.cdiv(tokens, cfg.BT) * triton.cdiv(channels, cfg.BC * cfg.steps_c)
     _post_kernel[(blocks,)](
         x, f, coefficients, y, tokens, N=n, C=channels, BT=cfg.BT, BC=cfg.BC,

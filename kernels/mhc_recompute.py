@@ -39,7 +39,7 @@ def _pick(pointers, index):
 
 @triton.jit(do_not_specialize=["T"])
 def _recompute_kernel(
-    x_ptr, f_ptrs, coefficients_ptrs, u_ptr, y_ptr, T,
+    x_ptr, f_ptrs, coefficients_ptrs, u_ptrs, y_ptrs, T,
     N: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     M: tl.constexpr = N * N + 2 * N
@@ -53,55 +53,54 @@ def _recompute_kernel(
     mask = token[:, None] & (c < C)[None, :]
     row = t[:, None] * C + c[None, :]
     offsets = t[:, None] * (N * C) + c[None, :]
-    size = tl.cast(T, tl.int64) * C
     x = load_rows(x_ptr, offsets, mask, N, C)
     # A loop, not unrolled: compiling n^2 terms for every site of a block takes minutes at n = 8.
     for site in tl.range(0, POSTS):
         mix = _pick(coefficients_ptrs, site)
         f = tl.load(_pick(f_ptrs, site) + row, mask=mask, other=0.0).to(tl.float32)
         u = weighted_rows(x, load_mix(mix, t, token, 0, N, M), N)
-        tl.store(u_ptr + site * size + row, u.to(DT), mask=mask)
+        tl.store(_pick(u_ptrs, site) + row, u.to(DT), mask=mask)
         post = load_mix(mix, t, token, N, N, M)
         res = load_mix(mix, t, token, 2 * N, N * N, M)
         y = ()
         for o in tl.static_range(N):
             y = y + (mixed_row(x, f, post, res, o, N).to(DT),)
-            tl.store(y_ptr + site * (N * size) + o * C + offsets, y[o], mask=mask)
+            tl.store(_pick(y_ptrs, site) + o * C + offsets, y[o], mask=mask)
         x = y
     if len(coefficients_ptrs) > POSTS:
         u = weighted_rows(x, load_mix(coefficients_ptrs[POSTS], t, token, 0, N, M), N)
-        tl.store(u_ptr + POSTS * size + row, u.to(DT), mask=mask)
+        tl.store(u_ptrs[POSTS] + row, u.to(DT), mask=mask)
 
 
 def recompute_block(
-    x: Tensor, fs: Sequence[Tensor], coefficients: Sequence[Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
+    x: Tensor, fs: Sequence[Tensor], coefficients: Sequence[Tensor],
+    out: Sequence[Tensor] | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     """Rebuild u of every site and the state after every site whose f is given.
 
     Args:
         x: input of the block ``[T, n, C]``.
         fs: sublayer outputs ``[T, C]``, one a site; the last site's may be left out.
         coefficients: ``[T, M]`` fp32, one a site.
+        out: memory for what is returned, us then xs.
 
     Returns:
         ``(us, xs)``: u of every site ``[T, C]``; xs[l] ``[T, n, C]`` is the state after site l.
     """
     tokens, n, channels = x.shape
     cfg = tuning.config("recompute", n, channels, tokens, x.dtype)
-    us: list[Tensor] = []
-    xs: list[Tensor] = []
+    given = list(out or ())
+    us = given[: len(coefficients)] or [x.new_empty((tokens, channels)) for _ in coefficients]
+    xs = given[len(coefficients) :] or [x.new_empty(x.shape) for _ in fs]
     for first in range(0, len(coefficients), MOST_SITES):
         block = tuple(coefficients[first : first + MOST_SITES])
         posts = tuple(fs[first : first + MOST_SITES])
-        u = x.new_empty((len(block), tokens, channels))
-        y = x.new_empty((max(len(posts), 1), tokens, n, channels))
+        u = tuple(us[first : first + MOST_SITES])
+        y = tuple(xs[first : first + MOST_SITES])
         blocks = triton.cdiv(tokens, cfg.BT) * triton.cdiv(channels, cfg.BC)
         _recompute_kernel[(blocks,)](
             x, posts, block, u, y, tokens, N=n, C=channels, BT=cfg.BT, BC=cfg.BC,
             num_warps=cfg.warps,
         )  # fmt: skip
-        us += u.unbind(0)
-        xs += y.unbind(0)[: len(posts)]
-        if posts:
-            x = y[-1]
+        x = y[-1] if y else x
     return us, xs
