@@ -134,7 +134,7 @@ class Bench:
         return self._groups[key]
 
     def message(self, traffic: Traffic) -> Callable[[], Any] | None:
-        """A call that enqueues one message and returns handles; None where this rank has no part."""
+        """A call that enqueues one message and returns handles; None without a part in it."""
         group = self._group(traffic)
         dtype = torch.bfloat16
         count = traffic.num_bytes // dtype.itemsize
@@ -167,9 +167,16 @@ class Bench:
 
     # -- runs --------------------------------------------------------------------------------------
 
-    def run(self, compute: int, work: Callable[[], object] | None, messages: int,
-            send: Callable[[], Any] | None) -> tuple[Run, bool]:  # fmt: skip
+    def run(
+        self, compute: int, work: Callable[[], object] | None, messages: int,
+        send: Callable[[], Any] | None, hold_ns: float,
+    ) -> tuple[Run, bool]:  # fmt: skip
         """Run both sides at once; on a GPU the returned run is empty: it is in the trace.
+
+        Args:
+            compute, work: how often to call what; None: this rank has no part.
+            messages, send: likewise.
+            hold_ns: what the host needs to enqueue all that.
 
         Returns:
             The run, and whether the host was too late: the streams had begun before it was done.
@@ -178,8 +185,7 @@ class Bench:
         if not self.gpu:
             return _run_on_host(compute, work, messages, send), False
         main = torch.cuda.current_stream()
-        hold = compute * self._host(work) + messages * self._host(send) + 1_500_000
-        self.timer.fill(1.3 * hold)
+        self.timer.fill(1.3 * hold_ns + 1_500_000)
         torch.cuda._sleep(1)
         go = torch.cuda.Event()
         go.record(main)
@@ -199,20 +205,17 @@ class Bench:
         torch.cuda.synchronize()
         return Run(), late
 
-    def _host(self, call: Callable[[], object] | None) -> float:
-        found = self._estimates.get(str(id(call)))
-        return 60_000.0 if found is None else found.host_ns
-
     def estimate(self, key: str, call: Callable[[], Any] | None) -> _Estimate:
-        """Rough times of a call, the same on every rank; kept under ``key``."""
+        """Rough times of a call, the same on every rank; kept under ``key``.
+
+        Launches markers: not to be made while a trace is taken.
+        """
         if key not in self._estimates:
             mine = _Estimate(0.0, 0.0) if call is None else self._try(call)
             every = self.gather(mine)
             self._estimates[key] = _Estimate(
                 max(e.stream_ns for e in every), max(e.host_ns for e in every)
             )
-        if call is not None:
-            self._estimates[str(id(call))] = self._estimates[key]
         return self._estimates[key]
 
     def _try(self, call: Callable[[], Any]) -> _Estimate:
@@ -331,23 +334,31 @@ def _tracing(gpu: bool) -> Iterator[list[Run]]:
 Item = tuple[str, "Traffic | None"]
 
 
+def _estimates(bench: Bench, item: Item) -> tuple[_Estimate, _Estimate]:
+    """Of the compute and of the traffic; nothing where a side is absent."""
+    name, traffic = item
+    ours = theirs = _Estimate(0.0, 0.0)
+    if name != "-":
+        ours = bench.estimate(name, bench.compute[name].call)
+    if traffic is not None:
+        theirs = bench.estimate(str(traffic.alone), bench.message(traffic))
+    return ours, theirs
+
+
 def _counts(bench: Bench, item: Item, run: str) -> tuple[int, int]:
     """Ops and messages of a run: enough that the side which should outlive the other does."""
-    name, traffic = item
     if not bench.gpu:
         return 8, 8
+    ours, theirs = _estimates(bench, item)
     ops = messages = 0
-    if name != "-":
-        each = bench.estimate(name, bench.compute[name].call)
-        ops = min(_MOST_OPS, max(_FEWEST, round(_COMPUTE_NS[run] / max(1.0, each.stream_ns))))
-    if traffic is not None:
-        each = bench.estimate(str(traffic.alone), bench.message(traffic))
-        messages = round(_TRAFFIC_NS[run] / max(1.0, each.stream_ns))
+    if item[0] != "-":
+        ops = min(_MOST_OPS, max(_FEWEST, round(_COMPUTE_NS[run] / max(1.0, ours.stream_ns))))
+    if item[1] is not None:
+        messages = round(_TRAFFIC_NS[run] / max(1.0, theirs.stream_ns))
         messages = min(_MOST_MESSAGES, max(_FEWEST, messages))
-    if name != "-" and traffic is not None and run == "B":  # long messages need more compute
-        want = 1.6 * messages * each.stream_ns
-        own = bench.estimate(name, bench.compute[name].call).stream_ns
-        ops = min(_MOST_OPS, max(ops, round(want / max(1.0, own))))
+    if ops and messages and run == "B":  # long messages need more compute to outlive them
+        want = 1.6 * messages * theirs.stream_ns
+        ops = min(_MOST_OPS, max(ops, round(want / max(1.0, ours.stream_ns))))
     return ops, messages
 
 
@@ -358,14 +369,12 @@ def _measure(bench: Bench, item: Item) -> tuple[list[tuple[str, Run]], list[str]
     if traffic is not None and traffic.busy == "first" and bench.rank:
         work = None
     send = None if traffic is None else bench.message(traffic)
+    ours, theirs = _estimates(bench, item)
     found, late = [], []
     for run in ("A", "B") if name != "-" and traffic is not None else ("A",):
         ops, messages = _counts(bench, item, run)
-        if work is not None:
-            bench.estimate(name, bench.compute[name].call)
-        if traffic is not None:
-            bench.estimate(str(traffic.alone), send)
-        result, was_late = bench.run(ops, work, messages, send)
+        hold = ops * ours.host_ns + messages * theirs.host_ns
+        result, was_late = bench.run(ops, work, messages, send, hold)
         found.append((run, result))
         if was_late:
             late.append(f"{run}{bench.rank}")
@@ -375,9 +384,10 @@ def _measure(bench: Bench, item: Item) -> tuple[list[tuple[str, Run]], list[str]
 def _chunk(bench: Bench, items: Sequence[Item], book: _Book) -> None:
     """Measure some pairs under one trace; rank 0 writes their rows."""
     done: list[tuple[Item, list[tuple[str, Run]], list[str]]] = []
+    for item in items:
+        _estimates(bench, item)
     with _tracing(bench.gpu) as traced:
-        for item in items:
-            done.append((item, *_measure(bench, item)))
+        done += [(item, *_measure(bench, item)) for item in items]
     if bench.gpu:
         wanted = sum(len(runs) for _, runs, _ in done)
         if len(traced) != wanted:  # the profiler dropped records: rather none than wrong ones

@@ -66,7 +66,7 @@ def launch_of(event: dict[str, Any]) -> list[int]:
 def is_traffic(event: dict[str, Any]) -> bool:
     """Whether a device event is NCCL's kernel or a copy between devices."""
     if event.get("cat") == "gpu_memcpy":
-        return "PtoP" in event["name"] or "Peer" in event["name"] or "DtoD" in event["name"]
+        return "PtoP" in event["name"] or "Peer" in event["name"]
     return _TRAFFIC_KERNEL in event["name"]
 
 
