@@ -70,6 +70,14 @@ def build_app() -> App:
     for group, commands in ((app, _COMMANDS), (profile, _PROFILE_COMMANDS)):
         for name, (home, text) in commands.items():
             group.command(home, name=name, help=text)
+    # the capture parses its own options, so that it also runs without the command line's packages
+    profile.command(
+        "mhcplan.planner.profile_commands:measure",
+        name="measure",
+        help="Measure this machine's GPUs (needs torch and triton).",
+        help_flags=[],
+        version_flags=[],
+    )
     app.command(profile)
     return app
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -115,6 +116,21 @@ def diff(first: NameOrFile, second: NameOrFile, /, *, json: Json = False) -> Non
         f"{len(changed)} changed, {result.unchanged} equal, {len(result.added)} new,"
         f" {len(result.removed)} gone"
     )
+
+
+def measure(
+    *words: Annotated[str, Parameter(name="OPTIONS", allow_leading_hyphen=True)],
+) -> int:
+    """Measure this machine's GPUs: ops, transfers, rates and overheads; needs torch and triton.
+
+    ``mhcplan profile measure --help`` lists the options.
+
+    Args:
+        words: see --help
+    """
+    capture = import_module("mhcplan.profiles.capture.__main__")
+    code: int = capture.main(list(words))
+    return code
 
 
 def _summary(profile: Profile) -> dict[str, str | int]:

@@ -1,0 +1,88 @@
+"""The HTML page of a prediction: one file, no server, nothing fetched.
+
+plotly.js comes out of the installed plotly package and is inlined, so that the page works from a
+USB stick; its content security policy forbids every request. Texts that come from plans and
+profiles are escaped.
+"""
+
+from __future__ import annotations
+
+import json
+from html import escape
+from importlib.resources import files
+from string import Template
+from typing import TYPE_CHECKING, Any, cast
+
+from mhcplan.planner.figures import breakdown_figure, memory_figure, timeline_figure
+from mhcplan.planner.report_text import headline, residual_name, sections
+from mhcplan.planner.timeline_data import timeline_data
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go  # pyright: ignore[reportMissingTypeStubs]
+
+    from mhcplan.planner.predict import Prediction
+    from mhcplan.planner.report import PlanReport
+    from mhcplan.planner.report_text import Section
+
+
+def timeline_page(prediction: Prediction, report: PlanReport) -> str:
+    """The page of a prediction: the answer, the timeline, time and memory, the tables."""
+    ops = timeline_data(prediction.step)
+    data = {
+        "ops": ops,
+        "timeline": _json(timeline_figure(report, ops)),
+        "breakdown": _json(breakdown_figure(report)),
+        "memory": _json(memory_figure(report)),
+    }
+    return Template(_static("page.html")).substitute(
+        title=escape(f"{report.plan.model.name}, {residual_name(report.plan)}: a predicted step"),
+        style=_static("page.css"),
+        verdict="fits" if report.fits else "over",
+        answer=escape(headline(report)),
+        tables="\n".join(_table(section) for section in sections(report)),
+        warnings=_warnings(report),
+        command=escape(report.command),
+        version=escape(report.mhcplan_version),
+        plan_digest=report.plan_digest[:12],
+        profile_digest=report.profile_digest[:12],
+        plotly=_plotly_js(),
+        data=_script_json(data),
+        script=_static("timeline.js") + "\n" + _static("page.js"),
+    )
+
+
+def _static(name: str) -> str:
+    return files("mhcplan.planner").joinpath("static", name).read_text(encoding="utf-8")
+
+
+def _plotly_js() -> str:
+    return files("plotly").joinpath("package_data", "plotly.min.js").read_text(encoding="utf-8")
+
+
+def _json(figure: go.Figure) -> dict[str, Any]:
+    return cast("dict[str, Any]", figure.to_plotly_json())  # pyright: ignore[reportUnknownMemberType]
+
+
+def _script_json(data: object) -> str:
+    """JSON that cannot end the script element it stands in."""
+    return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _table(section: Section) -> str:
+    words = "" if any(section.columns) else ' class="words"'
+    head = "".join(f"<th>{escape(column)}</th>" for column in section.columns)
+    lines = [f"<table{words}><caption>{escape(section.title)}</caption>"]
+    if any(section.columns):
+        lines.append(f"<thead><tr>{head}</tr></thead>")
+    for row in section.rows:
+        total = ' class="total"' if row[0] == "step" else ""
+        cells = "".join(f"<td>{escape(cell)}</td>" for cell in row)
+        lines.append(f"<tr{total}>{cells}</tr>")
+    return "".join([*lines, "</table>"])
+
+
+def _warnings(report: PlanReport) -> str:
+    if not report.warnings:
+        return ""
+    items = "".join(f"<li>{escape(warning)}</li>" for warning in report.warnings)
+    return f"<section><h2>Assumed, or not modelled</h2><ul>{items}</ul></section>"
