@@ -209,8 +209,13 @@ class Unpermute(Op):
     kind = "unpermute"
 
     def forward(  # type: ignore[override]
-        self, rows: Tensor, weights: Tensor, slot: Tensor, shared: Tensor | None = None,
-        *, out: Tensor | None = None,
+        self,
+        rows: Tensor,
+        weights: Tensor,
+        slot: Tensor,
+        shared: Tensor | None = None,
+        *,
+        out: Tensor | None = None,
     ) -> tuple[Tensors, Tensors]:
         """rows [T k, C] in expert order, weights and slot [T, k], shared [T, C]: [T, C]."""
         y = fused(rows).unpermute(rows, weights, slot, shared, out)

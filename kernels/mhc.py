@@ -234,7 +234,18 @@ def mhc_pre_backward(
         ValueError: an argument has the wrong shape, device, layout or value.
     """
     dx, dphi, _, dbias, dalpha = _pre_backward(
-        dy, x, du, coefficients, projection, dmix, phi, bias, alpha, steps, norm_eps, True,
+        dy,
+        x,
+        du,
+        coefficients,
+        projection,
+        dmix,
+        phi,
+        bias,
+        alpha,
+        steps,
+        norm_eps,
+        True,
         out,
     )
     assert dphi is not None
@@ -265,7 +276,18 @@ def mhc_pre_backward_input(
         ValueError: an argument has the wrong shape, device, layout or value.
     """
     dx, _, dp, dbias, dalpha = _pre_backward(
-        dy, x, du, coefficients, projection, dmix, phi, bias, alpha, steps, norm_eps, False,
+        dy,
+        x,
+        du,
+        coefficients,
+        projection,
+        dmix,
+        phi,
+        bias,
+        alpha,
+        steps,
+        norm_eps,
+        False,
         None,
     )
     return dx, dp, dbias, dalpha
@@ -300,9 +322,7 @@ def _pre_backward(
         dp, s, dbias, dalpha = mhc_backward.coefficient_gradients(
             x, du, coefficients, projection, dmix, bias, alpha, steps
         )
-        dx, dphi = mhc_backward.pre_backward(
-            dy, x, du, coefficients, dp, s, phi, with_weight, out
-        )
+        dx, dphi = mhc_backward.pre_backward(dy, x, du, coefficients, dp, s, phi, with_weight, out)
         return dx, dphi, dp, dbias, dalpha
     width = projection_gradient_width(x.shape[1], x.dtype)
     dx, dp, dbias, dalpha = mhc_eager.pre_backward_input(
