@@ -1,0 +1,199 @@
+"""Process groups of a Program, for every replica, and the transfers that run in them.
+
+A Program holds the ranks of one replica; ``ep * dp`` processes stand for each. Process numbers are
+those of the planner's GPUs: ep fastest, then dp, then the pipeline rank. A Program's group becomes
+a process group for each replica (pipeline), each ep group, or each set of weight holders; the part
+of its name before the colon says which.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from mhcplan.runtime.spec import RunError
+from mhcplan.sim.program import HIGH_PRIORITY
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from mhcplan.sim.program import Group, Op, Program
+
+
+class Place(NamedTuple):
+    """Which of the processes this is: a rank of the Program in one of its replicas."""
+
+    process: int
+    ep: int
+    dp: int
+
+    @property
+    def replicas(self) -> int:
+        """Processes for each rank."""
+        return self.ep * self.dp
+
+    @property
+    def rank(self) -> int:
+        """Rank in the Program."""
+        return self.process // self.replicas
+
+    @property
+    def replica(self) -> int:
+        """Number of the replica, 0 .. ep x dp - 1."""
+        return self.process % self.replicas
+
+    @property
+    def expert_index(self) -> int:
+        """Which share of the experts it holds."""
+        return self.replica % self.ep
+
+    def process_of(self, rank: int) -> int:
+        """The process that runs ``rank`` of the same replica."""
+        return rank * self.replicas + self.replica
+
+
+def instances(group: Group, ep: int, dp: int) -> list[list[int]]:
+    """Processes of every process group that a Program's group stands for.
+
+    Raises:
+        RunError: the group's size fits none of the layouts that its name may mean.
+    """
+    replicas, kind = ep * dp, group.name.partition(":")[0]
+    if kind == "ep":
+        base = group.members[0] * replicas
+        found = [[base + d * ep + e for e in range(ep)] for d in range(dp)]
+    elif kind == "dp":
+        found = [[m * replicas + i for m in group.members for i in range(replicas)]]
+    elif kind == "dp_experts":
+        found = [
+            [m * replicas + i for m in group.members for i in range(e, replicas, ep)]
+            for e in range(ep)
+        ]
+    else:
+        found = [[m * replicas + i for m in group.members] for i in range(replicas)]
+    if len(found[0]) != group.size:
+        raise RunError(
+            f"group {group.name} has {group.size} members, but ep={ep} dp={dp} gives"
+            f" {len(found[0])}"
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Handle:
+    """A process group that this process is in, with the processes that belong to it."""
+
+    group: Any
+    processes: tuple[int, ...]
+
+    @property
+    def index(self) -> int:
+        """This process's place in the group."""
+        return self.processes.index(dist.get_rank())
+
+
+class Groups:
+    """Process groups by (purpose, members); Programs in one process share equal ones.
+
+    All processes must call :meth:`add` with the same Programs in the same order.
+    """
+
+    def __init__(self, device: torch.device, timeout_s: float) -> None:
+        """``timeout_s`` is when a transfer that nobody answers fails."""
+        self._device, self._timeout = device, timedelta(seconds=timeout_s)
+        self._made: dict[tuple[str, tuple[int, ...]], Any] = {}
+
+    def add(self, program: Program, place: Place) -> dict[int, Handle]:
+        """Create (or find) the groups of a Program; returns those of this process by number."""
+        urgent = {s.group for s in program.streams if s.priority <= HIGH_PRIORITY}
+        own: dict[int, Handle] = {}
+        new: list[int] = []
+        for number, group in enumerate(program.groups):
+            for processes in instances(group, place.ep, place.dp):
+                key = f"{group.name}{'!' if number in urgent else ''}", tuple(processes)
+                if key not in self._made:
+                    self._made[key] = self._create(processes, urgent=number in urgent)
+                    new.append(number)
+                if place.process in processes:
+                    own[number] = Handle(self._made[key], key[1])
+        if self._device.type == "cuda":
+            _warm_up(program, own, sorted(set(new)), self._device)
+        return own
+
+    def _create(self, processes: list[int], *, urgent: bool) -> Any:  # noqa: ANN401
+        options = None
+        if self._device.type == "cuda" and urgent:
+            options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        return dist.new_group(processes, timeout=self._timeout, pg_options=options)
+
+
+def _warm_up(
+    program: Program, own: dict[int, Handle], numbers: Sequence[int], device: torch.device
+) -> None:
+    """Open every communicator in the same order on all processes.
+
+    NCCL opens one at its first call and blocks the host until all members are there; left to the
+    step, two processes could each wait for the other in a different one.
+    """
+    batched = {int(g) for g in program.group[program.batch >= 0]}
+    for number in numbers:
+        handle = own.get(number)
+        if handle is None:
+            continue
+        x = torch.zeros(2 * len(handle.processes), device=device)
+        if program.groups[number].name.startswith("pp") and number not in batched:
+            source, target = handle.processes
+            first = dist.get_rank() == source
+            start = dist.isend if first else dist.irecv
+            work = start(x, target if first else source, group=handle.group)
+            assert work is not None
+            work.wait()
+        elif number in batched:
+            _ring(x, handle)
+        else:
+            dist.all_reduce(x, group=handle.group)
+        torch.cuda.synchronize(device)
+
+
+def _ring(x: Tensor, handle: Handle) -> None:
+    """A batched exchange with both neighbours in the group."""
+    index, processes = handle.index, handle.processes
+    ops = [
+        dist.P2POp(kind, x.clone(), processes[peer], handle.group)
+        for peer in (index - 1, index + 1)
+        if 0 <= peer < len(processes)
+        for kind in (dist.isend, dist.irecv)
+    ]
+    for work in dist.batch_isend_irecv(ops):
+        work.wait()
+
+
+class GroupTransfers:
+    """Starts the Program's sends and receives in its process groups."""
+
+    def __init__(self, groups: dict[int, Handle], place: Place) -> None:
+        """``groups`` by number, as :meth:`Groups.add` returns them."""
+        self._groups, self._place = groups, place
+
+    def start(self, ops: Sequence[Op], tensors: Sequence[Tensor]) -> list[Any]:
+        """One call: a send or a receive, or a batch of them."""
+        if ops[0].batch < 0:
+            (op,), (tensor,) = ops, tensors
+            call = dist.isend if op.reads else dist.irecv
+            peer = self._place.process_of(op.peer)
+            return [call(tensor, peer, group=self._groups[op.group].group)]
+        return dist.batch_isend_irecv(
+            [
+                dist.P2POp(
+                    dist.isend if op.reads else dist.irecv, tensor,
+                    self._place.process_of(op.peer), self._groups[op.group].group,
+                )
+                for op, tensor in zip(ops, tensors, strict=True)
+            ]
+        )  # fmt: skip

@@ -1,0 +1,150 @@
+"""Streams and events of one rank: CUDA's, or their stand-in on a CPU.
+
+Both have one contract. ``enter(stream, events)`` makes ``stream`` current once it has waited for
+the events; what is called next runs on it; ``transferred(works)`` orders the stream after
+transfers that were just started on it; ``leave(event)`` records an event behind all of that.
+
+On a GPU a communication stream of the Program is a process group's internal stream. The group puts
+a transfer behind whatever the *current* stream holds, so each has a stream of ours in front of it,
+which waits for the op's events, is current while the transfer is called and then waits for it: an
+event recorded there is the transfer's handle.
+
+On a CPU an op runs when it is called, and a transfer runs in the background until an op waits for
+its event. Nothing else overlaps, but who waits for what is the same.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from mhcplan.sim.program import Stream
+
+MAX_STREAMS_PER_PRIORITY = 32  # torch's pool; the next one would be the first again
+
+
+class Streams(Protocol):
+    """See the module's docstring."""
+
+    device: torch.device
+
+    def enter(self, stream: int, events: Iterable[int]) -> None:
+        """Make ``stream`` current and let it wait for ``events``."""
+
+    def transferred(self, works: Sequence[Any]) -> None:
+        """Order the current stream after transfers that were just started."""
+
+    def leave(self, event: int) -> None:
+        """Record ``event`` on the current stream."""
+
+    def host_wait(self) -> None:
+        """Block the host until the current stream is done."""
+
+    def join(self) -> None:
+        """Let the compute stream wait for all others: the end of a step."""
+
+
+class CudaStreams:
+    """CUDA streams and events. Index 0 is the compute stream."""
+
+    def __init__(self, streams: Sequence[Stream], num_events: int, device: torch.device) -> None:
+        """Make streams of the Program's priorities; raises ValueError for too many of one."""
+        self.device = device
+        counts: dict[int, int] = {}
+        for stream in streams:
+            counts[stream.priority] = counts.get(stream.priority, 0) + 1
+        if max(counts.values()) > MAX_STREAMS_PER_PRIORITY:
+            raise ValueError(
+                f"{counts} streams by priority: torch has {MAX_STREAMS_PER_PRIORITY} of each"
+            )
+        self.streams = [torch.cuda.Stream(device, priority=s.priority) for s in streams]
+        self._events = [torch.cuda.Event() for _ in range(num_events)]
+        self._current = self.streams[0]
+
+    def enter(self, stream: int, events: Iterable[int]) -> None:
+        """Make ``stream`` current and let it wait for ``events``."""
+        chosen = self.streams[stream]
+        if chosen is not self._current:
+            torch.cuda.set_stream(chosen)
+            self._current = chosen
+        for event in events:
+            chosen.wait_event(self._events[event])
+
+    def transferred(self, works: Sequence[Any]) -> None:
+        """Order the current stream after transfers; the host goes on."""
+        for work in works:
+            work.wait()
+
+    def leave(self, event: int) -> None:
+        """Record ``event`` on the current stream."""
+        self._events[event].record(self._current)
+
+    def host_wait(self) -> None:
+        """Block the host until the current stream is done."""
+        self._current.synchronize()
+
+    def begin(self) -> None:
+        """Start a step: the compute stream is current, behind all of the caller's stream."""
+        caller = torch.cuda.current_stream(self.device)
+        self.streams[0].wait_stream(caller)
+        for stream in self.streams[1:]:
+            stream.wait_stream(self.streams[0])
+        torch.cuda.set_stream(self.streams[0])
+        self._current, self._caller = self.streams[0], caller
+
+    def join(self) -> None:
+        """End a step: the compute stream waits for all, the caller's stream for it."""
+        for stream in self.streams[1:]:
+            self.streams[0].wait_stream(stream)
+        self._caller.wait_stream(self.streams[0])
+        torch.cuda.set_stream(self._caller)
+
+
+class CpuStreams:
+    """Ops run at once, transfers until somebody waits for them. Index 0 is the compute stream."""
+
+    def __init__(self, streams: Sequence[Stream], num_events: int) -> None:
+        """Nothing is running."""
+        self.device = torch.device("cpu")
+        self._running: list[list[Any]] = [[] for _ in streams]
+        self._of_event: list[list[Any]] = [[] for _ in range(num_events)]
+        self._current = 0
+
+    def begin(self) -> None:
+        """Start a step."""
+        self._current = 0
+
+    def enter(self, stream: int, events: Iterable[int]) -> None:
+        """Wait for the transfers behind ``events``."""
+        self._current = stream
+        for event in events:
+            _finish(self._of_event[event])
+
+    def transferred(self, works: Sequence[Any]) -> None:
+        """Note what is running on the current stream."""
+        self._running[self._current] += works
+
+    def leave(self, event: int) -> None:
+        """``event`` stands for what the current stream has running now."""
+        running = self._running[self._current]
+        running[:] = [work for work in running if not work.is_completed()]
+        self._of_event[event] = list(running)
+
+    def host_wait(self) -> None:
+        """Finish what the current stream has running."""
+        _finish(self._running[self._current])
+
+    def join(self) -> None:
+        """Finish everything."""
+        for running in self._running:
+            _finish(running)
+
+
+def _finish(works: list[Any]) -> None:
+    for work in works:
+        work.wait()
+    works.clear()
