@@ -79,7 +79,7 @@ def structure_faults(program: Program) -> Iterator[tuple[int, str]]:
         if (getattr(program, name) < 0).any():
             yield NO_OP, f"{name} has a negative entry"
     for stream in program.streams:
-        if not (0 <= stream.rank < program.num_ranks and stream.group < len(program.groups)):
+        if not (0 <= stream.rank < program.num_ranks and -1 <= stream.group < len(program.groups)):
             yield NO_OP, f"{stream} has no such rank or group"
     for group in program.groups:
         if not all(0 <= member < program.num_ranks for member in group.members):
