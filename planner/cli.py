@@ -65,7 +65,13 @@ def build_app() -> App:
     """The command tree; nothing behind it is imported yet."""
     from cyclopts import App
 
-    app = App(name="mhcplan", help=_HELP, help_format="markdown", version=mhcplan.__version__)
+    app = App(
+        name="mhcplan",
+        help=_HELP,
+        help_format="markdown",
+        version=mhcplan.__version__,
+        suppress_keyboard_interrupt=False,
+    )
     profile = App(name="profile", help="Measured times: list, show, check and compare them.")
     for group, commands in ((app, _COMMANDS), (profile, _PROFILE_COMMANDS)):
         for name, (home, text) in commands.items():

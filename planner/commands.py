@@ -80,8 +80,8 @@ def export(
         flags: what to change in the plan
     """
     prediction, _ = _predict(source, flags or PlanFlags())
-    assert to == "perfetto"
-    write_files(folder, {TRACE_NAME: _trace(prediction)})
+    files = {"perfetto": lambda: {TRACE_NAME: _trace(prediction)}}
+    write_files(folder, files[to]())
     note(f"wrote {folder / TRACE_NAME}")
 
 
@@ -129,4 +129,7 @@ def _files(prediction: Prediction, report: PlanReport) -> dict[str, str | bytes]
 
 
 def _trace(prediction: Prediction) -> bytes:
-    raise NotImplementedError
+    from mhcplan.sim.chrome_trace import chrome_trace
+
+    step = prediction.step
+    return chrome_trace(step.program, step.timeline, step.memory)

@@ -126,7 +126,7 @@ class PlanReport(Spec):
     num_ops: Annotated[NonNegativeInt, Field(description="ops on all ranks of one replica")]
     engine: str
     warnings: Annotated[
-        tuple[str, ...], Field(description="what is assumed, and what is not modelled")
+        tuple[str, ...], Field(description="what is assumed, and what is simplified")
     ]
 
     @model_validator(mode="after")

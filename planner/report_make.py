@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mhcplan.planner.predict import Prediction, Step
     from mhcplan.profiles.costs import Source
 
-_BALANCED = "routing is balanced: every expert gets the same number of tokens"
+_BALANCED = "routing is balanced, every expert gets the same number of tokens"
 
 
 def make_report(prediction: Prediction, command: str) -> PlanReport:
@@ -76,10 +76,19 @@ def _warnings(prediction: Prediction) -> Iterator[str]:
     plan = prediction.plan
     for text in plan.model.assumed:
         yield f"{plan.model.name}: {text}"
-    for cost in prediction.step.costs:
-        if cost.source == "assumed":
-            yield f"assumed cost: {cost.explanation}"
+    for text in _assumed_costs(prediction.step):
+        yield f"assumed cost: {text}"
     if plan.model.moe is not None:
-        yield f"not modelled: {_BALANCED}"
+        yield f"simplified: {_BALANCED}"
     for text in NOT_MODELLED:
-        yield f"not modelled: {text}"
+        yield f"simplified: {text}"
+
+
+def _assumed_costs(step: Step) -> list[str]:
+    """Explanations of assumed costs; of those that begin alike, the shortest."""
+    kept: list[str] = []
+    found = {cost.explanation for cost in step.costs if cost.source == "assumed"}
+    for text in sorted(found, key=lambda text: (len(text), text)):
+        if not any(text.startswith(shorter) for shorter in kept):
+            kept.append(text)
+    return kept

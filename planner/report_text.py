@@ -189,7 +189,7 @@ def print_report(report: PlanReport, console: Console) -> None:
         console.print()
         console.print(table)
     if report.warnings:
-        console.print(Text("\nAssumed, or not modelled:"))
+        console.print(Text("\nAssumed and simplified:"))
         for warning in report.warnings:
             console.print(Text(f"- {warning}"), soft_wrap=True)
     console.print(Text(f"\nAgain: {report.command}"), soft_wrap=True)

@@ -85,4 +85,4 @@ def _warnings(report: PlanReport) -> str:
     if not report.warnings:
         return ""
     items = "".join(f"<li>{escape(warning)}</li>" for warning in report.warnings)
-    return f"<section><h2>Assumed, or not modelled</h2><ul>{items}</ul></section>"
+    return f"<section><h2>Assumed and simplified</h2><ul>{items}</ul></section>"
