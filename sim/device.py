@@ -4,18 +4,19 @@ Every engine calls these functions, plainly or compiled, and holds no physics of
 model of the GPU replaces this file only. They take and fill plain sequences of integers.
 
 Work and rates. An op that takes d ns alone is ``d * FULL_RATE`` units of work. Whenever something
-on its rank begins or ends, the device says how many units a nanosecond it does from then on, 0 ..
-FULL_RATE; the time to the end is rounded up to a whole nanosecond. So any slow-down that a model of
+on a rank begins or ends, :func:`share_device` says how many units a nanosecond everything on that
+rank does from then on, 0 .. FULL_RATE; a transfer goes at the least of what its members' ranks give
+it. The time to the end is rounded up to a whole nanosecond. So any slow-down that a model of
 contention finds is an integer rate here.
 
 What is modelled:
 
-* **SMs.** A rank's compute ops (all that are no transfers) share its SMs by priority. While an op of a more urgent stream
-  runs, those of less urgent streams make no progress, as if thread blocks were short: pre-emption
-  between blocks. Ops of equally urgent streams run one at a time: the op that has begun first,
-  then in issue order. A kernel that fills the GPU leaves no room for another, and a gain from two
-  that do not fill it would have to be measured; without a measurement none is given. An op of no
-  duration (bookkeeping) takes no SMs and waits for none.
+* **SMs.** A rank's compute ops (all that are no transfers) share its SMs by priority. While an op
+  of a more urgent stream runs, those of less urgent streams make no progress, as if thread blocks
+  were short: pre-emption between blocks. Ops of equally urgent streams run one at a time: the op
+  that has begun first, then in issue order. A kernel that fills the GPU leaves no room for another,
+  and a gain from two that do not fill it would have to be measured; without a measurement none is
+  given. An op of no duration (bookkeeping) takes no SMs and waits for none.
 * **Links.** Each rank has, for each medium, one link out and one link in. A transfer holds ``out``
   at every member that sends and ``in`` at every member that receives (both, in a collective) from
   its start to its end, alone. It gets all of them at one instant or none. Transfers that could
@@ -28,10 +29,11 @@ What is modelled:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from mhcplan.sim.jit import ints, usable_in_compiled
 from mhcplan.sim.program import Csr
 
 if TYPE_CHECKING:
@@ -57,54 +59,85 @@ NOT_MODELLED: tuple[str, ...] = (
 FULL_RATE = 1 << 16
 
 
+class Traits(NamedTuple):
+    """What the device knows of each op, by op number; a better model adds to it.
+
+    Attributes:
+        priority: of the op's stream; lower is more urgent.
+        is_transfer: 1 for a transfer, 0 for a compute op.
+    """
+
+    priority: Sequence[int]
+    is_transfer: Sequence[int]
+
+
+def traits_of(program: Program) -> Traits:
+    """The traits of a Program's ops, as arrays."""
+    priority = np.array([stream.priority for stream in program.streams], np.int64)
+    return Traits(ints(priority[program.stream]), ints(program.group >= 0))
+
+
+@usable_in_compiled
 def work_of(duration_ns: int) -> int:
     """Work of an op that takes ``duration_ns`` alone."""
     return duration_ns * FULL_RATE
 
 
+@usable_in_compiled
 def work_left(work: int, rate: int, elapsed_ns: int) -> int:
     """Work left after ``elapsed_ns`` at ``rate``; never below 0, as ends are rounded up."""
     return max(work - rate * elapsed_ns, 0)
 
 
+@usable_in_compiled
 def time_to_finish_ns(work: int, rate: int) -> int:
     """Nanoseconds that ``work`` takes at ``rate`` > 0, rounded up."""
-    return -(-work // rate)
+    return (work + rate - 1) // rate
 
 
-def share_sms(
+@usable_in_compiled
+def share_device(
     begin: int,
     end: int,
-    resident: Sequence[int],
-    begun: Sequence[int],
-    priority: Sequence[int],
+    running: Sequence[int],
+    start_ns: Sequence[int],
+    traits: Traits,
     rate: MutableSequence[int],
 ) -> None:
-    """Set the rates of one rank's compute ops.
+    """Set the rates of what is on one rank.
 
     Args:
-        begin, end: the rank's compute streams are ``begin .. end - 1``.
-        resident: op at the head of each compute stream that is free to run, or -1. Op numbers of a
-            rank are its issue numbers.
-        begun: 1 where that op has run before.
-        priority: of each compute stream; lower is more urgent.
-        rate: filled with each stream's rate.
+        begin, end: the rank's ops are ``running[begin : end]``: of each compute stream the op that
+            is free to run, and every transfer under way. Op numbers of a rank are its issue numbers.
+        running: ops, in no order that means anything.
+        start_ns: when each op has begun, or a negative number.
+        traits: of every op.
+        rate: filled in the places of ``running``; a transfer's is what this rank gives it.
     """
     chosen = -1
-    for stream in range(begin, end):
-        rate[stream] = 0
-        if resident[stream] < 0:
+    for i in range(begin, end):
+        op = running[i]
+        if traits.is_transfer[op]:
+            rate[i] = FULL_RATE
             continue
-        if chosen < 0 or priority[stream] < priority[chosen]:
-            chosen = stream
-        elif priority[stream] == priority[chosen]:
-            earlier = resident[stream] < resident[chosen]
-            if begun[stream] > begun[chosen] or (begun[stream] == begun[chosen] and earlier):
-                chosen = stream
+        rate[i] = 0
+        if chosen < 0 or _goes_first(op, running[chosen], start_ns, traits):
+            chosen = i
     if chosen >= 0:
         rate[chosen] = FULL_RATE
 
 
+@usable_in_compiled
+def _goes_first(op: int, other: int, start_ns: Sequence[int], traits: Traits) -> bool:
+    """Whether compute op ``op`` gets the SMs and not ``other``."""
+    if traits.priority[op] != traits.priority[other]:
+        return traits.priority[op] < traits.priority[other]
+    if (start_ns[op] >= 0) != (start_ns[other] >= 0):
+        return start_ns[op] >= 0
+    return op < other
+
+
+@usable_in_compiled
 def first_taken_link(begin: int, end: int, links: Sequence[int], taken: Sequence[int]) -> int:
     """The first of ``links[begin : end]`` that another transfer holds, or -1."""
     for i in range(begin, end):
@@ -113,6 +146,7 @@ def first_taken_link(begin: int, end: int, links: Sequence[int], taken: Sequence
     return -1
 
 
+@usable_in_compiled
 def hold_links(
     begin: int, end: int, links: Sequence[int], taken: MutableSequence[int], held: int
 ) -> None:
@@ -137,8 +171,8 @@ def links_of_transfers(program: Program, meeting: Ints) -> Csr:
     return Csr(offsets, link[by_owner])
 
 
-def transfers_in_turn(program: Program, meeting: Ints) -> Ints:
-    """All transfers in the order in which links are granted to those that wait."""
+def turns_of_transfers(program: Program, meeting: Ints) -> Ints:
+    """For every transfer a number; links are granted to those that wait from the lowest on."""
     ops = np.flatnonzero(meeting >= 0)
     count = int(meeting.max(initial=-1)) + 1
     stream_priority = np.array([stream.priority for stream in program.streams], np.int64)
@@ -147,4 +181,6 @@ def transfers_in_turn(program: Program, meeting: Ints) -> Ints:
     np.minimum.at(priority, meeting[ops], stream_priority[program.stream[ops]])
     np.minimum.at(issue, meeting[ops], ops - program.rank_offsets[program.rank[ops]])
     np.minimum.at(lowest_op, meeting[ops], ops)
-    return np.lexsort((lowest_op, issue, priority))
+    priority -= priority.min(initial=0)
+    # one number to compare: op and issue numbers are below the number of ops
+    return (priority * program.num_ops + issue) * program.num_ops + lowest_op

@@ -5,8 +5,9 @@ issues them. At one instant, in this order:
 
 1. completions: ops whose work is done end;
 2. wake-ups: streams and hosts that waited for those ends go on, ops of no duration begin and end;
-3. decisions: links are granted to transfers that all members have reached, then each rank's SMs are
-   shared (:mod:`mhcplan.sim.device`). Transfers of no duration end in a next round of the instant.
+3. decisions: links are granted to transfers that all members have reached, then each rank where
+   something changed is shared anew (:mod:`mhcplan.sim.device`). Transfers of no duration end in a
+   next round of the instant.
 
 So only what is true at an instant matters, never the order in which SimPy happens to handle it: the
 result is deterministic. Times are integer nanoseconds; 0 is when the hosts begin to issue.
@@ -96,7 +97,6 @@ class _Step:
         self.issue, self.start, self.release = ([NEVER] * n for _ in range(3))
         self.end = [NEVER] * (n + 1)  # the last entry stands for NO_OP, which never ends
         self.env = _Clock()
-        self._stream: list[int] = program.stream.tolist()
         self._rank: list[int] = program.rank.tolist()
         self._first: list[int] = self.order.first.tolist()
         self.meeting: list[int] = self.order.meeting.tolist()
@@ -104,7 +104,7 @@ class _Step:
         self._decision_is_due = False
         self._prepare_hosts(costs)
         self._prepare_work(costs)
-        self._prepare_compute_streams()
+        self._prepare_device()
         self._prepare_transfers()
 
     def _prepare_hosts(self, costs: CostTable) -> None:
@@ -126,34 +126,25 @@ class _Step:
         self._rated_at = [0] * len(self._work)
         self._deadline = [NEVER] * len(self._work)
 
-    def _prepare_compute_streams(self) -> None:
-        """Number the compute streams ("slots") so that those of a rank are neighbours."""
-        streams = self.program.streams
-        slots = [i for i, stream in enumerate(streams) if stream.group < 0]
-        slots.sort(key=lambda i: streams[i].rank)
-        self._slot_of = {stream: slot for slot, stream in enumerate(slots)}
-        ranks = [streams[i].rank for i in slots]
-        self._slot_begin: list[int] = np.searchsorted(
-            ranks, np.arange(self.program.num_ranks + 1)
-        ).tolist()
-        self._slot_priority = [streams[i].priority for i in slots]
-        self._slot_op = [NO_OP for _ in slots]
-        self._slot_begun = [0 for _ in slots]
-        self._slot_rate = [0 for _ in slots]
+    def _prepare_device(self) -> None:
+        """What is on each rank: ops free to run, and transfers under way."""
+        traits = device.traits_of(self.program)
+        self._traits = device.Traits(*(column.tolist() for column in map(np.asarray, traits)))
+        self._running: list[list[int]] = [[] for _ in range(self.program.num_ranks)]
+        self._given_rate = [0] * self.program.num_ops  # by the op's rank
         self._changed_ranks: set[int] = set()
 
     def _prepare_transfers(self) -> None:
-        """Number links and transfers; a transfer's turn is its place in the order of grants."""
+        """Links and transfers."""
         meeting = self.order.meeting
         links = device.links_of_transfers(self.program, meeting)
         self._links: list[int] = links.values.tolist()
         self._link_begin: list[int] = links.offsets.tolist()
         self._link_taken = [0] * (max(self._links, default=-1) + 1)
         self._link_watchers: list[list[int]] = [[] for _ in self._link_taken]
-        self._in_turn: list[int] = device.transfers_in_turn(self.program, meeting).tolist()
-        self._turn = {number: turn for turn, number in enumerate(self._in_turn)}
-        self._candidates: list[int] = []  # turns of transfers whose links may be free now
-        self.members: list[list[int]] = [[] for _ in self._in_turn]
+        self._turn: list[int] = device.turns_of_transfers(self.program, meeting).tolist()
+        self._candidates: list[int] = []  # transfers whose links may be free now
+        self.members: list[list[int]] = [[] for _ in self._turn]
         self._under_way = [0] * len(self.meeting)  # transfers of a kernel, at its first op
         for op in np.flatnonzero(meeting >= 0).tolist():
             self.members[self.meeting[op]].append(op)
@@ -206,7 +197,8 @@ class _Step:
             if self.meeting[op] >= 0:
                 self._reach_transfers(ops)
             elif self._work[op]:
-                self._ask_for_sms(op)
+                self._put_on_rank(op)
+                self._decide_soon()
             else:
                 self.start[op] = self.env.now
                 self._finish(op)
@@ -236,31 +228,41 @@ class _Step:
 
     def _decide(self, _event: simpy.Event) -> None:
         self._decision_is_due = False
-        candidates, self._candidates = sorted(self._candidates), []
-        for turn in candidates:
-            self._try_to_start_transfer(self._in_turn[turn])
+        candidates, self._candidates = self._candidates, []
+        for meeting in sorted(candidates, key=self._turn.__getitem__):
+            self._try_to_start_transfer(meeting)
         changed, self._changed_ranks = self._changed_ranks, set()
         for rank in changed:
-            self._share_sms(rank)
+            self._share(rank)
+        for op in (op for rank in changed for op in self._running[rank]):
+            self._go_on(op)
 
-    def _ask_for_sms(self, op: int) -> None:
-        slot = self._slot_of[self._stream[op]]
-        self._slot_op[slot], self._slot_begun[slot] = op, 0
+    def _share(self, rank: int) -> None:
+        running, rates = self._running[rank], [0] * len(self._running[rank])
+        device.share_device(0, len(running), running, self.start, self._traits, rates)
+        for op, rate in zip(running, rates, strict=True):
+            self._given_rate[op] = rate
+
+    def _go_on(self, op: int) -> None:
+        """Go on at the rate that the device gives now: to a transfer, the least of its ranks'."""
+        meeting = self.meeting[op]
+        if meeting >= 0:
+            rate = min(self._given_rate[member] for member in self.members[meeting])
+            self._set_rate(self.members[meeting][0], rate)
+            return
+        rate = self._given_rate[op]
+        if rate and self.start[op] == NEVER:
+            self.start[op] = self.env.now
+        self._set_rate(op, rate)
+
+    def _put_on_rank(self, op: int) -> None:
+        self._running[self._rank[op]].append(op)
+        self._changed_ranks.add(self._rank[op])
+
+    def _take_off_rank(self, op: int) -> None:
+        self._running[self._rank[op]].remove(op)
         self._changed_ranks.add(self._rank[op])
         self._decide_soon()
-
-    def _share_sms(self, rank: int) -> None:
-        begin, end = self._slot_begin[rank], self._slot_begin[rank + 1]
-        rates = self._slot_rate
-        device.share_sms(begin, end, self._slot_op, self._slot_begun, self._slot_priority, rates)
-        for slot in range(begin, end):
-            op = self._slot_op[slot]
-            if op == NO_OP:
-                continue
-            if rates[slot] and not self._slot_begun[slot]:
-                self._slot_begun[slot] = 1
-                self.start[op] = self.env.now
-            self._set_rate(op, rates[slot])
 
     def _reach_transfers(self, ops: Sequence[int]) -> None:
         for op in ops:
@@ -268,19 +270,19 @@ class _Step:
             self.reached[op] = True
             self._absent[meeting] -= 1
             if not self._absent[meeting]:
-                self._candidates.append(self._turn[meeting])
+                self._candidates.append(meeting)
                 self._decide_soon()
 
     def _try_to_start_transfer(self, meeting: int) -> None:
         begin, end = self._link_begin[meeting], self._link_begin[meeting + 1]
         taken = device.first_taken_link(begin, end, self._links, self._link_taken)
         if taken >= 0:  # nothing to try again before that link is free
-            self._link_watchers[taken].append(self._turn[meeting])
+            self._link_watchers[taken].append(meeting)
             return
         device.hold_links(begin, end, self._links, self._link_taken, 1)
         for op in self.members[meeting]:
             self.start[op] = self.env.now
-        self._set_rate(self.members[meeting][0], device.FULL_RATE)
+            self._put_on_rank(op)
 
     # -- work ------------------------------------------------------------------------------------
 
@@ -306,20 +308,17 @@ class _Step:
         if self.meeting[op] >= 0:
             self._end_transfer(self.meeting[op])
         else:
-            self._slot_op[self._slot_of[self._stream[op]]] = NO_OP
-            self._changed_ranks.add(self._rank[op])
-            self._decide_soon()
+            self._take_off_rank(op)
             self._finish(op)
 
     def _end_transfer(self, meeting: int) -> None:
         begin, end = self._link_begin[meeting], self._link_begin[meeting + 1]
         device.hold_links(begin, end, self._links, self._link_taken, 0)
         for link in self._links[begin:end]:
-            if self._link_watchers[link]:
-                self._candidates += self._link_watchers[link]
-                self._link_watchers[link] = []
-                self._decide_soon()
+            self._candidates += self._link_watchers[link]
+            self._link_watchers[link] = []
         for member in self.members[meeting]:
+            self._take_off_rank(member)
             self.release[member] = self.env.now
             first = self._first[member]
             self._under_way[first] -= 1

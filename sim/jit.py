@@ -1,0 +1,153 @@
+"""Machine code from plain functions, by numba: the one place where numba is seen.
+
+:func:`compiled` makes a function run as machine code; :func:`usable_in_compiled` lets compiled
+functions call a plain one, which stays plain for everybody else. Both leave what the function does
+unchanged: they are written in the part of Python that numba knows, over integers and arrays.
+
+Code is kept on disk, in a folder named after the content of every file that holds such functions,
+so that no stale code is ever run: numba itself only looks at the file of the outermost function.
+The folder is in ``NUMBA_CACHE_DIR``, else in the user's cache, else beside this file; where none
+can be written to, code is made anew in each process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import tempfile
+import threading
+from functools import cache, wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from numpy.typing import ArrayLike, NDArray
+
+    P = ParamSpec("P")
+    R = TypeVar("R")
+
+MISSING_NUMBA = "numba is missing, add it with: pip install numba"
+_FOLDER = Path(__file__).parent
+
+_helpers: list[Callable[..., Any]] = []
+_registered: set[Callable[..., Any]] = set()
+_lock = threading.Lock()
+
+
+@cache
+def has_numba() -> bool:
+    """Whether compiled functions are compiled; without numba they run as plain Python, slowly."""
+    try:
+        import numba  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def usable_in_compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """Let compiled functions call this one; it is returned as it is."""
+    _helpers.append(function)
+    return function
+
+
+def compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """Run ``function`` as machine code, made at its first call or taken from disk.
+
+    Arguments are integers, flags, int64 arrays (:func:`ints`) and named tuples of arrays, of the
+    same types in every call. It must not raise, and must be free to run without the GIL.
+    """
+    code: list[Callable[P, R]] = []
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not code:
+            return _first_call(function, code, *args, **kwargs)
+        return code[0](*args, **kwargs)
+
+    return call
+
+
+def ints(values: ArrayLike) -> NDArray[np.int64]:
+    """The one kind of array that compiled functions take: int64, contiguous, aligned, writable."""
+    return np.require(values, np.int64, ["C", "A", "W"])
+
+
+def _first_call(
+    function: Callable[P, R], code: list[Callable[P, R]], *args: P.args, **kwargs: P.kwargs
+) -> R:
+    """Make the machine code and call it; trouble with the cache must not stop the program."""
+    with _lock:
+        made = _machine_code(function, cached=True)
+        try:
+            result = made(*args, **kwargs)
+        except Exception:  # a full disk, a cache file cut short: once more without the cache
+            made = _machine_code(function, cached=False)
+            result = made(*args, **kwargs)
+    code.append(made)
+    return result
+
+
+def _machine_code(function: Callable[P, R], *, cached: bool) -> Callable[P, R]:
+    if not has_numba():
+        return function
+    import numba
+    from numba.extending import register_jitable
+
+    config: Any = numba.config
+    jit: Any = numba.njit
+    for helper in _helpers:
+        if helper not in _registered:
+            register_jitable(helper)
+            _registered.add(helper)
+    folder = _cache_folder() if cached else None
+    if folder is None:
+        return jit(nogil=True)(function)
+    before = config.CACHE_DIR
+    config.CACHE_DIR = str(folder)
+    try:
+        return jit(nogil=True, cache=True)(function)
+    finally:
+        config.CACHE_DIR = before
+
+
+@cache
+def _cache_folder() -> Path | None:
+    """A folder for machine code that can be written to, or None."""
+    for base in _cache_bases():
+        folder = base / f"code-{_sources_digest()}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError:
+            continue
+        return folder
+    return None
+
+
+def _cache_bases() -> Iterator[Path]:
+    wanted = os.environ.get("NUMBA_CACHE_DIR")
+    if wanted:
+        yield Path(wanted) / "mhcplan"
+    try:
+        home = Path.home()
+    except RuntimeError:  # no home folder can be found
+        home = None
+    users = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME")
+    if users:
+        yield Path(users) / "mhcplan"
+    elif home is not None:
+        yield home / ".cache" / "mhcplan"
+    yield _FOLDER / "__pycache__"
+
+
+def _sources_digest() -> str:
+    """A digest of everything in this folder: compiled functions call each other across files."""
+    digest = hashlib.sha256(sys.version.encode())
+    for file in sorted(_FOLDER.glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
