@@ -162,19 +162,13 @@ def _event_faults(program: Program) -> Iterator[tuple[int, str]]:
 
 
 def _transfer_faults(program: Program) -> Iterator[tuple[int, str]]:
-    for op in np.flatnonzero(program.group >= 0).tolist():
-        group, rank = program.groups[int(program.group[op])], int(program.rank[op])
-        ends = {rank, int(program.peer[op])} - {-1}
-        if not ends <= set(group.members):
-            yield op, f"{describe(program, op)}: group {group.name} lacks one of the ranks {ends}"
-        elif rank == program.peer[op]:
-            yield op, f"{describe(program, op)} is its own peer"
-        elif program.is_send[op] and program.peer[op] < 0:
-            yield op, f"{describe(program, op)} is a send to nobody"
-    yield from _batch_faults(program)
+    alone = [*_end_faults(program), *_batch_faults(program)]
+    yield from alone
+    if alone:
+        return
     try:
         meeting = match_transfers(program)
-    except (MeetError, ValueError) as error:
+    except MeetError as error:
         yield NO_OP, str(error)
         return
     ops = np.flatnonzero(meeting >= 0)
@@ -187,6 +181,18 @@ def _transfer_faults(program: Program) -> Iterator[tuple[int, str]]:
         for i in np.flatnonzero(differ).tolist():
             a, b = (describe(program, int(op)) for op in ops[i : i + 2])
             yield int(ops[i]), f"{a} meets {b}, but their {what} differ"
+
+
+def _end_faults(program: Program) -> Iterator[tuple[int, str]]:
+    for op in np.flatnonzero(program.group >= 0).tolist():
+        group, rank = program.groups[int(program.group[op])], int(program.rank[op])
+        ends = {rank, int(program.peer[op])} - {-1}
+        if not ends <= set(group.members):
+            yield op, f"{describe(program, op)}: group {group.name} lacks one of the ranks {ends}"
+        elif rank == program.peer[op]:
+            yield op, f"{describe(program, op)} is its own peer"
+        elif program.is_send[op] and program.peer[op] < 0:
+            yield op, f"{describe(program, op)} is a send to nobody"
 
 
 def _batch_faults(program: Program) -> Iterator[tuple[int, str]]:

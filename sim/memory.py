@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -60,20 +61,21 @@ def memory_of(program: Program, costs: CostTable) -> Memory:
     allocated_by = _only_op(program, program.allocs, "allocates")
     freed_by = _only_op(program, program.frees, "frees")
     _check_frees(program, allocated_by, freed_by)
-    rank_begin = program.rank_offsets[:-1]
     allocated, freed = _running(program, program.allocs), _running(program, program.frees)
-    static = program.static_bytes - (allocated - freed)[rank_begin]
-    held = static[program.rank] + allocated[1:] - freed[:-1]
-    held[:, _WORKSPACE] += costs.workspace_bytes[program.cost]
-    left = static + (allocated - freed)[program.rank_offsets[1:]]
+    offsets = program.rank_offsets
+    alive = allocated[:, offsets] - freed[:, offsets]  # counted over all ranks before
+    static = program.static_bytes.T - alive[:, :-1]
+    left = static + alive[:, 1:]
+    held = allocated[:, 1:] - freed[:, :-1] + static[:, program.rank]
+    held[_WORKSPACE] += costs.workspace_bytes[program.cost]
+    total = held.sum(axis=0)
     peak_op = np.full(program.num_ranks, NO_OP, np.int64)
     peak = left.copy()  # what a rank without ops holds
-    total = held.sum(axis=1)
-    for rank, (begin, end) in enumerate(zip(rank_begin, program.rank_offsets[1:], strict=True)):
+    for rank, (begin, end) in enumerate(pairwise(offsets.tolist())):
         if end > begin:
             peak_op[rank] = begin + np.argmax(total[begin:end])
-            peak[rank] = held[peak_op[rank]]
-    return Memory(held, peak_op, peak, left)
+            peak[:, rank] = held[:, peak_op[rank]]
+    return Memory(held.T, peak_op, peak.T, left.T)
 
 
 def memory_report(program: Program, costs: CostTable, memory: Memory) -> list[dict[str, int]]:
@@ -109,20 +111,20 @@ def memory_times_ns(program: Program, timeline: Timeline) -> Ints:
 
 
 def _running(program: Program, lists: Csr) -> Ints:
-    """[op + 1, component]: bytes of all buffers in the lists of the ops before."""
-    running = np.zeros((program.num_ops + 1, len(COMPONENTS)), np.int64)
-    component = program.buffer_component[lists.values]
-    np.add.at(running, (lists.owners + 1, component), program.buffer_bytes[lists.values])
-    return np.cumsum(running, axis=0, out=running)
+    """[component, op]: bytes of all buffers in the lists of the ops before; the last is of all."""
+    running = np.zeros((len(COMPONENTS), program.num_ops + 1), np.int64)
+    component = program.buffer_component[lists.values].astype(np.int64)
+    place = component * (program.num_ops + 1) + lists.owners + 1
+    np.add.at(running.ravel(), place, program.buffer_bytes[lists.values])
+    return np.cumsum(running, axis=1, out=running)
 
 
 def _only_op(program: Program, lists: Csr, verb: str) -> Ints:
     """For every buffer the one op that has it in its list, or NO_OP."""
     op_of = np.full(program.num_buffers, NO_OP, np.int64)
     op_of[lists.values] = lists.owners
-    again = np.flatnonzero(op_of[lists.values] != lists.owners)
-    if len(again) or len(np.unique(lists.values)) != len(lists.values):
-        counts = np.bincount(lists.values, minlength=program.num_buffers)
+    counts = np.bincount(lists.values, minlength=program.num_buffers)
+    if (counts > 1).any():
         buffer = int(np.argmax(counts > 1))
         ops = lists.owners[lists.values == buffer][:2].tolist()
         names = " and ".join(describe(program, op) for op in ops)

@@ -225,6 +225,11 @@ MUTATIONS: dict[str, tuple[str, str, Mutation]] = {
         "lacks one of the ranks",
         with_field(groups=(PROGRAM.groups[0]._replace(members=(0,)), PROGRAM.groups[1])),
     ),
+    "a collective called by a stranger": (
+        "transfers",
+        "group ep lacks one of the ranks {1}",
+        with_field(groups=(PROGRAM.groups[0], PROGRAM.groups[1]._replace(members=(0,)))),
+    ),
     "a send to nobody": ("transfers", "send to nobody", edited(peer={OP["send"]: -1})),
     "a receive left out": ("transfers", "pp 0 -> 1", without("receive")),
     "a send turned round": ("transfers", "pp 1 -> 0", edited(is_send={OP["send"]: False})),
