@@ -1,13 +1,15 @@
 """A simulated step as the arrays that the timeline draws: a lane for each rank and stream.
 
 Ops are sorted by lane and, in a lane, by start, so that a browser finds what is visible or under
-the pointer by binary search. Arrays travel as base64 of little-endian typed arrays, once; tables of
-words travel as JSON. Ops that take no time (bookkeeping) are left out.
+the pointer by binary search. Arrays travel once, as base64 of zlib-compressed little-endian typed
+arrays, and as differences where neighbours are alike (``gap``, ``behind``, memory), which shrinks
+them tenfold; tables of words travel as JSON. Ops that take no time (bookkeeping) are left out.
 """
 
 from __future__ import annotations
 
 import base64
+import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +56,7 @@ _PAINT_NAMES = tuple(PAINTS)
 # Whole numbers: the raster of many ops has equal rows, which browsers draw at once.
 _LANE_HEIGHTS = {"compute": 3, "high": 2, "comm": 2, "ep": 2, "pp": 1, "dp": 1}
 _RANK_GAP = 1
+_COMPRESSION = 6
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,8 @@ def timeline_data(step: Step) -> dict[str, Any]:
     """Everything that ``timeline.js`` draws, as JSON values."""
     program, timeline = step.program, step.timeline
     shown = _shown(step)
-    start = timeline.start_ns[shown.op]
+    start, end = timeline.start_ns[shown.op], timeline.end_ns[shown.op]
+    opens = np.diff(shown.lane, prepend=-1) != 0  # the first op of a lane
     labels, label = _labels(program, step.costs, shown.op)
     cells, cell = np.unique(program.cell[shown.op], return_inverse=True)
     return {
@@ -88,13 +92,15 @@ def timeline_data(step: Step) -> dict[str, Any]:
         "labels": labels,
         "cells": [program.cells[i] for i in cells.tolist()],
         "offsets": _packed(np.searchsorted(shown.lane, np.arange(len(shown.lanes) + 1))),
-        "start": _packed(start, np.float64),
-        "duration": _packed(timeline.end_ns[shown.op] - start),
+        # from the end of the op before in the lane, or from 0
+        "gap": _packed(start - np.where(opens, 0, np.roll(end, 1))),
+        "duration": _packed(end - start),
         "label": _packed(label),
         "cell": _packed(cell.reshape(-1)),
         "site": _packed(program.site[shown.op]),
         "reason": _packed(timeline.reason[shown.op]),
-        "cause": _packed(_causes(step, shown)),
+        # by how many positions the op that it waited for is before it; 0: none
+        "behind": _packed(_behind(step, shown)),
         "path": _path(step, shown),
         "memory": _memory(step),
     }
@@ -171,13 +177,14 @@ def _paint(category: str, pass_: str) -> int:
     return _PAINT_NAMES.index(category)
 
 
-def _causes(step: Step, shown: _Shown) -> Ints:
-    """Position of the op that each op waited for, seen through ops that take no time; or -1."""
+def _behind(step: Step, shown: _Shown) -> Ints:
+    """From each op to the op that it waited for, seen through ops that take no time; 0: none."""
     cause = step.timeline.cause
     found = cause[shown.op]
     while (hidden := (found >= 0) & (shown.position[found] < 0)).any():
         found = np.where(hidden, cause[found], found)
-    return np.where(found >= 0, shown.position[found], -1)
+    own = np.arange(len(found))
+    return np.where(found >= 0, own - shown.position[found], 0)
 
 
 def _path(step: Step, shown: _Shown) -> dict[str, object]:
@@ -190,8 +197,8 @@ def _path(step: Step, shown: _Shown) -> dict[str, object]:
     table = np.array(pieces, np.int64).reshape(-1, 3)
     return {
         "lane": _packed(table[:, 0]),
-        "start": _packed(table[:, 1], np.float64),
-        "end": _packed(table[:, 2], np.float64),
+        "start": _packed(np.diff(table[:, 1], prepend=0)),
+        "end": _packed(np.diff(table[:, 2], prepend=0)),
     }
 
 
@@ -206,21 +213,17 @@ def _memory(step: Step) -> dict[str, object]:
     most = np.maximum.reduceat(held, at) if len(at) else held
     return {
         "offsets": _packed(np.searchsorted(program.rank[at], np.arange(program.num_ranks + 1))),
-        "time": _packed(times[at], np.float64),
-        "bytes": _packed(most, np.float64),
+        "time": _packed(np.diff(times[at], prepend=0)),
+        "bytes": _packed(np.diff(most, prepend=0)),
     }
 
 
-def _packed(values: NDArray[Any], dtype: type[np.generic] | None = None) -> dict[str, str]:
-    """An array as base64, in the smallest type that holds it unless one is given."""
-    if dtype is None:
-        least, most = (int(values.min()), int(values.max())) if values.size else (0, 0)
-        dtype = _smallest(least, most)
-    kind = np.dtype(dtype).newbyteorder("<")
-    return {
-        "dtype": np.dtype(dtype).name,
-        "data": base64.b64encode(values.astype(kind).tobytes()).decode("ascii"),
-    }
+def _packed(values: NDArray[Any]) -> dict[str, str]:
+    """Whole numbers, compressed, in the smallest type that holds them."""
+    least, most = (int(values.min()), int(values.max())) if values.size else (0, 0)
+    dtype = np.dtype(_smallest(least, most))
+    data = zlib.compress(values.astype(dtype.newbyteorder("<")).tobytes(), _COMPRESSION)
+    return {"dtype": dtype.name, "data": base64.b64encode(data).decode("ascii")}
 
 
 def _smallest(least: int, most: int) -> type[np.generic]:

@@ -52,7 +52,7 @@ function drawFigures() {
   }
 }
 
-const timeline = new Timeline(byId("timeline"), page.timeline, page.ops);
+const timeline = new Timeline(byId("timeline"), page.timeline, await decode(page.ops));
 listenToKeys(timeline, buildToolbar(timeline));
 await timeline.start();
 drawFigures();

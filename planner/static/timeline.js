@@ -22,22 +22,41 @@ const ARRAYS = {
   uint32: Uint32Array, int32: Int32Array, float64: Float64Array,
 };
 
-/** A typed array from {dtype, data}, data in base64. */
-export function unpack({ dtype, data }) {
-  const text = atob(data);
-  const bytes = new Uint8Array(text.length);
+/** A typed array from {dtype, data}, data in base64 of zlib. */
+export async function unpack({ dtype, data }) {
+  const text = atob(data), bytes = new Uint8Array(text.length);
   for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
-  return new ARRAYS[dtype](bytes.buffer);
+  const inflated = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+  return new ARRAYS[dtype](await new Response(inflated).arrayBuffer());
 }
 
-/** The data of planner/timeline_data.py with its arrays unpacked. */
-export function decode(data) {
-  const ops = { ...data };
-  for (const name of ["offsets", "start", "duration", "label", "cell", "site", "reason", "cause"]) {
-    ops[name] = unpack(data[name]);
+async function unpackAll(packed) {
+  const entries = Object.entries(packed).filter(([, value]) => value?.dtype);
+  return Object.fromEntries(
+    await Promise.all(entries.map(async ([name, value]) => [name, await unpack(value)])));
+}
+
+function sums(differences) {
+  const values = Float64Array.from(differences);
+  for (let i = 1; i < values.length; i++) values[i] += values[i - 1];
+  return values;
+}
+
+/** The data of planner/timeline_data.py with its arrays unpacked, and differences summed up. */
+export async function decode(data) {
+  const [columns, path, memory] =
+    await Promise.all([data, data.path, data.memory].map(unpackAll));
+  const ops = { ...data, ...columns, path, memory };
+  ops.start = new Float64Array(ops.gap.length);
+  for (let lane = 0; lane < ops.lanes.length; lane++) {
+    let end = 0;
+    for (let op = ops.offsets[lane]; op < ops.offsets[lane + 1]; op++) {
+      ops.start[op] = end + ops.gap[op];
+      end = ops.start[op] + ops.duration[op];
+    }
   }
-  ops.path = Object.fromEntries(Object.entries(data.path).map(([k, v]) => [k, unpack(v)]));
-  ops.memory = Object.fromEntries(Object.entries(data.memory).map(([k, v]) => [k, unpack(v)]));
+  for (const name of ["start", "end"]) path[name] = sums(path[name]);
+  for (const name of ["time", "bytes"]) memory[name] = sums(memory[name]);
   ops.height = Math.max(1, ...data.lanes.map((lane) => lane.bottom));
   ops.middle = Float64Array.from(data.lanes, (lane) => (lane.top + lane.bottom) / 2);
   ops.paint = Uint8Array.from(data.labels, (label) => label.paint);
@@ -296,9 +315,9 @@ export function describe(ops, op) {
     `${pretty(length)}, from ${pretty(begin)} to ${pretty(begin + length)}`,
     `${label.source}: ${label.cost}`,
   ];
-  const cause = ops.cause[op];
+  const cause = op - ops.behind[op];
   const why = WAITED[ops.reasons[ops.reason[op]]];
-  lines.push(cause < 0 ? why : `${why}: ${ops.labels[ops.label[cause]].name} of` +
+  lines.push(cause === op ? why : `${why}: ${ops.labels[ops.label[cause]].name} of` +
     ` ${ops.cells[ops.cell[cause]]} on ${ops.lanes[laneOf(ops, cause)].name}`);
   return lines;
 }
@@ -308,12 +327,12 @@ export class Timeline {
   /**
    * @param element the plot's element
    * @param figure {layout} of planner/figures.py: timeline_figure
-   * @param data of planner/timeline_data.py
+   * @param ops what `decode` made of the data of planner/timeline_data.py
    */
-  constructor(element, figure, data) {
+  constructor(element, figure, ops) {
     this.element = element;
     this.layout = figure.layout;
-    this.ops = decode(data);
+    this.ops = ops;
     this.shown = this.ops.paints.map(() => true);
     this.pathShown = false;
     this.range = [0, this.ops.step_ns];

@@ -4,7 +4,7 @@ import { readFileSync } from "node:fs";
 
 const { script, data, calls } = JSON.parse(readFileSync(0, "utf8"));
 const js = await import("data:text/javascript;base64," + Buffer.from(script).toString("base64"));
-const ops = js.decode(data);
+const ops = await js.decode(data);
 const all = ops.paints.map(() => true);
 for (const [name, ...args] of calls) {
   const result = {
@@ -12,7 +12,7 @@ for (const [name, ...args] of calls) {
     describe: (op) => js.describe(ops, op),
     pretty: (ns) => js.pretty(ns),
     blend: (a, b, share) => js.blend(a, b, share),
-    array: (column) => Array.from(ops[column]),
+    array: (column) => Array.from(column.split(".").reduce((at, name) => at[name], ops)),
   }[name](...args);
   console.log(JSON.stringify(result));
 }
