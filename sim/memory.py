@@ -112,10 +112,12 @@ def memory_times_ns(program: Program, timeline: Timeline) -> Ints:
 
 def _running(program: Program, lists: Csr) -> Ints:
     """[component, op]: bytes of all buffers in the lists of the ops before; the last is of all."""
-    running = np.zeros((len(COMPONENTS), program.num_ops + 1), np.int64)
+    width = program.num_ops + 1
     component = program.buffer_component[lists.values].astype(np.int64)
-    place = component * (program.num_ops + 1) + lists.owners + 1
-    np.add.at(running.ravel(), place, program.buffer_bytes[lists.values])
+    place = component * width + lists.owners + 1
+    # float64 holds these sums exactly: they are below 2**53
+    added = np.bincount(place, program.buffer_bytes[lists.values], len(COMPONENTS) * width)
+    running = added.astype(np.int64).reshape(-1, width)
     return np.cumsum(running, axis=1, out=running)
 
 
