@@ -50,7 +50,7 @@ _LANE_PIXELS = (4, 9)  # least and most pixels of a lane of height 1
 _LANES_PIXELS = 900  # what all lanes together should take
 _MEMORY_PIXELS = 180
 _GAP_PIXELS = 28
-_MARGIN = {"l": 120, "r": 16, "t": 8, "b": 44}
+_MARGIN = {"l": 120, "r": 16, "t": 30, "b": 44}
 
 
 def breakdown_figure(report: PlanReport) -> go.Figure:

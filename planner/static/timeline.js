@@ -124,7 +124,7 @@ function barTraces(ops, begin, end, shown, pixelsPerNs) {
       trace.y.push(ops.middle[lane]);
       trace.width.push(height * FILLED);
       trace.customdata.push(op);
-      const fits = ops.duration[op] * pixelsPerNs > name.length * TEXT_PIXELS_A_LETTER;
+      const fits = height > 1 && ops.duration[op] * pixelsPerNs > name.length * TEXT_PIXELS_A_LETTER;
       trace.text.push(fits ? name : "");
     }
   }
@@ -270,7 +270,7 @@ export function pageInk() {
 /** Gives a figure made in Python the page's colours. */
 export function themed(layout, ink) {
   const axis = (old) => ({
-    ...old, gridcolor: ink.grid, zerolinecolor: ink.grid, linecolor: ink.grid, spikecolor: ink.text,
+    ...old, gridcolor: ink.grid, zerolinecolor: ink.grid, linecolor: ink.grid, spikecolor: ink.grid,
   });
   const axes = Object.keys(layout).filter((key) => /^[xy]axis\d*$/.test(key));
   return {
