@@ -34,16 +34,16 @@ PROGRAM_FORMAT, TRACE_FORMAT = "mhcplan.program", "mhcplan.trace"
 FORMAT_VERSION = 1
 _OLDEST_READ = 1
 
-_OP_COLUMNS = {
+OP_COLUMNS = {
     **dict.fromkeys(("rank", "stream", "kind", "category", "cell", "cost"), "int32"),
     **dict.fromkeys(("stage", "site", "microbatch", "group", "peer", "batch"), "int32"),
     **dict.fromkeys(("record", "payload_bytes"), "int64"),
     **dict.fromkeys(("host_sync", "is_send"), "bool"),
     "pass_": "uint8",
 }
-_LISTS = ("waits", "reads", "writes", "allocs", "frees")
+OP_LISTS = ("waits", "reads", "writes", "allocs", "frees")
 _LABELS = ("kinds", "categories", "cells", "cost_keys")
-_TIMES = {
+TIME_COLUMNS = {
     **dict.fromkeys(("issue_ns", "start_ns", "end_ns", "cause"), "int64"),
     "reason": "int8",
 }
@@ -121,7 +121,7 @@ def trace_json(trace: Trace) -> str:
             "step_ns": trace.timeline.step_ns,
             "meta": trace.meta,
             "program": _plain(trace.program),
-            "columns": _packed_all(trace.timeline, _TIMES),
+            "columns": _packed_all(trace.timeline, TIME_COLUMNS),
         }
     )
 
@@ -150,13 +150,13 @@ def _plain(program: Program) -> dict[str, Any]:
             "bytes": _packed(program.buffer_bytes, "int64"),
             "component": _packed(program.buffer_component, "int8"),
         },
-        "columns": _packed_all(program, _OP_COLUMNS),
+        "columns": _packed_all(program, OP_COLUMNS),
         "lists": {
             name: {
                 "offsets": _packed(getattr(program, name).offsets, "int64"),
                 "values": _packed(getattr(program, name).values, "int64"),
             }
-            for name in _LISTS
+            for name in OP_LISTS
         },
     }
 
@@ -223,7 +223,7 @@ class _Reader:
         source = document.get("source")
         if source not in ("predicted", "measured"):
             raise self._error(f"source is {source!r}, not 'predicted' or 'measured'")
-        columns = self._columns(document, _TIMES, program.num_ops)
+        columns = self._columns(document, TIME_COLUMNS, program.num_ops)
         reason, cause = columns["reason"], columns["cause"]
         if ((reason < 0) | (reason >= len(REASONS))).any():
             raise self._error("columns.reason has a code that stands for no reason")
@@ -240,8 +240,8 @@ class _Reader:
         lists = self._object(document.get("lists"), "lists")
         fields: dict[str, Any] = {
             **{name: self._words(document, name) for name in _LABELS},
-            **self._columns(document, _OP_COLUMNS, num_ops),
-            **{name: self._csr(lists, name, num_ops) for name in _LISTS},
+            **self._columns(document, OP_COLUMNS, num_ops),
+            **{name: self._csr(lists, name, num_ops) for name in OP_LISTS},
         }
         program = Program(
             num_ranks=num_ranks,

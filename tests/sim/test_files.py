@@ -7,14 +7,17 @@ import contextlib
 import json
 import zlib
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
+import jsonschema
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mhcplan.sim.engine import simulate
+from mhcplan.sim.file_schemas import schema_text
 from mhcplan.sim.files import (
     FormatError,
     Trace,
@@ -31,8 +34,6 @@ from mhcplan.sim.program import Csr, Program
 from tests.support.programs import Maker, add_buffers, makers
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from mhcplan.sim.timeline import Timeline
 
 
@@ -228,3 +229,27 @@ def test_nothing_odd_in_a_file_is_a_traceback(path: tuple[Any, ...], odd: object
     place[path[-1]] = odd
     with contextlib.suppress(FormatError):
         trace_json(parse_trace(json.dumps(document).encode(), "f"))
+
+
+# -- schemas ------------------------------------------------------------------------------------
+
+SCHEMAS = Path(__file__).parents[2] / "docs" / "schemas"
+
+
+@pytest.mark.parametrize("name", ["program", "trace"])
+def test_the_published_schema_is_current(name: Literal["program", "trace"]) -> None:
+    file = SCHEMAS / f"{name}.schema.json"
+    assert file.read_text(encoding="utf-8") == schema_text(name), "write schema_text() to this file"
+
+
+@pytest.mark.parametrize("name", ["program", "trace"])
+def test_files_satisfy_their_schemas_and_strangers_do_not(name: str) -> None:
+    trace = example()
+    text = program_json(trace.program) if name == "program" else trace_json(trace)
+    schema = json.loads((SCHEMAS / f"{name}.schema.json").read_text(encoding="utf-8"))
+    check = jsonschema.Draft202012Validator(schema)
+    document = json.loads(text)
+    check.validate(document)
+    for key in document:
+        assert not check.is_valid({k: v for k, v in document.items() if k != key}), key
+    assert not check.is_valid(document | {"surprise": 1})
