@@ -136,8 +136,9 @@ class Executor:
         binding: what ops compute.
         transfers: starts sends and receives.
         streams: the rank's streams and events, in the order of :func:`streams_of`.
-        order: order of issue as positions in the rank's ops; None is the Program's. Another one is
-            for tests, on a CPU: any order that respects streams and events must give equal results.
+        order: order of issue as positions in the rank's ops (of a batched call its first); None is
+            the Program's. Another one is for tests, on a CPU: any order that respects streams and
+            events must give equal results.
         poison: fill preallocated memory with NaN.
 
     Raises:
@@ -156,6 +157,7 @@ class Executor:
         poison: bool = False,
     ) -> None:
         self.streams, self.attached, self._poison = streams, Attachments(), poison
+        self.binding = binding
         self._transfers = transfers
         ops = rank_ops(program, rank)
         bound = [binding.bind(op, self.attached) for op in ops]
@@ -310,4 +312,4 @@ def _reordered(
     instructions: list[Instruction], ops: Sequence[Op], order: Sequence[int]
 ) -> list[Instruction]:
     place = {ops[position].index: k for k, position in enumerate(order)}
-    return sorted(instructions, key=lambda it: min(place[op.index] for op in it.ops))
+    return sorted(instructions, key=lambda it: place[it.ops[0].index])

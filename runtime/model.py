@@ -109,7 +109,7 @@ def dense_parameters(spec: RunSpec, blocks: range) -> list[Parameter]:
     for block in blocks:
         for sublayer in range(SITES_PER_BLOCK):
             prefix = f"blocks.{block}.sites.{sublayer}"
-            found += _site_parameters(spec, prefix)
+            found += _site_parameters(spec, prefix, SITES_PER_BLOCK * block + sublayer)
             found.append(Parameter(f"{prefix}.norm", (hidden,), 0, 1.0))
         found += _attention_parameters(spec, f"blocks.{block}.attention")
         found += _ffn_parameters(spec, block)
@@ -118,7 +118,7 @@ def dense_parameters(spec: RunSpec, blocks: range) -> list[Parameter]:
     return found
 
 
-def _site_parameters(spec: RunSpec, prefix: str) -> list[Parameter]:
+def _site_parameters(spec: RunSpec, prefix: str, site: int) -> list[Parameter]:
     """phi (theta for HC), b and alpha of a site; fp32."""
     residual, hidden = spec.residual, spec.model.hidden_size
     if residual.is_plain:
@@ -126,14 +126,23 @@ def _site_parameters(spec: RunSpec, prefix: str) -> list[Parameter]:
     n, m = residual.expansion_rate, residual.num_coefficients
     if residual.kind == "hc":
         projection = Parameter(f"{prefix}.theta", (n + 2, hidden), hidden**-0.5, wide=True)
+        bias = _hc_bias(n, site)
     else:
         width = n * hidden
         projection = Parameter(f"{prefix}.phi", (m, width), width**-0.5, wide=True)
+        bias = 0.0
     return [
         projection,
-        Parameter(f"{prefix}.bias", (m,), 0, wide=True),
+        Parameter(f"{prefix}.bias", (m,), 0, bias, wide=True),
         Parameter(f"{prefix}.alpha", (3,), 0, ALPHA_INIT, wide=True),
     ]
+
+
+def _hc_bias(n: int, site: int) -> tuple[float, ...]:
+    """HC's own start (arXiv 2409.19606): read row ``site`` mod n, write to all, mix none."""
+    pre = [float(i == site % n) for i in range(n)]
+    res = [float(o == i) for o in range(n) for i in range(n)]
+    return *pre, *[1.0] * n, *res
 
 
 def _attention_parameters(spec: RunSpec, prefix: str) -> list[Parameter]:

@@ -32,7 +32,7 @@ class Parameter(NamedTuple):
         name: unique in the model.
         shape: of the tensor.
         std: of its normal values; 0 makes it ``mean`` everywhere.
-        mean: added to every value.
+        mean: added to every value; a tuple has one for each.
         wide: kept in fp32 whatever the compute dtype (the residual's own).
         copies: names of the slices along the first axis that are drawn each by itself (experts).
     """
@@ -40,7 +40,7 @@ class Parameter(NamedTuple):
     name: str
     shape: tuple[int, ...]
     std: float
-    mean: float = 0.0
+    mean: float | tuple[float, ...] = 0.0
     wide: bool = False
     copies: tuple[str, ...] = ()
 
@@ -50,15 +50,15 @@ class Parameter(NamedTuple):
         return torch.Size(self.shape).numel()
 
 
-def draw_(x: Tensor, seed: int, name: str, std: float, mean: float) -> None:
+def draw_(x: Tensor, seed: int, name: str, std: float, mean: float | tuple[float, ...]) -> None:
     """Fill ``x`` with values that depend on (seed, name) and the kind of device only."""
+    x.copy_(torch.tensor(mean))
     if std == 0:
-        x.fill_(mean)
         return
     key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]) >> 1
     generator = torch.Generator(x.device).manual_seed(key)
     values = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    x.copy_(values.normal_(mean, std, generator=generator))
+    x.add_(values.normal_(0.0, std, generator=generator))
 
 
 @dataclass

@@ -110,8 +110,8 @@ class CpuStreams:
     def __init__(self, streams: Sequence[Stream], num_events: int) -> None:
         """Nothing is running."""
         self.device = torch.device("cpu")
-        self._running: list[list[Any]] = [[] for _ in streams]
-        self._of_event: list[list[Any]] = [[] for _ in range(num_events)]
+        self._running: list[list[_Once]] = [[] for _ in streams]
+        self._of_event: list[list[_Once]] = [[] for _ in range(num_events)]
         self._current = 0
 
     def begin(self) -> None:
@@ -126,12 +126,12 @@ class CpuStreams:
 
     def transferred(self, works: Sequence[Any]) -> None:
         """Note what is running on the current stream."""
-        self._running[self._current] += works
+        self._running[self._current] += [_Once(work) for work in works]
 
     def leave(self, event: int) -> None:
         """``event`` stands for what the current stream has running now."""
         running = self._running[self._current]
-        running[:] = [work for work in running if not work.is_completed()]
+        running[:] = [once for once in running if once.work is not None]
         self._of_event[event] = list(running)
 
     def host_wait(self) -> None:
@@ -144,7 +144,19 @@ class CpuStreams:
             _finish(running)
 
 
-def _finish(works: list[Any]) -> None:
-    for work in works:
-        work.wait()
-    works.clear()
+class _Once:
+    """A transfer that is waited for once: gloo's sends and receives never end a second wait."""
+
+    def __init__(self, work: Any) -> None:  # noqa: ANN401 - torch's works have no common type
+        self.work = work
+
+    def wait(self) -> None:
+        work, self.work = self.work, None
+        if work is not None:
+            work.wait()
+
+
+def _finish(running: list[_Once]) -> None:
+    for once in running:
+        once.wait()
+    running.clear()
