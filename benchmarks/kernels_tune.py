@@ -1,4 +1,4 @@
-"""Time candidate tiles of every mHC kernel on this GPU and print the table of ``kernels/tuning.py``.
+"""Time candidate tiles of every mHC kernel and print the table of ``kernels/tuning.py``.
 
     PYTHONPATH=src python benchmarks/kernels_tune.py [--kernels post,project] [--n 4]
         [--hidden 2560,4096,7168] [--tokens 16384,4096] [--dtype bf16] [--out table.json]
@@ -38,8 +38,8 @@ def candidates(kernel: str) -> Iterator[Config]:
     """Configurations worth a try for ``kernel`` at n = 4; others start from these."""
     product = itertools.product
     if kernel == "project":
-        for bt, bk, warps, stages, per_sm in product((64, 128), (64, 128), (4, 8), (3, 4), (1, 2)):
-            if stages * bt * bk * 2 * per_sm < 200_000 and (bt, warps) != (64, 8):
+        for bt, bk, warps, stages, per_sm in product((128,), (64, 128), (4, 8), (3, 4), (1, 2)):
+            if stages * bt * bk * 2 * per_sm < 200_000:
                 yield Config(BT=bt, BK=bk, warps=warps, stages=stages, per_sm=per_sm)
     elif kernel == "pre":
         for (bt, bc, warps), stages, bs in product(
@@ -52,7 +52,10 @@ def candidates(kernel: str) -> Iterator[Config]:
         ):
             yield Config(BT=bt, BC=bc, warps=warps, steps_c=steps)
     elif kernel == "post_project":
-        for bt, bc, warps, stages, per_sm in product((32, 64, 128), (32, 64), (4, 8), (1, 2), (2,)):
+        for bt, bc, warps, stages, per_sm in (
+            (64, 32, 8, 2, 1), (64, 32, 8, 2, 2), (64, 32, 8, 3, 2), (64, 32, 8, 4, 1),
+            (64, 64, 8, 2, 1), (64, 64, 8, 3, 1), (64, 32, 4, 3, 2), (128, 32, 8, 3, 1),
+        ):  # fmt: skip
             yield Config(BT=bt, BC=bc, warps=warps, stages=stages, per_sm=per_sm)
     elif kernel == "post_backward":
         for (bt, bc, warps, v), stages in product(
@@ -61,23 +64,15 @@ def candidates(kernel: str) -> Iterator[Config]:
         ):  # fmt: skip
             yield Config(BT=bt, BC=bc, warps=warps, V=v, stages=stages)
     elif kernel == "pre_reduce":
-        for (bt, bc, warps, v), stages in product(
-            ((4, 256, 4, 1), (4, 256, 4, 8), (2, 512, 4, 1), (1, 1024, 4, 1), (8, 256, 8, 1)),
-            (1, 3),
+        for (bt, bc, warps, v), bs in product(
+            ((4, 256, 4, 8), (2, 512, 4, 1), (2, 512, 4, 8), (8, 256, 8, 8), (4, 256, 4, 1)),
+            (16, 32, 64),
         ):
-            yield Config(BT=bt, BC=bc, warps=warps, V=v, stages=stages, BS=32)
-    elif kernel == "pre_backward":
+            yield Config(BT=bt, BC=bc, warps=warps, V=v, BS=bs)
+    elif kernel in ("pre_backward", "pre_backward_input"):
         for bt, bc, warps, stages, per_sm in (
-            (64, 64, 8, 1, 1), (64, 64, 8, 2, 1), (64, 64, 8, 3, 1), (64, 64, 4, 2, 1),
-            (32, 64, 4, 3, 1), (32, 64, 8, 3, 1), (16, 128, 8, 3, 1), (64, 32, 4, 2, 2),
-            (64, 32, 8, 3, 2), (32, 32, 4, 3, 2), (32, 128, 8, 2, 1), (64, 64, 8, 1, 2),
-        ):  # fmt: skip
-            yield Config(BT=bt, BC=bc, warps=warps, stages=stages, per_sm=per_sm)
-    elif kernel == "pre_backward_input":
-        for bt, bc, warps, stages, per_sm in (
-            (64, 64, 8, 1, 2), (64, 64, 8, 2, 1), (32, 64, 4, 1, 4), (32, 64, 4, 2, 2),
-            (16, 128, 4, 1, 4), (16, 128, 4, 2, 2), (16, 64, 4, 1, 8), (16, 256, 8, 1, 2),
-            (16, 64, 4, 3, 2),
+            (64, 64, 8, 2, 1), (64, 64, 8, 3, 1), (32, 64, 8, 3, 1), (16, 128, 8, 3, 1),
+            (64, 32, 8, 3, 2),
         ):  # fmt: skip
             yield Config(BT=bt, BC=bc, warps=warps, stages=stages, per_sm=per_sm)
     elif kernel == "weight":

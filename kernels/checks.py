@@ -37,6 +37,18 @@ def check_tensor(
         raise ValueError(f"{name} must be contiguous, its strides are {tensor.stride()}")
 
 
+def check_sizes(n: int, channels: int) -> None:
+    """Check the rows and the width of a state.
+
+    Raises:
+        ValueError: n or C is not supported.
+    """
+    if n not in ROWS:
+        raise ValueError(f"n={n} rows are not supported, expected one of {ROWS}")
+    if channels <= 0 or channels % 64:
+        raise ValueError(f"C={channels} channels are not supported, expected a multiple of 64")
+
+
 def check_state(name: str, x: Tensor) -> tuple[int, int, int]:
     """Check a state ``[T, n, C]`` and return its three sizes.
 

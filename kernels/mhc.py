@@ -23,8 +23,8 @@ all of one dtype, bf16 or fp32, contiguous; T is any number of tokens, n one of 
 64 divides C. With M = n^2 + 2n, everything else is fp32: ``phi [M, n C]``, ``bias [M]``,
 ``alpha [3]`` (pre, post, res), ``coefficients [T, M]`` = (H_pre, H_post, H_res row-major),
 ``projection [T, M + 1]`` = (p = vec(x) phi^T, 1 / r), ``dmix [T, M]``, the gradient of
-``coefficients`` (that of H_pre is zero so far), ``dp``: opaque, from I to W, of the residual's dtype,
-``projection_gradient_width(n, dtype)`` numbers a token.
+``coefficients`` (that of H_pre is zero so far), ``dp``: opaque, from I to W, in the residual's
+dtype, ``projection_gradient_width(n, dtype)`` numbers a token.
 
 ``mhc_pre_backward*`` needs ``dy``, the very gradient that ``mhc_post_backward`` took: dx is written
 once, with the contributions of both halves of the site.
@@ -326,7 +326,7 @@ def _pre_backward(
         return dx, dphi, dp, dbias, dalpha
     width = projection_gradient_width(x.shape[1], x.dtype)
     dx, dp, dbias, dalpha = mhc_eager.pre_backward_input(
-        dy, x, du, coefficients, dmix, phi, bias, alpha, width, steps, norm_eps
+        dy, x, du, coefficients, projection, dmix, phi, bias, alpha, width, steps
     )
     dphi = mhc_eager.pre_backward_weight(x, dp) if with_weight else None
     if out is not None:

@@ -249,9 +249,7 @@ def _part_columns(first, MK: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _load_phi(
-    phi_ptr, c, i: tl.constexpr, column, dtype: tl.constexpr, N: tl.constexpr, C: tl.constexpr
-):
+def _load_phi(phi_ptr, c, i, column, dtype: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
     """phi of row i's channels ``c`` for the given coefficients, rounded: ``[columns, BC]``."""
     mask = (column < N * N + 2 * N)[:, None] & (c < C)[None, :]
     offsets = column[:, None] * (N * C) + i * C + c[None, :]
@@ -272,7 +270,9 @@ def _pre_backward_kernel(
     # twice is dp phi, and one product of x with it gives both parts of dphi.
     M: tl.constexpr = N * N + 2 * N
     DT: tl.constexpr = x_ptr.dtype.element_ty
-    WHOLE: tl.constexpr = MK == MP  # all coefficients in one tile: phi is loaded once a slice
+    # Few rows: all coefficients in one tile, phi loaded once a slice, every row in registers.
+    # Many rows: one at a time, the rows of dY read again from L1 and L2 for each.
+    UNROLLED: tl.constexpr = MK == MP
     slices: tl.constexpr = (C + BC - 1) // BC
     column, part = _part_columns(0, MK, PARTS)
     begin = tl.program_id(0) * share
@@ -284,7 +284,7 @@ def _pre_backward_kernel(
         dphi = ()
         phi = ()
         for i in tl.static_range(N):
-            if WHOLE:
+            if UNROLLED:
                 phi = phi + (_load_phi(phi_ptr, c, i, column, DT, N, C),)
             if WITH_W:
                 dphi = dphi + (tl.zeros((BC, PARTS * MK), tl.float32),)
@@ -293,35 +293,44 @@ def _pre_backward_kernel(
             token = t < T
             mask = token[:, None] & (c < C)[None, :]
             offsets = t[:, None] * (N * C) + c[None, :]
-            dy = load_rows(dy_ptr, offsets, mask, N, C)
-            x = load_rows(x_ptr, offsets, mask, N, C)
             du = tl.load(du_ptr + t[:, None] * C + c[None, :], mask=mask, other=0.0)
-            pre = load_mix(coefficients_ptr, t, token, 0, N, M)
-            res = load_mix(coefficients_ptr, t, token, 2 * N, N * N, M)
             s = tl.load(s_ptr + t, mask=token, other=0.0)
             dp_row = dp_ptr + t[:, None] * (PARTS * MP)
-            if WHOLE:
+            if UNROLLED:
                 dp = tl.load(dp_row + (part * MP + column)[None, :], mask=token[:, None], other=0.0)
-            new_dphi = ()
-            for i in tl.static_range(N):
-                dx = tl.zeros((BT, BC), tl.float32)
+                dy = load_rows(dy_ptr, offsets, mask, N, C)
+                x = load_rows(x_ptr, offsets, mask, N, C)
+                pre = load_mix(coefficients_ptr, t, token, 0, N, M)
+                res = load_mix(coefficients_ptr, t, token, 2 * N, N * N, M)
+                new_dphi = ()
+                for i in tl.static_range(N):
+                    if WITH_W:
+                        new_dphi = new_dphi + (dot(tl.trans(x[i]), dp, dphi[i]),)
+                    dx = dot(dp, phi[i], tl.zeros((BT, BC), tl.float32))
+                    dx += s[:, None] * x[i].to(tl.float32) + pre[i][:, None] * du.to(tl.float32)
+                    for o in tl.static_range(N):
+                        dx += res[o * N + i][:, None] * dy[o].to(tl.float32)
+                    tl.store(dx_ptr + i * C + offsets, dx.to(DT), mask=mask)
                 if WITH_W:
-                    new_dphi = new_dphi + (dot(tl.trans(x[i]), dp, dphi[i]),)
-                if WHOLE:
-                    dx = dot(dp, phi[i], dx)
-                else:
+                    dphi = new_dphi
+            else:
+                mix = coefficients_ptr + t * M
+                for r in tl.range(0, N, num_stages=1):
+                    dx = tl.zeros((BT, BC), tl.float32)
                     for first in tl.static_range(0, M, MK):
                         chunk, half = _part_columns(first, MK, PARTS)
                         some = tl.load(
                             dp_row + (half * MP + chunk)[None, :], mask=token[:, None], other=0.0
                         )
-                        dx = dot(some, _load_phi(phi_ptr, c, i, chunk, DT, N, C), dx)
-                dx += s[:, None] * x[i].to(tl.float32) + pre[i][:, None] * du.to(tl.float32)
-                for o in tl.static_range(N):
-                    dx += res[o * N + i][:, None] * dy[o].to(tl.float32)
-                tl.store(dx_ptr + i * C + offsets, dx.to(DT), mask=mask)
-            if WITH_W:
-                dphi = new_dphi
+                        dx = dot(some, _load_phi(phi_ptr, c, r, chunk, DT, N, C), dx)
+                    x_r = tl.load(x_ptr + r * C + offsets, mask=mask, other=0.0)
+                    h = tl.load(mix + r, mask=token, other=0.0)
+                    dx += s[:, None] * x_r.to(tl.float32) + h[:, None] * du.to(tl.float32)
+                    for o in tl.static_range(N):
+                        h = tl.load(mix + 2 * N + o * N + r, mask=token, other=0.0)
+                        row = tl.load(dy_ptr + o * C + offsets, mask=mask, other=0.0)
+                        dx += h[:, None] * row.to(tl.float32)
+                    tl.store(dx_ptr + r * C + offsets, dx.to(DT), mask=mask)
         if WITH_W:
             rows = tl.arange(0, MP)
             keep = (rows < M)[None, :] & (c < C)[:, None]
@@ -392,7 +401,7 @@ def post_backward(
         df ``[T, C]``, and dmix ``[T, M]`` fp32 whose first n columns (H_pre) are zero.
     """
     tokens, n, channels = x.shape
-    cfg = tuning.config("post_backward", n, channels, tokens, x.dtype)
+    cfg = tuning.config("post_backward", n, channels, x.dtype)
     group = min(n, 8) if n <= 8 else 4
     df, dmix = out or (torch.empty_like(f), torch.empty_like(coefficients))
     _post_backward_kernel[(triton.cdiv(tokens, cfg.BT), n // group)](
@@ -414,7 +423,7 @@ def coefficient_gradients(
     tokens, n, channels = x.shape
     padded = padded_coefficients(n)
     parts = residual_parts(x.dtype)
-    cfg = tuning.config("pre_reduce", n, channels, tokens, x.dtype)
+    cfg = tuning.config("pre_reduce", n, channels, x.dtype)
     dlogits = torch.empty_like(dmix)
     history = x.new_empty((tokens, max(steps - 1, 1), 2 * n), dtype=torch.float32)
     sinkhorn_programs = triton.cdiv(tokens, cfg.BS)
@@ -423,7 +432,7 @@ def coefficient_gradients(
         sinkhorn_programs, N=n, C=channels, STEPS=steps,
         BS=cfg.BS, BT=cfg.BT, BC=cfg.BC, V=cfg.V, STAGES=cfg.stages, num_warps=cfg.warps,
     )  # fmt: skip
-    small = tuning.config("small", n, channels, tokens, x.dtype)
+    small = tuning.config("small", n, channels, x.dtype)
     programs = triton.cdiv(tokens, small.BS)
     dp = x.new_empty((tokens, parts * padded))
     s = x.new_empty((tokens,), dtype=torch.float32)
@@ -450,7 +459,7 @@ def pre_backward(
     m = num_coefficients(n)
     fused = with_weight and n <= FUSED_MOST_ROWS[x.dtype.itemsize]
     kernel = "pre_backward" if fused else "pre_backward_input"
-    cfg = tuning.config(kernel, n, channels, tokens, x.dtype)
+    cfg = tuning.config(kernel, n, channels, x.dtype)
     padded = padded_coefficients(n)
     slices = triton.cdiv(channels, cfg.BC)
     tiles, share, slots = _shares(slices, tokens, cfg, x.device)
@@ -475,7 +484,7 @@ def weight_backward(x: Tensor, dp: Tensor) -> Tensor:
     tokens, n, channels = x.shape
     m = num_coefficients(n)
     width = n * channels
-    cfg = tuning.config("weight", n, channels, tokens, x.dtype)
+    cfg = tuning.config("weight", n, channels, x.dtype)
     padded = padded_coefficients(n)
     column_block = min(padded, 128)
     column_blocks = triton.cdiv(m, column_block)

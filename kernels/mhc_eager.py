@@ -1,4 +1,4 @@
-"""The explicit parts of a site in eager torch: the CPU's way, through autograd of the reference.
+"""The explicit parts of a site in eager torch, backward written out: the CPU's way.
 
 Same signatures and layouts as :mod:`mhcplan.kernels.mhc`, arguments already checked.
 """
@@ -27,39 +27,72 @@ def pre_forward(
 
 
 def post_backward(dy: Tensor, x: Tensor, f: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
-    """``(df, dmix)``; here the first n columns of dmix are zero."""
-    with torch.enable_grad():
-        f, coefficients = f.detach().requires_grad_(), coefficients.detach().requires_grad_()
-        y = reference.post_res(x.detach(), f, coefficients)
-        df, dmix = torch.autograd.grad(y, (f, coefficients), dy)
-    return df, dmix
+    """``(df, dmix)``."""
+    wide_dy, wide_x, wide_f = (t.to(coefficients.dtype) for t in (dy, x, f))
+    post = reference.Coefficients.split(coefficients, x.shape[-2]).post
+    dmix = reference.Coefficients(
+        torch.zeros_like(post),
+        torch.einsum("toc,tc->to", wide_dy, wide_f),
+        torch.einsum("toc,tic->toi", wide_dy, wide_x),
+    ).pack()
+    return torch.einsum("to,toc->tc", post, wide_dy).to(f.dtype), dmix
 
 
 def pre_backward_input(
-    dy: Tensor, x: Tensor, du: Tensor, coefficients: Tensor, dmix: Tensor,
-    phi: Tensor, bias: Tensor, alpha: Tensor, width: int, steps: int, norm_eps: float,
+    dy: Tensor, x: Tensor, du: Tensor, coefficients: Tensor, projection: Tensor, dmix: Tensor,
+    phi: Tensor, bias: Tensor, alpha: Tensor, width: int, steps: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """``(dx, dp, dbias, dalpha)``."""
-    n = x.shape[-2]
+    n, channels = x.shape[-2:]
     m = num_coefficients(n)
-    with torch.enable_grad():
-        wide = x.detach().to(phi.dtype).requires_grad_()
-        bias, alpha = bias.detach().requires_grad_(), alpha.detach().requires_grad_()
-        projection = reference.project(wide, phi.detach(), norm_eps)
-        mix = reference.mhc_coefficients(projection, bias, alpha, steps)
-        u = reference.pre_apply(wide, mix)
-        dmix = torch.cat([torch.zeros_like(dmix[:, :n]), dmix[:, n:]], dim=1)
-        dx, dprojection, dbias, dalpha = torch.autograd.grad(
-            (u, mix), (wide, projection, bias, alpha), (du.to(u.dtype), dmix)
-        )
-    res = reference.Coefficients.split(coefficients, n).res
-    dx = dx + torch.einsum("toi,toc->tic", res, dy.to(res.dtype))
+    mix = reference.Coefficients.split(coefficients, n)
+    given = reference.Coefficients.split(dmix, n)
+    wide_dy, wide_x, wide_du = (t.to(phi.dtype) for t in (dy, x, du))
+
+    inverse_rms = projection[:, m:]
+    scaled = projection[:, :m] * inverse_rms
+    scale = alpha.repeat_interleave(torch.tensor([n, n, n * n], device=alpha.device))
+    res_logits = (scaled * scale + bias)[:, 2 * n :].unflatten(-1, (n, n))
+    dpre = given.pre + torch.einsum("tc,tic->ti", wide_du, wide_x)
+    dlogits = reference.Coefficients(
+        dpre * mix.pre * (1 - mix.pre),
+        given.post * mix.post * (1 - mix.post / 2),
+        _sinkhorn_backward(res_logits, given.res, steps),
+    ).pack()
+    dbias = dlogits.sum(0)
+    dalpha = torch.stack([part.sum() for part in (dlogits * scaled).split([n, n, n * n], -1)])
+
+    dp = dlogits * scale * inverse_rms
+    s = -(dp * projection[:, :m]).sum(-1) * inverse_rms[:, 0].square() / (n * channels)
+    dx = torch.einsum("toi,toc->tic", mix.res, wide_dy)
+    dx += mix.pre[:, :, None] * wide_du[:, None, :] + (dp @ phi).unflatten(-1, (n, channels))
+    dx += s[:, None, None] * wide_x
+
     # The kernels' layout: rounded to the residual's dtype, then, in bf16, the remainder.
-    dp = x.new_zeros((x.shape[0], width))
-    dp[:, :m] = dprojection[:, :m]
+    parts = x.new_zeros((x.shape[0], width))
+    parts[:, :m] = dp
     if x.dtype != torch.float32:
-        dp[:, width // 2 : width // 2 + m] = dprojection[:, :m] - dp[:, :m].float()
-    return dx.to(x.dtype), dp, dbias, dalpha
+        parts[:, width // 2 : width // 2 + m] = dp - parts[:, :m].float()
+    return dx.to(x.dtype), parts, dbias, dalpha
+
+
+def _sinkhorn_backward(logits: Tensor, gradient: Tensor, steps: int) -> Tensor:
+    """Back through every step of ``reference.sinkhorn``."""
+    column = torch.softmax(logits, dim=-2)
+    m = torch.softmax(torch.log_softmax(logits, dim=-2), dim=-1)
+    walked: list[tuple[Tensor, Tensor, int]] = []
+    for dim in (-2, -1) * (steps - 1):
+        total = m.sum(dim, keepdim=True)
+        total = torch.where(total < reference.SINKHORN_TINY, torch.ones_like(total), total)
+        m = m / total
+        walked.append((m, total, dim))
+    for after, total, dim in reversed(walked):
+        gradient = (gradient - (gradient * after).sum(dim, keepdim=True)) / total
+    if walked:
+        first_after, first_total, _ = walked[0]
+        m = first_after * first_total
+    gradient = m * (gradient - (gradient * m).sum(-1, keepdim=True))
+    return gradient - column * gradient.sum(-2, keepdim=True)
 
 
 def pre_backward_weight(x: Tensor, dp: Tensor) -> Tensor:

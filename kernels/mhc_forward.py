@@ -281,7 +281,7 @@ def project(x: Tensor, phi: Tensor) -> Tensor:
     tokens, n, channels = x.shape
     width = n * channels
     padded = padded_coefficients(n)
-    cfg = tuning.config("project", n, channels, tokens, x.dtype)
+    cfg = tuning.config("project", n, channels, x.dtype)
     blocks = triton.cdiv(tokens, cfg.BT)
     splits = _splits(blocks, width // (4 * cfg.BK) or 1, x.device, cfg.per_sm)
     split_steps = triton.cdiv(triton.cdiv(width, splits), cfg.BK)
@@ -302,7 +302,7 @@ def coefficients_and_pre(
     """``(u, coefficients, projection)`` from the partial sums of :func:`project` (eq. 16-19)."""
     tokens, n, channels = x.shape
     m = num_coefficients(n)
-    cfg = tuning.config("pre", n, channels, tokens, x.dtype)
+    cfg = tuning.config("pre", n, channels, x.dtype)
     u, coefficients, projection = out or (
         x.new_empty((tokens, channels)),
         x.new_empty((tokens, m), dtype=torch.float32),
@@ -321,7 +321,7 @@ def coefficients_and_pre(
 def post_res(x: Tensor, f: Tensor, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
     """The next state ``[T, n, C]``: H_res x + H_post f (eq. 3)."""
     tokens, n, channels = x.shape
-    cfg = tuning.config("post", n, channels, tokens, x.dtype)
+    cfg = tuning.config("post", n, channels, x.dtype)
     y = torch.empty_like(x) if out is None else out
     blocks = triton.cdiv(tokens, cfg.BT) * triton.cdiv(channels, cfg.BC * cfg.steps_c)
     _post_kernel[(blocks,)](
@@ -343,7 +343,7 @@ def post_project(
         y = post_res(x, f, coefficients)
         return y, project(y, phi_next)
     padded = padded_coefficients(n)
-    cfg = tuning.config("post_project", n, channels, tokens, x.dtype)
+    cfg = tuning.config("post_project", n, channels, x.dtype)
     blocks = triton.cdiv(tokens, cfg.BT)
     splits = _splits(blocks, channels // cfg.BC or 1, x.device, cfg.per_sm)
     split_steps = triton.cdiv(triton.cdiv(channels, splits), cfg.BC)

@@ -88,7 +88,7 @@ def recompute_block(
         ``(us, xs)``: u of every site ``[T, C]``; xs[l] ``[T, n, C]`` is the state after site l.
     """
     tokens, n, channels = x.shape
-    cfg = tuning.config("recompute", n, channels, tokens, x.dtype)
+    cfg = tuning.config("recompute", n, channels, x.dtype)
     given = list(out or ())
     us = given[: len(coefficients)] or [x.new_empty((tokens, channels)) for _ in coefficients]
     xs = given[len(coefficients) :] or [x.new_empty(x.shape) for _ in fs]

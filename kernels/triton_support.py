@@ -6,7 +6,8 @@ rounded value and the remainder (16 bits of mantissa; tf32 has 10), which costs 
 product costs and needs no copy of the bf16 tile in fp32. fp32 residuals use three tf32 products.
 """
 
-# ruff: noqa: ANN001, ANN201, ANN202, RUF005  (Triton: no types for tensors, no starred tuples)
+# ruff: noqa: ANN001, ANN201, ANN202, RUF005, RET505  (Triton: no types for tensors, no
+# starred tuples, and an early return under a constexpr needs its else)
 
 from __future__ import annotations
 
@@ -66,9 +67,10 @@ def dot(a, b, acc):
     """``acc + a @ b`` of two tiles of the residual's dtype on the tensor cores."""
     if a.dtype == tl.float32:
         return tl.dot(a, b, acc, input_precision="tf32x3")
-    if _INTERPRETED:  # numpy has no bf16: the interpreter would multiply the bit patterns
+    elif _INTERPRETED:  # numpy has no bf16: the interpreter would multiply the bit patterns
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
-    return tl.dot(a, b, acc)
+    else:
+        return tl.dot(a, b, acc)
 
 
 @triton.jit
@@ -83,9 +85,10 @@ def stack_parts(tile, dtype: tl.constexpr, PARTS: tl.constexpr):
     """An fp32 tile ``[R, K]`` as ``[PARTS * R, K]`` of ``dtype``: rounded values, remainders."""
     if PARTS == 1:
         return tile.to(dtype)
-    high, low = split(tile, dtype)
-    both = tl.permute(tl.join(high, low), (2, 0, 1))
-    return tl.reshape(both, [2 * tile.shape[0], tile.shape[1]])
+    else:
+        high, low = split(tile, dtype)
+        both = tl.permute(tl.join(high, low), (2, 0, 1))
+        return tl.reshape(both, [2 * tile.shape[0], tile.shape[1]])
 
 
 @triton.jit
@@ -118,4 +121,5 @@ def fold(tile, V: tl.constexpr):
     """Sum groups of V neighbouring channels (inside one thread): [BT, BC] -> [BT, BC / V]."""
     if V == 1:
         return tile
-    return tl.sum(tl.reshape(tile, [tile.shape[0], tile.shape[1] // V, V]), axis=2)
+    else:
+        return tl.sum(tl.reshape(tile, [tile.shape[0], tile.shape[1] // V, V]), axis=2)

@@ -39,22 +39,73 @@ class Config(NamedTuple):
     V: int = 1
 
 
-# {kernel: {(n, bytes an element): {C: Config}}}; a missing (n, bytes) falls back to the default.
+# n = 4 in bf16, and whatever has no entry of its own.
 _DEFAULT: dict[str, Config] = {
-    "project": Config(BT=64, BK=64, warps=4, stages=4),
-    "pre": Config(BT=4, BC=256, warps=4, stages=2, BS=32),
-    "post": Config(BT=4, BC=256, warps=4),
-    "post_project": Config(BT=64, BC=32, warps=8, stages=2),
-    "post_backward": Config(BT=4, BC=128, warps=4),
-    "pre_reduce": Config(BT=4, BC=256, warps=4, BS=32),
+    "project": Config(BT=128, BK=128, warps=4, stages=3),
+    "pre": Config(BT=2, BC=512, warps=4, stages=3, BS=64),
+    "post": Config(BT=1, BC=1024, warps=4),
+    "post_project": Config(BT=64, BC=32, warps=8, stages=3),
+    "post_backward": Config(BT=4, BC=256, warps=4, V=8),
+    "pre_reduce": Config(BT=4, BC=256, warps=4, BS=32, V=8),
     "small": Config(BS=64, warps=4),
     "pre_backward": Config(BT=64, BC=64, warps=8, stages=3, per_sm=1),
-    "pre_backward_input": Config(BT=64, BC=64, warps=8, stages=1),
-    "weight": Config(BT=64, BC=64, warps=4, stages=3),
+    "pre_backward_input": Config(BT=64, BC=64, warps=8, stages=3, per_sm=1),
+    "weight": Config(BT=64, BC=64, warps=4, stages=4, per_sm=4),
     "recompute": Config(BT=4, BC=256, warps=4),
 }
 
-_TABLE: dict[str, dict[tuple[int, int], dict[int, Config]]] = {}
+# What does not fit, or not well, at other (n, bytes an element).
+_OTHER: dict[tuple[int, int], dict[str, Config]] = {
+    (2, 4): {
+        "pre_backward": Config(BT=32, BC=32, warps=4, per_sm=4),
+        "pre_backward_input": Config(BT=32, BC=32, warps=4, per_sm=4),
+        "project": Config(BT=64, BK=64, warps=4, stages=3),
+    },
+    (4, 4): {
+        "project": Config(BT=64, BK=64, warps=4, stages=2),
+        "post_project": Config(BT=64, BC=32, warps=8),
+        "pre_backward": Config(BT=64, BC=32, warps=8, per_sm=2),
+        "pre_backward_input": Config(BT=64, BC=32, warps=8, per_sm=2),
+        "weight": Config(BT=64, BC=64, warps=4, stages=2, per_sm=2),
+    },
+    (8, 2): {
+        "project": Config(BT=64, BK=64, warps=8, stages=3),
+        "post": Config(BT=2, BC=256, warps=4),
+        "post_project": Config(BT=32, BC=32, warps=8, stages=2, per_sm=1),
+        "post_backward": Config(BT=2, BC=256, warps=4, V=8),
+        "pre_backward_input": Config(BT=64, BC=32, warps=8, per_sm=2),
+        "weight": Config(BT=64, BC=64, warps=8, stages=3, per_sm=1),
+        "recompute": Config(BT=2, BC=256, warps=4),
+    },
+    (8, 4): {
+        "project": Config(BT=32, BK=32, warps=8, stages=2),
+        "post": Config(BT=2, BC=256, warps=4),
+        "post_project": Config(BT=32, BC=32, warps=8, per_sm=1),
+        "post_backward": Config(BT=2, BC=256, warps=4, V=8),
+        "pre_backward_input": Config(BT=32, BC=32, warps=4, per_sm=4),
+        "weight": Config(BT=32, BC=64, warps=8, stages=2, per_sm=1),
+        "recompute": Config(BT=2, BC=128, warps=4),
+    },
+    (16, 2): {
+        "project": Config(BT=32, BK=32, warps=8, stages=2),
+        "post": Config(BT=2, BC=128, warps=4),
+        "post_backward": Config(BT=2, BC=256, warps=4, V=8),
+        "pre_backward_input": Config(BT=32, BC=32, warps=4, per_sm=4),
+        "weight": Config(BT=32, BC=64, warps=8, stages=2, per_sm=1),
+        "recompute": Config(BT=2, BC=128, warps=4),
+    },
+    (16, 4): {
+        "project": Config(BT=16, BK=32, warps=8),
+        "post": Config(BT=2, BC=128, warps=4),
+        "post_backward": Config(BT=2, BC=256, warps=4, V=8),
+        "pre_backward_input": Config(BT=32, BC=32, warps=4, per_sm=4),
+        "weight": Config(BT=32, BC=32, warps=8, per_sm=1),
+        "recompute": Config(BT=2, BC=128, warps=4),
+    },
+}
+
+# Tuned: {(n, bytes an element): {kernel: {C: Config}}}.
+_TUNED: dict[tuple[int, int], dict[str, dict[int, Config]]] = {}
 
 KERNELS = tuple(_DEFAULT)
 _OVERRIDE: dict[str, Config] = {}
@@ -68,7 +119,7 @@ def override(kernel: str, chosen: Config | None) -> None:
         _OVERRIDE[kernel] = chosen
 
 
-def config(kernel: str, n: int, channels: int, tokens: int, dtype: torch.dtype) -> Config:
+def config(kernel: str, n: int, channels: int, dtype: torch.dtype) -> Config:
     """Configuration of ``kernel`` for states of ``n`` rows, ``channels`` wide.
 
     Raises:
@@ -76,9 +127,8 @@ def config(kernel: str, n: int, channels: int, tokens: int, dtype: torch.dtype) 
     """
     if kernel in _OVERRIDE:
         return _OVERRIDE[kernel]
-    default = _DEFAULT[kernel]
-    by_channels = _TABLE.get(kernel, {}).get((n, dtype.itemsize))
+    default = _OTHER.get((n, dtype.itemsize), {}).get(kernel, _DEFAULT[kernel])
+    by_channels = _TUNED.get((n, dtype.itemsize), {}).get(kernel)
     if not by_channels:
         return default
-    nearest = min(by_channels, key=lambda c: (abs(c - channels), c))
-    return by_channels[nearest]
+    return by_channels[min(by_channels, key=lambda c: (abs(c - channels), c))]

@@ -1,0 +1,283 @@
+"""The mHC kernels beside other ways to run a site, as ratios to a copy measured in the same run.
+
+    PYTHONPATH=src python benchmarks/kernels.py [--hidden 2560,4096,7168] [--tokens 4096,16384]
+        [--n 4] [--peers eager,compile,liger] [--json out.json]
+
+Needs a GPU. ``%`` is the time that a copy would need for the least traffic of the line, over the
+time measured: the forward moves (4n+2)C elements a token as three kernels (18C at n = 4), forward
+and backward (10n+6)C (46C). L2 is flushed by reading before every call; calls run as CUDA graphs
+behind a GPU sleep, so no launch is seen; the host's own time is printed beside. Errors are
+|out - ref| / |ref| against the float64 reference on the same bf16 inputs. The sublayer is left out:
+its output f and the gradient du are random tensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from kernels_timing import Timer
+
+from mhcplan.kernels import mhc, mhc_backward, mhc_forward, mhc_recompute, reference
+from mhcplan.kernels.reference import num_coefficients
+
+SITES = 8
+Call = Callable[[], object]
+
+
+class Site:
+    """Inputs of one site and the calls on them that are timed."""
+
+    def __init__(self, tokens: int, n: int, channels: int) -> None:
+        m = num_coefficients(n)
+        self.n, self.tokens, self.channels = n, tokens, channels
+        bf16 = {"device": "cuda", "dtype": torch.bfloat16}
+        self.x = torch.randn(tokens, n, channels, **bf16)
+        self.dy = torch.randn(tokens, n, channels, **bf16)
+        self.f = torch.randn(tokens, channels, **bf16)
+        self.du = torch.randn(tokens, channels, **bf16)
+        self.phi = torch.randn(m, n * channels, device="cuda") / (n * channels) ** 0.5
+        self.bias = torch.randn(m, device="cuda")
+        self.alpha = torch.full((3,), 0.5, device="cuda")
+        self.parameters = (self.phi, self.bias, self.alpha)
+
+    def forward(self) -> tuple[torch.Tensor, ...]:
+        """Both halves of the forward."""
+        u, mix, projection = mhc.mhc_pre_forward(self.x, *self.parameters)
+        return u, mix, projection, mhc.mhc_post_forward(self.x, self.f, mix)
+
+    def forward_backward(self, deferred: bool = False) -> tuple[torch.Tensor, ...]:
+        """u, y, dx, df, dphi, dbias, dalpha."""
+        u, mix, projection, y = self.forward()
+        df, dmix = mhc.mhc_post_backward(self.dy, self.x, self.f, mix)
+        given = (self.dy, self.x, self.du, mix, projection, dmix, *self.parameters)
+        if deferred:
+            dx, dp, dbias, dalpha = mhc.mhc_pre_backward_input(*given)
+            return u, y, dx, df, mhc.mhc_pre_backward_weight(self.x, dp), dbias, dalpha
+        dx, dphi, dbias, dalpha = mhc.mhc_pre_backward(*given)
+        return u, y, dx, df, dphi, dbias, dalpha
+
+    def reference_forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """u and y by the reference in the inputs' own dtypes: what eager torch runs."""
+        u, mix = reference.mhc_pre(self.x, *self.parameters)
+        return u, reference.post_res(self.x, self.f, mix)
+
+    def kernels(self) -> dict[str, tuple[Call, float]]:
+        """{kernel: (call, C elements a token that it has to move)}."""
+        n, x, f, dy, du = self.n, self.x, self.f, self.dy, self.du
+        phi, bias, alpha = self.parameters
+        partial = mhc_forward.project(x, phi)
+        _, mix, projection = mhc_forward.coefficients_and_pre(x, partial, bias, alpha, 20, 1e-6)
+        _, dmix = mhc_backward.post_backward(dy, x, f, mix)
+        dp, s, *_ = mhc_backward.coefficient_gradients(
+            x, du, mix, projection, dmix, bias, alpha, 20
+        )
+        fs = [torch.randn_like(f) for _ in range(SITES - 1)]
+        return {
+            "project": (lambda: mhc_forward.project(x, phi), n),
+            "coefficients + pre": (
+                lambda: mhc_forward.coefficients_and_pre(x, partial, bias, alpha, 20, 1e-6),
+                n + 1,
+            ),
+            "post_res": (lambda: mhc_forward.post_res(x, f, mix), 2 * n + 1),
+            "post_res + project": (lambda: mhc_forward.post_project(x, f, mix, phi), 2 * n + 1),
+            "post backward": (lambda: mhc_backward.post_backward(dy, x, f, mix), 2 * n + 2),
+            "coefficients backward": (
+                lambda: mhc_backward.coefficient_gradients(
+                    x, du, mix, projection, dmix, bias, alpha, 20
+                ),
+                n + 1,
+            ),
+            "pre backward (I + W)": (
+                lambda: mhc_backward.pre_backward(dy, x, du, mix, dp, s, phi, True), 3 * n + 1
+            ),
+            "pre backward (I)": (
+                lambda: mhc_backward.pre_backward(dy, x, du, mix, dp, s, phi, False), 3 * n + 1
+            ),
+            "dphi (W)": (lambda: mhc_backward.weight_backward(x, dp), n),
+            f"recompute {SITES} sites": (
+                lambda: mhc_recompute.recompute_block(x, fs, [mix] * SITES),
+                n + (SITES - 1) + SITES + n * (SITES - 1),
+            ),
+        }  # fmt: skip
+
+
+def graphed(call: Call) -> Call:
+    """``call`` as a CUDA graph."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def host_us(call: Call, repeats: int = 20) -> float:
+    """Microseconds that the host needs to issue ``call``."""
+    call()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    elapsed = time.perf_counter() - started
+    torch.cuda.synchronize()
+    return elapsed / repeats * 1e6
+
+
+def peak_mb(call: Call) -> float:
+    """MB allocated at the peak of ``call`` above what was there before."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    kept = call()
+    torch.cuda.synchronize()
+    del kept
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+def errors(site: Site) -> dict[str, float]:
+    """Relative errors of every output against float64."""
+
+    def wide(t: torch.Tensor) -> torch.Tensor:
+        return t.double().requires_grad_()
+
+    x, f, phi, bias, alpha = map(wide, (site.x, site.f, *site.parameters))
+    u, mix = reference.mhc_pre(x, phi, bias, alpha)
+    y = reference.post_res(x, f, mix)
+    leaves = (x, f, phi, bias, alpha)
+    expected = (u, y, *torch.autograd.grad(
+        (u, y), leaves, (site.du.double(), site.dy.double())
+    ))  # fmt: skip
+    names = ("u", "y", "dx", "df", "dphi", "db", "dalpha")
+    return {
+        name: ((out.double() - ref).norm() / ref.norm()).item()
+        for name, out, ref in zip(names, site.forward_backward(), expected, strict=True)
+    }
+
+
+def autograd_peer(site: Site, forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> Call:
+    """Forward and backward of a site written as one differentiable function."""
+    leaves = [t.detach().requires_grad_() for t in (site.x, site.f, *site.parameters)]
+
+    def run() -> object:
+        u, y = forward(*leaves)
+        return torch.autograd.grad((u, y), leaves, (site.du, site.dy))
+
+    return run
+
+
+def eager_forward(
+    x: torch.Tensor, f: torch.Tensor, phi: torch.Tensor, bias: torch.Tensor, alpha: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A site by the reference."""
+    u, mix = reference.mhc_pre(x, phi, bias, alpha)
+    return u, reference.post_res(x, f, mix)
+
+
+def peers(site: Site, names: list[str]) -> dict[str, tuple[Call, Call]]:
+    """{peer: (forward, forward and backward)}; a peer that cannot be imported is left out."""
+    found: dict[str, tuple[Call, Call]] = {}
+    given = (site.x, site.f, *site.parameters)
+    if "eager" in names:
+        found["eager"] = (lambda: eager_forward(*given), autograd_peer(site, eager_forward))
+    if "compile" in names:
+        compiled = torch.compile(eager_forward, dynamic=False)
+        found["torch.compile"] = (lambda: compiled(*given), autograd_peer(site, compiled))
+    if "liger" in names:
+        try:
+            from liger_kernel.transformers.functional import (
+                liger_mhc_coeffs,
+                liger_mhc_post_res,
+                liger_mhc_pre,
+            )
+        except ImportError:
+            print("liger_kernel is not installed: left out")
+        else:
+
+            def liger(
+                x: torch.Tensor, f: torch.Tensor, phi: torch.Tensor, bias: torch.Tensor,
+                alpha: torch.Tensor,
+            ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+                pre, post, res = liger_mhc_coeffs(
+                    x, phi.mT.contiguous().bfloat16(), bias, *alpha.unbind(), tmax=20
+                )
+                return liger_mhc_pre(x, pre), liger_mhc_post_res(x, f, post, res)
+
+            found["liger"] = (lambda: liger(*given), autograd_peer(site, liger))
+    return found
+
+
+def measure(
+    timer: Timer, copy: float, tokens: int, n: int, channels: int, names: list[str]
+) -> dict[str, object]:
+    """Print and return all figures of one shape."""
+    site = Site(tokens, n, channels)
+    row: dict[str, object] = {"T": tokens, "C": channels, "n": n, "copy_bytes_per_second": copy}
+
+    def line(name: str, call: Call, elements: float, graph: bool = True) -> float:
+        us = timer.us(graphed(call) if graph else call)
+        percent = 100 * elements * channels * 2 * tokens / copy * 1e6 / us
+        print(f"  {name:28s} {us:9.1f} us {percent:6.1f} %")
+        row[name] = {"us": us, "percent": percent}
+        return us
+
+    print(f"T={tokens} C={channels} n={n}: copy {copy / 1e9:.0f} GB/s")
+    for name, (call, elements) in site.kernels().items():
+        line(name, call, elements)
+    forward, both = 4 * n + 2, 10 * n + 6
+    line("site forward", site.forward, forward)
+    line("site forward + backward", site.forward_backward, both)
+    line("site forward + I + W", lambda: site.forward_backward(True), both + n)
+    _, mix, *_ = site.forward()
+    line(
+        "site forward, cross-site",
+        lambda: mhc.mhc_post_pre_forward(site.x, site.f, mix, *site.parameters),
+        3 * n + 2,
+    )
+    row["host_us"] = host_us(site.forward_backward)
+    row["peak_mb"] = peak_mb(site.forward_backward)
+    print(f"  host {row['host_us']:.0f} us, peak {row['peak_mb']:.0f} MB (forward + backward)")
+    first, second = site.forward_backward(), site.forward_backward()
+    row["repeats"] = all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    print(f"  bitwise equal run to run: {row['repeats']}")
+    del first, second
+    if tokens * channels <= 4096 * 4096:
+        row["errors"] = errors(site)
+        print("  errors " + " ".join(f"{k} {v:.1e}" for k, v in errors(site).items()))
+    for name, (fwd, fb) in peers(site, names).items():
+        line(f"{name} forward", fwd, forward, graph=False)
+        line(f"{name} forward + backward", fb, both, graph=False)
+        row[f"{name} host_us"] = host_us(fb, 3)
+    return row
+
+
+def main() -> None:
+    """Measure every shape asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--hidden", default="2560,4096,7168")
+    parser.add_argument("--tokens", default="4096,16384")
+    parser.add_argument("--n", default="4")
+    parser.add_argument("--peers", default="eager,compile,liger")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("benchmarks/kernels.py needs a GPU")
+    timer = Timer()
+    copy = timer.copy_bytes_per_second()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    rows = [
+        measure(timer, copy, int(tokens), int(n), int(channels), args.peers.split(","))
+        for n in args.n.split(",")
+        for channels in args.hidden.split(",")
+        for tokens in args.tokens.split(",")
+    ]
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
