@@ -14,10 +14,17 @@ from rich.console import Console
 _PLAIN_WIDTH = 110  # columns of tables that go to a file or a pipe
 
 
+class _Output(Console):
+    """Leaves a reader that stopped reading to the command line; rich would exit 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def output() -> Console:
     """Standard output: as wide as the terminal, or wide enough for the tables."""
     plain = not sys.stdout.isatty() and "COLUMNS" not in os.environ
-    return Console(width=_PLAIN_WIDTH if plain else None, highlight=False)
+    return _Output(width=_PLAIN_WIDTH if plain else None, highlight=False)
 
 
 def progress(what: str) -> AbstractContextManager[object]:

@@ -248,8 +248,9 @@ def test_ctrl_c_is_130_without_a_traceback(run: Run, monkeypatch: pytest.MonkeyP
     assert run("predict", *SMALL) == (130, "", "mhcplan: interrupted\n")
 
 
-def test_reader_that_leaves_early_is_no_error(profile: str) -> None:
-    words = ["predict", *SMALL, "--profile", profile, "--json"]
+@pytest.mark.parametrize("more", [[], ["--json"]], ids=["text", "json"])
+def test_reader_that_leaves_early_is_no_error(profile: str, more: list[str]) -> None:
+    words = ["predict", *SMALL, "--profile", profile, *more]
     script = "from mhcplan.planner.cli import main\nimport sys\nmain(sys.argv[1:])"
     read, write = os.pipe()
     os.close(read)  # nobody will ever read
