@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, cast, get_args
 
 from pydantic import BaseModel
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
     from pydantic_core import ErrorDetails
 
-_VALUE_LENGTH = 60
+_VALUE_LENGTH, _MESSAGE_LENGTH = 60, 200
 _DISCRIMINATED = {"attention": {"mla", "gqa"}}  # loc names the union's arm, a plan's path does not
 _VALID = {
     "residual.recompute_block": "must be auto, none, stage or a number of sites of at least 1",
@@ -44,6 +44,8 @@ def describe(error: ValidationError, root: type[BaseModel]) -> str:
             return unknown_field(path, root)
         case "missing":
             return f"{path} is missing: a plan cannot do without it"
+        case "union_tag_invalid" | "union_tag_not_found":
+            return _wrong_kind(first, path)
         case "value_error":
             return _own_message(first, path)
         case _:
@@ -79,9 +81,18 @@ def _own_message(problem: ErrorDetails, path: str) -> str:
     return f"{path}.{text}" if path else text
 
 
+def _wrong_kind(problem: ErrorDetails, path: str) -> str:
+    """An ``attention`` whose ``kind`` is none of those there are."""
+    whole: object = problem["input"]
+    given = cast("dict[str, object]", whole) if isinstance(whole, dict) else {}
+    kinds = sorted(_DISCRIMINATED[path.rpartition(".")[2]])
+    return f"{path}.kind={short(given.get('kind'))} must be {' or '.join(kinds)}"
+
+
 def _must(message: str) -> str:
     text = message.replace("Input should be", "must be").replace("Input should", "must")
-    return text if text.startswith("must") else f"is not valid: {text}"
+    text = text if text.startswith("must") else f"is not valid: {text}"
+    return text[:_MESSAGE_LENGTH]
 
 
 def _path(loc: tuple[int | str, ...]) -> str:

@@ -77,6 +77,12 @@ def test_refusal_is_one_line_with_field_value_and_what_is_valid(
     assert "\n" not in str(refusal.value)
 
 
+def test_attention_of_an_unknown_kind_names_the_kinds() -> None:
+    model = MODELS["mhc-27b"].model_dump() | {"attention": {"kind": "mqa", "num_heads": 8}}
+    with pytest.raises(SpecError, match=r"model.attention.kind='mqa' must be gqa or mla"):
+        make_plan({"model": model})
+
+
 def test_model_is_needed() -> None:
     with pytest.raises(SpecError, match="model is missing"):
         make_plan({})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given
@@ -193,3 +193,41 @@ def test_unreadable_file_is_refused_in_one_line(tmp_path: Path, name: str) -> No
 def test_unknown_preset_names_close_ones() -> None:
     with pytest.raises(SpecError, match="did you mean mhc-27b"):
         resolve_plan("mhc27b", {}, [])
+
+
+_ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(-(2**70), 2**70)
+    | st.floats()
+    | st.sampled_from(["", "auto", "dualpipe", "mhc-9b", "80GB", "1e99", "-1"])
+    | st.datetimes()
+    | _TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_TEXT, inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(st.lists(st.tuples(st.sampled_from(list(field_paths(PlanSpec))), _ANYTHING), max_size=3))
+def test_any_value_in_any_field_is_refused_in_one_line_or_makes_a_plan(
+    changes: list[tuple[str, object]],
+) -> None:
+    fields: dict[str, Any] = {"model": MODELS["mhc-9b"].model_dump(), "microbatches": 32}
+    for path, value in changes:
+        table: Any = fields
+        *parents, last = path.split(".")
+        for name in parents:
+            inner = table.get(name)
+            table[name] = table = dict(inner) if isinstance(inner, dict) else {}
+        table[last] = value
+    try:
+        plan = make_plan(fields)
+    except SpecError as refusal:
+        said = str(refusal)
+    else:
+        said = plan.digest()
+        assert parse_plan(plan_text(plan), "plan.toml") == plan
+        assert plan.num_stages <= plan.model.num_blocks
+    assert "\n" not in said
+    assert len(said) < 500
