@@ -36,11 +36,11 @@ def run(cases: list[Case], processes: int, folder: Path) -> list[dict[str, Any]]
     return [torch.load(path, weights_only=False) for path in paths]
 
 
-def initial_weights(spec: RunSpec) -> dict[str, Tensor]:
+def initial_weights(spec: RunSpec, device: str = "cpu") -> dict[str, Tensor]:
     """All parameters of the whole model, by the runtime's names."""
     stage = build_stage(
         replace(spec, ep=1), range(spec.model.num_blocks), expert_index=0,
-        shares=dict.fromkeys(("dense", "experts"), (0, 1)), device=torch.device("cpu"),
+        shares=dict.fromkeys(("dense", "experts"), (0, 1)), device=torch.device(device),
         loss_scale=1.0, optimizer={},
     )  # fmt: skip
     weights = {name: w.data.clone() for name, w in stage.parameters.weights.items()}

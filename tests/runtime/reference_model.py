@@ -34,8 +34,9 @@ def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
 def rotate(x: Tensor, seq: int) -> Tensor:
     """Rotary positions over the last axis of x [B, S, H, D], halves (a, b)."""
     half = x.shape[-1] // 2
-    power = torch.arange(half, dtype=torch.float64) / half
-    angle = torch.outer(torch.arange(seq, dtype=torch.float64), 10_000.0**-power)
+    where = {"dtype": torch.float64, "device": x.device}
+    power = torch.arange(half, **where) / half
+    angle = torch.outer(torch.arange(seq, **where), 10_000.0**-power).to(x.dtype)
     cos, sin = angle.cos()[None, :, None], angle.sin()[None, :, None]
     a, b = x[..., :half], x[..., half:]
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
@@ -120,8 +121,8 @@ class ReferenceModel:
             return swiglu(x, w[f"{prefix}.gate_up"], w[f"{prefix}.down"])
         scores = torch.sigmoid(x @ w[f"blocks.{block}.router.gate"].t())
         if self.spec.routing == "forced":
-            token = torch.arange(len(x))[:, None] * moe.top_k
-            turn = (token + torch.arange(moe.top_k)) % moe.num_experts
+            token = torch.arange(len(x), device=x.device)[:, None] * moe.top_k
+            turn = (token + torch.arange(moe.top_k, device=x.device)) % moe.num_experts
             chosen = turn.gather(1, scores.gather(1, turn).argsort(-1, descending=True))
         else:
             chosen = scores.topk(moe.top_k).indices

@@ -39,7 +39,7 @@ class Case:
         return RunSpec.from_plan(self.plan, dtype=torch.float32, **self.choices)
 
 
-class _KeepsGradients(ModelBinding):
+class KeepsGradients(ModelBinding):
     """Copies the reduced gradients before the optimizer uses them."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
@@ -59,8 +59,8 @@ class _KeepsGradients(ModelBinding):
         return Bound(run)
 
 
-class _Trainer(Trainer):
-    binding_class = _KeepsGradients
+class UnsettledTrainer(Trainer):
+    binding_class = KeepsGradients
 
     def _build_stages(self, optimizer: Any) -> Any:  # noqa: ANN401
         stages = super()._build_stages(optimizer)
@@ -117,7 +117,7 @@ def run_case(case: Case, session: Session) -> dict[str, Any]:
     if case.shuffle is not None:
         rank = session.process // case.spec.replicas
         order = legal_order(case.program, rank, case.shuffle)
-    trainer = _Trainer(
+    trainer = UnsettledTrainer(
         case.program, case.spec, session, optimizer=OPTIMIZER, order=order, poison=True
     )
     losses = []

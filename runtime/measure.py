@@ -1,0 +1,255 @@
+"""Step times, traces and memory of real runs.
+
+Times come from steps that nothing watches, with Python's garbage collector off. Traces come from
+other steps, in which an event is recorded before and after every op: their step is longer, by how
+much is part of a measurement. Clocks: a GPU's events are placed on the host's monotonic clock by an
+event whose time on both is known to within ``ClockBase.uncertainty_ns``; processes of one machine
+share that clock.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from mhcplan.runtime.trace import measured_timeline
+from mhcplan.sim.files import Trace
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from numpy.typing import NDArray
+
+    from mhcplan.runtime.executor import Instruction
+    from mhcplan.runtime.train import Trainer
+
+_CLOCK_TRIES = 8
+
+
+class PeakBytes(NamedTuple):
+    """Memory of a process through a step, of the allocator. Zero on a CPU.
+
+    Attributes:
+        static: held between steps; ``allocated``: most held in a step, ``static`` included;
+        reserved: most that the allocator took from the device.
+    """
+
+    static: int
+    allocated: int
+    reserved: int
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Steps of one Trainer.
+
+    Attributes:
+        step_ns: each step, from the hosts' begin to the end of the last process.
+        issue_ns: for each step, how long the slowest host took to issue it.
+    """
+
+    step_ns: list[int]
+    issue_ns: list[int]
+
+    @property
+    def median_ns(self) -> int:
+        """The figure to report."""
+        return int(statistics.median(self.step_ns))
+
+    @property
+    def spread_percent(self) -> float:
+        """Interquartile range over the median."""
+        low, _, high = statistics.quantiles(self.step_ns, n=4)
+        return 100 * (high - low) / self.median_ns
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No garbage collection: what exists is frozen, what comes waits."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+def time_steps(trainers: Mapping[str, Trainer], steps: int, warm_up: int) -> dict[str, StepTimes]:
+    """Time steps of several Trainers in turns, so that drift of the machine hits all alike.
+
+    Every process must call it with equal arguments; all get the times of the slowest.
+    """
+    own: dict[str, list[tuple[int, int]]] = {name: [] for name in trainers}
+    with quiet():
+        for step in range(warm_up + steps):
+            for name, trainer in trainers.items():
+                trainer.load(step)
+                issue, whole = _timed_step(trainer)
+                if step >= warm_up:
+                    own[name].append((issue, whole))
+    found: dict[str, StepTimes] = {}
+    for name, pairs in own.items():
+        slowest = torch.tensor(pairs, dtype=torch.int64, device=trainers[name].session.device)
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        issue_ns, step_ns = slowest.t().tolist()
+        found[name] = StepTimes(step_ns, issue_ns)
+    return found
+
+
+def _timed_step(trainer: Trainer) -> tuple[int, int]:
+    """(ns until the host had issued the step, ns until it was done)."""
+    _together(trainer)
+    begin = time.perf_counter_ns()
+    trainer.step()
+    issued = time.perf_counter_ns()
+    _synchronize(trainer)
+    return issued - begin, time.perf_counter_ns() - begin
+
+
+def _together(trainer: Trainer) -> None:
+    """Start all processes at one time, with idle devices."""
+    _synchronize(trainer)
+    dist.barrier()
+    _synchronize(trainer)
+
+
+def _synchronize(trainer: Trainer) -> None:
+    if trainer.session.device.type == "cuda":
+        torch.cuda.synchronize(trainer.session.device)
+
+
+def peak_memory(trainer: Trainer, steps: int = 2) -> PeakBytes:
+    """Memory of this process through some steps; only this Trainer may hold any."""
+    if trainer.session.device.type != "cuda":
+        for step in range(steps):
+            trainer.load(step)
+            trainer.step()
+        return PeakBytes(0, 0, 0)
+    _synchronize(trainer)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    static = torch.cuda.memory_allocated()
+    for step in range(steps):
+        trainer.load(step)
+        trainer.step()
+    _synchronize(trainer)
+    return PeakBytes(static, torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
+
+
+# -- traces ----------------------------------------------------------------------------------------
+
+
+class _HostEvent:
+    """A moment on the host: what a CPU has instead of a CUDA event."""
+
+    def record(self) -> None:
+        self.ns = time.perf_counter_ns()
+
+
+class _Recorder:
+    """Observer of a step: when the host issued each instruction, when its stream ran it."""
+
+    def __init__(self, instructions: list[Instruction], device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        count = len(instructions)
+        self.issued = np.zeros(count, np.int64)
+        self.begins = [self._event() for _ in range(count)]
+        self.ends = [self._event() for _ in range(count)]
+        self._base = self._event()
+
+    def _event(self) -> Any:  # noqa: ANN401 - torch's event or ours
+        return torch.cuda.Event(enable_timing=True) if self._cuda else _HostEvent()
+
+    def before(self, index: int) -> None:
+        self.begins[index].record()
+
+    def after(self, index: int) -> None:
+        self.ends[index].record()
+        self.issued[index] = time.perf_counter_ns()
+
+    def set_clock(self) -> None:
+        """Find an event's time on the host's clock: the try whose bounds are closest."""
+        self.base_ns, self.uncertainty_ns = 0, 0
+        best = None
+        for _ in range(_CLOCK_TRIES if self._cuda else 0):
+            event, begin = self._event(), time.perf_counter_ns()
+            event.record()
+            event.synchronize()
+            end = time.perf_counter_ns()
+            if best is None or end - begin < best:
+                best = end - begin
+                self._base, self.base_ns = event, (begin + end) // 2
+                self.uncertainty_ns = (end - begin) // 2
+
+    def times_ns(self, events: list[Any]) -> NDArray[np.int64]:
+        """Host-clock times of events; the device must be idle."""
+        if not self._cuda:
+            return np.array([event.ns for event in events], np.int64)
+        elapsed = [round(self._base.elapsed_time(event) * 1e6) for event in events]
+        return self.base_ns + np.array(elapsed, np.int64)
+
+
+def trace_step(trainer: Trainer, step: int) -> Trace | None:
+    """Run a step with events around every op; process 0 gets the trace of its replica.
+
+    Every process must call it. Times of a batched call are those of all its ops.
+    """
+    instructions = trainer.executor.instructions
+    recorder = _Recorder(instructions, trainer.session.device)
+    trainer.load(step)
+    with quiet():
+        _together(trainer)
+        recorder.set_clock()
+        _together(trainer)
+        begin = time.perf_counter_ns()
+        trainer.step(recorder)
+        _synchronize(trainer)
+    ops = np.array([op.index for it in instructions for op in it.ops])
+    of = np.repeat(np.arange(len(instructions)), [len(it.ops) for it in instructions])
+    columns = np.stack(
+        [
+            ops, recorder.issued[of], recorder.times_ns(recorder.begins)[of],
+            recorder.times_ns(recorder.ends)[of],
+        ]
+    )  # fmt: skip
+    mine = {
+        "begin": begin, "columns": columns, "replica": trainer.place.replica,
+        "uncertainty_ns": recorder.uncertainty_ns,
+    }  # fmt: skip
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    if trainer.session.process != 0:
+        return None
+    return _assemble(trainer, [part for part in parts if part["replica"] == 0])
+
+
+def _assemble(trainer: Trainer, parts: list[dict[str, Any]]) -> Trace:
+    """One trace from the parts of a replica's processes."""
+    program = trainer.program
+    table = np.zeros((3, program.num_ops), np.int64)
+    begin = min(part["begin"] for part in parts)
+    for part in parts:
+        ops, *times = part["columns"]
+        table[:, ops] = np.stack(times) - begin
+    issue, start, end = np.maximum(table, 0)
+    meta = {
+        "plan_digest": program.meta.get("plan_digest"),
+        "clock_uncertainty_ns": max(part["uncertainty_ns"] for part in parts),
+        "device": _device_name(trainer.session.device),
+        "torch": torch.__version__,
+    }
+    return Trace(program, measured_timeline(program, issue, start, end), "measured", meta)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
