@@ -203,6 +203,7 @@ class Bench:
             for handle in handles:
                 handle.wait()
         torch.cuda.synchronize()
+        torch.cuda._sleep(1)  # the run's end: what holds the next one up is not part of it
         return Run(), late
 
     def estimate(self, key: str, call: Callable[[], Any] | None) -> _Estimate:
@@ -414,7 +415,7 @@ def _write(bench: Bench, book: _Book, item: Item, runs: dict[str, list[Run]],
             ops = _counts(bench, item, "A")[0]
             per_op = max(1, round(len(runs["A"][0].compute) / ops))
         else:
-            per_op = book.rows[pair_key(name, None)]["per_op"]
+            per_op = book.rows.get(pair_key(name, None), {}).get("per_op", 1)
     row = row_of(name, traffic, per_op, runs, late)
     row["per_op"] = per_op
     if name != "-" and traffic is None:

@@ -1,7 +1,7 @@
 """What two streams did, from the profiler's records: start and length of every kernel.
 
-A *run* begins with a marker kernel; after it, what NCCL or a copy engine did is *traffic* and all
-else is *compute*. Times of one trace are ns on the host's clock, so traces of two processes can be
+A *run* begins with a marker kernel and ends with another; in between, what NCCL or a copy engine
+did is *traffic* and all else is *compute*. Times of one trace are ns on the host's clock, so traces of two processes can be
 laid side by side.
 """
 
@@ -71,14 +71,17 @@ def is_traffic(event: dict[str, Any]) -> bool:
 
 
 def split_runs(events: list[dict[str, Any]], base_ns: int) -> list[Run]:
-    """The runs of a trace, in order; what comes before the first marker is left out."""
+    """The runs of a trace, in order; what lies between the end of one and the next is left out."""
     device = [e for e in events if e.get("ph") == "X" and e.get("cat") in _DEVICE_KINDS]
     device.sort(key=lambda e: float(e["ts"]))
     runs: list[Run] = []
+    inside = False
     for event in device:
         if MARKER in event["name"]:
-            runs.append(Run())
-        elif runs:
+            inside = not inside
+            if inside:
+                runs.append(Run())
+        elif inside:
             _add(runs[-1], event, base_ns)
     return runs
 

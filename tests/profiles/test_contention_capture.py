@@ -41,6 +41,8 @@ def test_runs_begin_at_markers_and_traffic_is_told_from_compute() -> None:
         _event("void spin_kernel(long)", 10, 1),
         _event("gemm", 11, 5),
         _event("ncclDevKernel_SendRecv(x)", 12.5, 7),
+        _event("void spin_kernel(long)", 20, 1),
+        _event("filler", 22, 5),
         _event("void spin_kernel(long)", 30, 1),
         _event("Memcpy PtoP (Device -> Device)", 31, 2, "gpu_memcpy"),
         {"ph": "X", "cat": "cuda_runtime", "name": "cudaLaunchKernel", "ts": 31, "dur": 1},

@@ -1,0 +1,192 @@
+"""What a kernel and traffic between GPUs do to each other while they overlap: the priced model.
+
+The state that explains it is small, and each rule was read off device traces of an H100 (two
+streams kept full; see :mod:`mhcplan.profiles.capture.contention`):
+
+* **Admission.** A communication CTA takes a whole SM. At equal priority it is placed when an SM is
+  free and no CTA of a kernel that was launched before it still waits for one: with streams kept
+  full, once a kernel, at its tail. At high priority it takes the next SM that falls free. CTAs that
+  run are never taken back; a persistent kernel gives up its SMs at its end.
+* **SMs held.** A placed CTA moves its share of the message once its peer is placed too, and keeps
+  its SM until that is done; those that found no SM follow. A kernel that starts meanwhile has that
+  many SMs less: one that filled the chip in one wave needs a second one.
+* **Memory.** Traffic is a chain of loads and stores: beside memory traffic that uses the share u
+  of the bandwidth each takes 1 + k u as long, unless the link is the narrower part. The bytes that
+  traffic moves are missing to the kernel: the data once at the sender, and three times at the
+  receiver (into the buffer, out of it, to its place).
+
+The types and rules are here; :func:`mhcplan.profiles.contention_play.overlap` plays them on two
+ranks and prices a pair. All times are ns, rates bytes a ns (= GB/s); nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_TAIL_STEPS = 7
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What is fitted or measured once for a machine; the rest of the model is counted.
+
+    Attributes:
+        num_sms: of the GPU.
+        hbm_bytes_per_ns: what a copy reaches, bytes read plus bytes written.
+        memory_delay: k: how much longer a communication CTA takes for its bytes beside kernels
+            that use all of the memory bandwidth, as a share.
+        link_delay: the same for a link that is full.
+        compute_delay: how much longer a compute-bound CTA lives for each share of the memory
+            bandwidth that traffic takes.
+        crowding: how much longer CTAs live for each CTA more that shares their SM, as a share of
+            what an SM without any slack would make them.
+        bound_from: share of the memory bandwidth from which a kernel begins to be bound by it.
+        least_life: shortest life of a memory-bound CTA, as a share of its life beside all others.
+    """
+
+    num_sms: int = 132
+    hbm_bytes_per_ns: float = 3000.0
+    memory_delay: float = 2.0
+    link_delay: float = 0.2
+    compute_delay: float = 0.4
+    crowding: float = 0.8
+    bound_from: float = 0.6
+    least_life: float = 0.5
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel of an op, as the SMs see it.
+
+    Attributes:
+        duration_ns: alone.
+        ctas: of its grid.
+        ctas_per_sm: that fit on one SM.
+        hbm_bytes: moved at least.
+        persistent: its CTAs stay to its end.
+        pieces: of work (tiles) that a persistent kernel's CTAs do one after another; 0: one each.
+        dealt: whether pieces are dealt out at the start; else others do what a late CTA misses.
+        tail_share: share of the duration, at its end, in which no CTA waits and SMs fall idle one
+            after another (causal attention: the CTAs' work is unequal); 0: as the waves have it.
+            Measured by when a CTA of equal priority gets in.
+    """
+
+    duration_ns: float
+    ctas: int
+    ctas_per_sm: int
+    hbm_bytes: int = 0
+    persistent: bool = False
+    pieces: int = 0
+    dealt: bool = True
+    tail_share: float = 0.0
+
+
+@dataclass(frozen=True)
+class Message:
+    """Traffic of one kind and size; one message follows another.
+
+    Attributes:
+        alone_ns: its kernel alone, both ends there.
+        chain_ns: of that, what the CTAs' chains of loads and stores take at least; they share the
+            time with the link (the longer of the two counts).
+        fixed_ns: of that, what depends on neither.
+        ctas: SMs that it holds on each rank; 0 for a copy engine.
+        hbm_bytes: moved on each rank in the process, (first, second).
+        gap_ns: from its end to the start of the next, alone.
+        high_priority: of its stream.
+        both_busy: whether both ranks compute meanwhile, or only the first.
+    """
+
+    alone_ns: float
+    chain_ns: float
+    fixed_ns: float
+    ctas: int
+    hbm_bytes: tuple[int, int]
+    gap_ns: float = 1700.0
+    high_priority: bool = False
+    both_busy: bool = True
+
+
+@dataclass(frozen=True)
+class Slowdowns:
+    """Time beside the other over time alone: mean per op (first, second rank), and per message.
+
+    ``queue_ns``: mean time of a message from the end of the one before to its first CTA;
+    ``kernel_ns``: from there to its end.
+    """
+
+    compute: tuple[float, float]
+    traffic: float
+    queue_ns: float
+    kernel_ns: float
+
+
+def units(kernel: Kernel) -> int:
+    """What is placed on SMs one by one: CTAs, or the pieces of work of a persistent kernel that
+    any CTA may fetch."""
+    return kernel.ctas if kernel.dealt else max(kernel.ctas, kernel.pieces)
+
+
+def hbm_share(kernel: Kernel, parameters: Parameters) -> float:
+    """Share of the memory bandwidth that a kernel uses alone."""
+    return min(1.0, kernel.hbm_bytes / kernel.duration_ns / parameters.hbm_bytes_per_ns)
+
+
+def message_ns(message: Message, share: float, parameters: Parameters, active: int = 0) -> float:
+    """Time of a message's CTAs, once placed, beside kernels that use ``share`` of the bandwidth.
+
+    ``active`` of them move at once (0: all), so that fewer have more of the link each.
+    """
+    part = active / message.ctas if active else 1.0
+    link = (message.alone_ns - message.fixed_ns) * part * (1 + parameters.link_delay * share)
+    chain = message.chain_ns * (1 + parameters.memory_delay * share)
+    return message.fixed_ns + max(link, chain)
+
+
+def ends_of(kernel: Kernel, life: float, sms: int, pending: int) -> list[tuple[float, int]]:
+    """When how many of ``sms`` fall free whose CTAs live ``life`` ns at most.
+
+    ``pending``: CTAs that will take their place."""
+    found = [(life, sms)]
+    rounds = -(-kernel.pieces // kernel.ctas)
+    if kernel.dealt and rounds > 1:  # some have a piece less
+        full = sms * ((kernel.pieces - 1) % kernel.ctas + 1) // kernel.ctas
+        found = [(life * (rounds - 1) / rounds, sms - full), (life, full)]
+    if kernel.tail_share and not pending:
+        tail = min(kernel.tail_share * kernel.duration_ns, life)
+        steps = min(sms, _TAIL_STEPS)
+        found = [
+            (life - tail * (steps - 1 - i) / max(1, steps - 1), sms * (i + 1) // steps - sms * i // steps)
+            for i in range(steps)
+        ]
+    return [(end, part) for end, part in found if part]
+
+
+def wait_ns(
+    kernel: Kernel, age_ns: float, parameters: Parameters, *, urgent: bool, beside: bool = False
+) -> float:
+    """Time until a CTA of another stream is placed, ns; 0 where that is at once.
+
+    Args:
+        kernel: what keeps the chip busy, alone since ``age_ns``.
+        age_ns: how long it has run.
+        parameters: of the machine.
+        urgent: the other stream is the more urgent one: the CTA is placed before the kernel's CTAs
+            that still wait. A persistent kernel has none, and no urgency helps against it.
+        beside: the CTA fits on an SM beside the kernel's own.
+    """
+    usual = min(kernel.ctas_per_sm, -(-kernel.ctas // parameters.num_sms))
+    life = kernel.duration_ns / -(-units(kernel) // (usual * parameters.num_sms))
+    at = kernel.duration_ns * (1 - kernel.tail_share)
+    if kernel.ctas < parameters.num_sms or (beside and (urgent or kernel.persistent)):
+        at = 0.0
+    elif urgent and not kernel.persistent:
+        # CTAs of unequal life, and those that wait for memory, soon lose their step: some SM falls
+        # free all the time
+        loose = kernel.tail_share or hbm_share(kernel, parameters) > parameters.bound_from
+        at = age_ns if loose else (age_ns // life + 1) * life
+    elif not kernel.tail_share:
+        at -= life  # the last wave is placed; does it leave SMs idle?
+        if not beside and units(kernel) % (usual * parameters.num_sms) == 0:
+            at += min(end for end, _ in ends_of(kernel, life, parameters.num_sms, 0))
+    return min(max(0.0, at - age_ns), max(0.0, kernel.duration_ns - age_ns))

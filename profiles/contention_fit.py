@@ -1,0 +1,230 @@
+"""Fitting the contention model to measured pairs, and its error on pairs it was not fitted on.
+
+Pairs are the rows of :mod:`mhcplan.profiles.capture.contention`. One pair in five is held out, by a
+hash of its name. The error of a pair's side is |predicted / measured - 1| of its slowdown.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import statistics
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from mhcplan.profiles.contention import Kernel, Message, Parameters, Slowdowns
+from mhcplan.profiles.contention_play import overlap
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+Row = dict[str, Any]
+
+HOLDOUT = 5  # one pair in so many
+_SHORT_NS = 3_000  # memsets and the like: counted as gaps
+_LONG_CTA_NS = 20_000
+_FIXED_NS = 8_000  # of a message alone: what 1 MiB takes beyond its bytes
+# bytes a ns that one CTA moves, from the messages of 8 MiB and 2 or 4 CTAs, where nothing else
+# limits them; of all_to_all the own part counts too, as it does in num_bytes
+CTA_BYTES_PER_NS = {"send_recv": 33.0, "send_recv_both": 20.5, "all_to_all": 19.5}
+# bytes of memory traffic for each byte of num_bytes at (first, second) rank: a sender reads; a
+# receiver has the data written into its buffer, reads it there and writes it to its place
+HBM_FACTOR = {
+    "send_recv": (1.0, 3.0), "send_recv_both": (4.0, 4.0), "all_to_all": (3.0, 3.0),
+    "copy_engine": (1.0, 1.0),
+}  # fmt: skip
+_LIMITS = {"threads": 2048, "registers": 65536, "shared_bytes": 233472, "ctas": 32}
+
+
+@dataclass(frozen=True)
+class Trait:
+    """What a launch does not show of a kernel: see :class:`~mhcplan.profiles.contention.Kernel`."""
+
+    pieces: int = 0
+    dealt: bool = True
+    tail_share: float = 0.0
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A measured pair: the arguments that price it, and its slowdowns."""
+
+    name: str
+    compute: str
+    kernels: tuple[Kernel, ...]
+    op_ns: float
+    message: Message
+    measured: tuple[float, float]  # compute, traffic
+
+    @property
+    def held_out(self) -> bool:
+        """Whether the fit must not see it."""
+        return hashlib.sha256(self.name.encode()).digest()[0] % HOLDOUT == 0
+
+
+def ctas_per_sm(launch: Sequence[int]) -> int:
+    """CTAs of a launch [grid, threads, registers, shared bytes] that fit on an SM of compute
+    capability 9.0 (CUDA C programming guide; registers go to warps in units of 256)."""
+    _, threads, registers, shared = launch
+    warps = -(-threads // 32)
+    per_warp = -(-registers * 32 // 256) * 256
+    fits = (
+        _LIMITS["ctas"],
+        _LIMITS["threads"] // max(1, warps * 32),
+        _LIMITS["registers"] // max(1, per_warp * warps),
+        _LIMITS["shared_bytes"] // (shared + 1024),
+    )
+    return max(1, min(fits))
+
+
+def kernels_of(row: Row, traits: Mapping[str, Trait], num_sms: int) -> tuple[Kernel, ...]:
+    """The kernels of a case from its row alone; ``traits`` by part of the kernel's name, or by the
+    name of the case."""
+    total = sum(k["duration_ns"] for k in row["kernels"])
+    found = []
+    for kernel in row["kernels"]:
+        if kernel["duration_ns"] < _SHORT_NS:
+            continue
+        grid, fit = kernel["launch"][0], ctas_per_sm(kernel["launch"])
+        keys = [key for key in traits if key in (row["compute"],) or key in kernel["name"]]
+        trait = traits[keys[0]] if keys else Trait()
+        one_wave = grid <= fit * num_sms
+        found.append(
+            Kernel(
+                kernel["duration_ns"], max(1, grid), fit,
+                round(row["hbm_bytes"] * kernel["duration_ns"] / total),
+                one_wave and kernel["duration_ns"] >= _LONG_CTA_NS,
+                trait.pieces, trait.dealt, trait.tail_share,
+            )
+        )  # fmt: skip
+    return tuple(found)
+
+
+class Pairs:
+    """The rows of a capture, by pair."""
+
+    def __init__(self, rows: Mapping[str, Row], num_sms: int = 132) -> None:
+        """``num_sms`` of the GPU that was measured."""
+        self.rows, self.num_sms = rows, num_sms
+
+    def op_ns(self, compute: str) -> list[float]:
+        """Period of an op alone on each rank."""
+        return [float(s["median_ns"]) for s in self.rows[f"{compute}|-"]["A"]["compute"]]
+
+    def message_ns(self, traffic: Row) -> float:
+        """Period of a message alone: the least over ranks and over stream priorities, which do not
+        matter alone (the first transfers of a communicator are slower)."""
+        wanted = {**traffic, "busy": "all"}
+        periods = [
+            side["median_ns"]
+            for level in (False, True)
+            for side in self._alone({**wanted, "high_priority": level})
+            if side["ops"]
+        ]
+        return float(min(periods))
+
+    def _alone(self, traffic: Row) -> list[Row]:
+        level = "high" if traffic["high_priority"] else "equal"
+        key = (f"-|{traffic['pattern']} {traffic['num_bytes']} ctas={traffic['ctas']} {level}"
+               " busy=all")  # fmt: skip
+        return self.rows[key]["A"]["traffic"] if key in self.rows else []
+
+    def message(self, row: Row) -> Message:
+        """The traffic of a pair's row as the model takes it."""
+        traffic = row["traffic"]
+        pattern, size = traffic["pattern"], traffic["num_bytes"]
+        period = self.message_ns(traffic)
+        gaps = [s["queue_ns"] for s in self._alone({**traffic, "high_priority": False}) if s["ops"]]
+        gap = min(max(500.0, float(min(gaps))), period / 2)
+        alone = period - gap
+        ctas = row["traffic_launch"][0] if row["traffic_launch"] else 0
+        fixed = min(0.9 * alone, _FIXED_NS) if ctas else 0.0
+        chain = 0.0
+        if ctas:
+            chain = min(alone - fixed, size / (ctas * CTA_BYTES_PER_NS[pattern]))
+        first, second = (round(size * factor) for factor in HBM_FACTOR[pattern])
+        return Message(alone, chain, fixed, ctas, (first, second), gap, traffic["high_priority"],
+                       traffic["busy"] == "all" and pattern != "copy_engine")  # fmt: skip
+
+    def measured(self, row: Row) -> tuple[float, float] | None:
+        """Mean slowdown of compute and of traffic over both runs and the ranks that had both; None
+        where a run was not as planned."""
+        if row["late"]:
+            return None
+        ours = self.op_ns(row["compute"])
+        theirs = self.message_ns(row["traffic"])
+        lonely = row["traffic"]["busy"] == "first"
+        found = []
+        for side, alone in (("compute", ours), ("traffic", [theirs, theirs])):
+            weighed = [
+                (s["period_ns"] / base, min(s["ops"], 20))
+                for run in "AB"
+                for rank, (s, base) in enumerate(zip(row[run][side], alone, strict=True))
+                if s["ops"] and not (lonely and rank)
+            ]
+            if not weighed:
+                return None
+            found.append(sum(v * w for v, w in weighed) / sum(w for _, w in weighed))
+        return found[0], found[1]
+
+    def pairs(self, traits: Mapping[str, Trait]) -> list[Pair]:
+        """Every pair that was measured as planned."""
+        found = []
+        for row in self.rows.values():
+            if row["compute"] == "-" or row["traffic"] is None:
+                continue
+            measured = self.measured(row)
+            if measured is None:
+                continue
+            kernels = kernels_of(self.rows[f"{row['compute']}|-"], traits, self.num_sms)
+            ours = statistics.mean(self.op_ns(row["compute"]))
+            found.append(
+                Pair(row["pair"], row["compute"], kernels, ours, self.message(row), measured)
+            )
+        return found
+
+
+def predict(pair: Pair, parameters: Parameters) -> tuple[float, float]:
+    """Slowdowns of compute (mean over the ranks that compute) and traffic."""
+    found: Slowdowns = overlap(pair.kernels, pair.message, parameters, pair.op_ns)
+    compute = statistics.mean(found.compute) if pair.message.both_busy else found.compute[0]
+    return compute, found.traffic
+
+
+def errors(pairs: Iterable[Pair], parameters: Parameters) -> list[tuple[Pair, float, float]]:
+    """Error of both sides of each pair."""
+    found = []
+    for pair in pairs:
+        compute, traffic = predict(pair, parameters)
+        found.append(
+            (pair, abs(compute / pair.measured[0] - 1), abs(traffic / pair.measured[1] - 1))
+        )
+    return found
+
+
+def loss(pairs: Iterable[Pair], parameters: Parameters) -> float:
+    """Mean |log(predicted / measured)| of both sides: robust, and equal for twice and half."""
+    values = []
+    for pair in pairs:
+        for found, wanted in zip(predict(pair, parameters), pair.measured, strict=True):
+            values.append(abs(math.log(found / wanted)))
+    return statistics.mean(values)
+
+
+def descend(
+    start: Any, choices: Mapping[str, Sequence[Any]], cost: Callable[[Any], float], rounds: int = 2  # noqa: ANN401
+) -> Any:  # noqa: ANN401 - a dataclass
+    """The dataclass ``start`` with each field of ``choices`` at its best value, one at a time."""
+    best, least = start, cost(start)
+    for _ in range(rounds):
+        before = least
+        for name, values in choices.items():
+            for value in values:
+                if value != getattr(best, name):
+                    tried = replace(best, **{name: value})
+                    found = cost(tried)
+                    if found < least:
+                        best, least = tried, found
+        if least == before:
+            break
+    return best
