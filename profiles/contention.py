@@ -155,10 +155,9 @@ def ends_of(kernel: Kernel, life: float, sms: int, pending: int) -> list[tuple[f
     if kernel.tail_share and not pending:
         tail = min(kernel.tail_share * kernel.duration_ns, life)
         steps = min(sms, _TAIL_STEPS)
-        found = [
-            (life - tail * (steps - 1 - i) / max(1, steps - 1), sms * (i + 1) // steps - sms * i // steps)
-            for i in range(steps)
-        ]
+        parts = [sms * (i + 1) // steps - sms * i // steps for i in range(steps)]
+        early = [tail * (1 - i / max(1, steps - 1)) for i in range(steps)]
+        found = [(life - before, part) for before, part in zip(early, parts, strict=True)]
     return [(end, part) for end, part in found if part]
 
 

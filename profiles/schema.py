@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 PROFILE_FORMAT = "mhcplan.profile"
 PROFILE_VERSION = 1
+_TABLES = ("ops", "transfers", "contention_ops", "contention_pairs", "priorities")
+_LATER_FIELDS = ("contention_ops", "contention_pairs", "contention_model", "priorities")
 
 Pattern = Literal["send_recv", "send_recv_both", "all_to_all", "all_reduce", "reduce_scatter",
                   "all_gather"]  # fmt: skip
@@ -127,6 +129,80 @@ class TransferTiming(Figure):
     ctas: NonNegativeInt | None = None
 
 
+class ContentionOp(Figure):
+    """A kernel that was overlapped with traffic: ``name`` of the case, ``family`` of kernels that
+    it stands for, ``duration_ns`` of the op alone with the gaps between its kernels."""
+
+    name: str
+    family: str
+    duration_ns: PositiveInt
+    segments: tuple[Segment, ...]
+
+
+class ContentionPair(Figure):
+    """What a kernel and traffic did to each other while both streams were kept full.
+
+    ``op``: of :class:`ContentionOp`; ``bytes``: as in :class:`TransferTiming`; ``ctas``: SMs that
+    the traffic's kernel held (0: a copy engine); ``both_busy``: whether both ranks computed or only
+    the first. Slowdowns are time beside the other over time alone, means. ``alone_ns``: of a
+    message from start to start, alone; beside the kernel it waited ``queue_ns`` from the end of the
+    one before and was ``kernel_ns`` in its kernel, the wait for its peer included.
+    """
+
+    op: str
+    pattern: Literal["send_recv", "send_recv_both", "all_to_all", "copy_engine"]
+    bytes: PositiveInt
+    ctas: NonNegativeInt
+    high_priority: bool = False
+    both_busy: bool = True
+    compute_slowdown: Annotated[float, Field(gt=0)]
+    traffic_slowdown: Annotated[float, Field(gt=0)]
+    alone_ns: PositiveInt
+    queue_ns: NonNegativeInt
+    kernel_ns: NonNegativeInt
+    samples: NonNegativeInt = 0
+
+
+class PriorityLatency(Figure):
+    """How long a short kernel waited for a chip that another kept busy.
+
+    ``resident``: what kept it busy; ``level``: priority of the short kernel's stream against the
+    resident's; ``ctas`` of the short kernel; ``connections``: CUDA_DEVICE_MAX_CONNECTIONS.
+    ``start_ns``, ``end_ns``: medians, from the host's launch call.
+    """
+
+    resident: str
+    level: Literal["equal", "high"]
+    ctas: PositiveInt
+    connections: PositiveInt
+    start_ns: NonNegativeInt
+    end_ns: NonNegativeInt
+    spread_percent: Annotated[float, Field(ge=0)] = 0.0
+    samples: NonNegativeInt = 0
+
+
+class KernelTrait(Spec):
+    """What a launch does not show of kernels whose name contains ``name``: see
+    :class:`mhcplan.profiles.contention.Kernel`."""
+
+    name: str
+    pieces: NonNegativeInt = 0
+    dealt: bool = True
+    tail_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+
+class ContentionModel(Figure):
+    """The fitted model: fields of :class:`mhcplan.profiles.contention.Parameters`, traits of
+    kernels, and its mean error |predicted / measured - 1| on ``held_out_pairs`` it was not fitted
+    on."""
+
+    parameters: dict[str, float]
+    traits: tuple[KernelTrait, ...] = ()
+    held_out_pairs: NonNegativeInt = 0
+    compute_error_percent: Annotated[float, Field(ge=0)] = 0.0
+    traffic_error_percent: Annotated[float, Field(ge=0)] = 0.0
+
+
 class Rate(Figure):
     """A ceiling measured in the same session: what the machine can do at best."""
 
@@ -173,6 +249,18 @@ class Profile(Spec):
     overheads: Overheads
     ops: tuple[OpTiming, ...]
     transfers: tuple[TransferTiming, ...]
+    contention_ops: tuple[ContentionOp, ...] = ()
+    contention_pairs: tuple[ContentionPair, ...] = ()
+    contention_model: ContentionModel | None = None
+    priorities: tuple[PriorityLatency, ...] = ()
+
+    @model_validator(mode="after")
+    def _pairs_have_ops(self) -> Self:
+        ops = {op.name for op in self.contention_ops}
+        for index, pair in enumerate(self.contention_pairs):
+            if pair.op not in ops:
+                raise ValueError(f"contention_pairs.{index}.op: {pair.op!r} is no contention op")
+        return self
 
     @model_validator(mode="after")
     def _no_row_twice(self) -> Self:
@@ -191,7 +279,11 @@ class Profile(Spec):
     @property
     def digest(self) -> str:
         """sha256 of the canonical JSON: equal profiles have equal digests."""
-        text = json.dumps(self.model_dump(mode="json", by_alias=True), sort_keys=True)
+        data = self.model_dump(mode="json", by_alias=True)
+        for name in _LATER_FIELDS:  # so that a profile without them keeps its digest
+            if not data[name]:
+                del data[name]
+        text = json.dumps(data, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -257,9 +349,13 @@ def read_profile(path: Path) -> Profile:
 def profile_text(profile: Profile) -> str:
     """The file's text: one row a line, so that profiles can be compared by eye and by diff."""
     data = profile.model_dump(mode="json", by_alias=True, exclude_none=True)
-    head = {k: v for k, v in data.items() if k not in ("ops", "transfers")}
+    for name in _LATER_FIELDS:
+        if not data.get(name):
+            data.pop(name, None)
+    tables = [name for name in _TABLES if name in data]
+    head = {k: v for k, v in data.items() if k not in tables}
     lines = [json.dumps(head, indent=1)[:-2]]
-    for table in ("ops", "transfers"):
+    for table in tables:
         rows = ",\n  ".join(json.dumps(row) for row in data[table])
         lines.append(f',\n "{table}": [\n  {rows}\n ]' if rows else f',\n "{table}": []')
     return "".join(lines) + "\n}\n"

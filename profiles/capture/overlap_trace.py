@@ -1,8 +1,9 @@
 """What two streams did, from the profiler's records: start and length of every kernel.
 
 A *run* begins with a marker kernel and ends with another; in between, what NCCL or a copy engine
-did is *traffic* and all else is *compute*. Times of one trace are ns on the host's clock, so traces of two processes can be
-laid side by side.
+did is *traffic* and all else is *compute*. Times of one trace are ns on the host's clock, so traces
+of two processes can be laid side by side. A kernel's recorded start is the start of its first CTA
+(within 0.2 us of the CTAs' own readings of the GPU's timer, on an H100, with a full chip or not).
 """
 
 from __future__ import annotations
