@@ -313,6 +313,12 @@ VOCABULARY: dict[str, OpKind] = {
         "mhc",
         flops=_mhc_pre_flops,
         bytes=_mhc_bytes({"F": (2, 1), "I": (4, 2), "W": (1, 0), "B": (4, 2)}),
+        # the projection of eq. 14-15; the coefficients are an output
+        saved=lambda s: s["tokens"] * (coefficients(s["n"]) + 1) * FP32,
+        # the state, and the projection's gradient in rows padded to a power of two
+        deferred=lambda s: s["tokens"] * (
+            s["n"] * s["hidden"] * BF16 + (1 << coefficients(s["n"]).bit_length()) * FP32
+        ),
     ),
     "mhc_post": _kind(
         _MHC, "FI", "mhc", flops=_mhc_mix_flops, bytes=_mhc_bytes({"F": (2, 1), "I": (2, 2)})

@@ -8,7 +8,9 @@ take as long.
 from __future__ import annotations
 
 import gc
+import itertools
 import statistics
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -131,6 +133,20 @@ class Block:
         ops["attention_mla"].backward_weight(late)
         ops["mhc_pre"].backward_weight(late_pre)
 
+    def graph(self) -> torch.cuda.CUDAGraph:
+        """:meth:`run` as a CUDA graph."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self.run()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.run()
+        return graph
+
     def _ffn_backward(self, saved: tuple[Tensors, ...]) -> Tensor:
         pre, norm, router, dense, experts, unpermute, post = saved
         ops, second = self.ops, self.second
@@ -162,36 +178,33 @@ def _some(gradients: tuple[Tensor | None, ...]) -> tuple[None, Tensor, Tensor]:
 
 
 def compare(
-    block: Block, rows: Mapping[str, OpTiming], timer: GpuTimer, samples: int = 40
+    block: Block, rows: Mapping[str, OpTiming], samples: int = 60, heat_seconds: float = 1.0
 ) -> Comparison:
-    """Run the block ``samples`` times, launches hidden in a CUDA graph, hot.
+    """Run the block over and over, launches hidden in a CUDA graph: it is its own load.
+
+    Args:
+        block: what to run.
+        rows: profile rows by the text of their keys.
+        samples: runs that are timed, after ``heat_seconds`` of runs that are not.
+        heat_seconds: see ``samples``.
 
     Raises:
-        KeyError: ``rows`` (by the text of their keys) lacks one of the block's keys.
+        KeyError: ``rows`` lacks one of the block's keys.
     """
     summed = sum(rows[str(key)].duration_ns for key in block.op_keys())
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            block.run()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        block.run()
-    timer.heat(0.5)
-    times: list[float] = []
-    for _ in range(samples):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        timer.heat(0.01)
-        timer.fill(2e6)
+    graph = block.graph()
+    end = time.perf_counter() + heat_seconds
+    while time.perf_counter() < end:
+        for _ in range(5):
+            graph.replay()
+        torch.cuda.synchronize()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(samples + 2)]
+    for event in events:
         graph.replay()
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e6)
+        event.record()
+    events[-1].synchronize()
+    pairs = itertools.pairwise(events[1:])
+    times = [start.elapsed_time(end) * 1e6 for start, end in pairs]
     return Comparison(round(statistics.median(times)), spread_percent(times), samples, summed)
 
 
@@ -241,4 +254,4 @@ def check_block(
     keys = list(dict.fromkeys(block.op_keys()))
     store = Log(log.with_name(log.name + ".block.jsonl"), session)
     measure_ops(keys, session, store)
-    return compare(block, store.rows, session.timer)
+    return compare(block, store.rows)

@@ -25,7 +25,7 @@ from mhcplan.profiles.capture.timing import spread_percent
 from mhcplan.profiles.schema import Pattern, TransferTiming
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
 PATTERNS: tuple[Pattern, ...] = get_args(Pattern)
 # 1 KiB to 1 GiB in steps of 2
@@ -36,7 +36,10 @@ _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _REDUCING = ("all_reduce", "reduce_scatter")
 _BURST_NS = 400_000
 _SAMPLES = 9
+_ROUNDS = 3
 _MAX_BURST = 40
+_CYCLES_PER_NS = 2  # of the sleeping kernel; an SM runs at 2 GHz at most, so it never sleeps less
+_SLOWER = 1.25
 
 
 class Transfers:
@@ -84,14 +87,19 @@ def _wait(handles: Sequence[Any]) -> None:
         handle.wait()
 
 
-def _time_gpu(call: Callable[[], Any], length: int, samples: int) -> tuple[list[float], list[int]]:
-    """Per-call stream times of bursts and host times of calls, ns."""
-    durations: list[float] = []
+def _time_gpu(
+    call: Callable[[], Any], length: int, samples: int, hidden_ns: float
+) -> tuple[list[float | None], list[int]]:
+    """Per-call stream times of bursts and host times of calls, ns.
+
+    A burst that was not enqueued within the ``hidden_ns`` that the stream sleeps counts as None.
+    """
+    durations: list[float | None] = []
     host: list[int] = []
     for _ in range(samples):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         _wait(call())  # the peers meet here, so that the burst starts together
-        torch.cuda._sleep(400_000 + 100_000 * length)
+        torch.cuda._sleep(int(_CYCLES_PER_NS * hidden_ns))
         # the group's stream waits for the current one at each call: both queues fill meanwhile
         start.record()
         handles: list[Any] = []
@@ -99,14 +107,15 @@ def _time_gpu(call: Callable[[], Any], length: int, samples: int) -> tuple[list[
             begin = time.perf_counter_ns()
             handles += call()
             host.append(time.perf_counter_ns() - begin)
+        dry = start.query()
         _wait(handles)
         end.record()
         end.synchronize()
-        durations.append(start.elapsed_time(end) * 1e6 / length)
+        durations.append(None if dry else start.elapsed_time(end) * 1e6 / length)
     return durations, host
 
 
-def _time_host(call: Callable[[], Any], samples: int) -> tuple[list[float], list[int]]:
+def _time_host(call: Callable[[], Any], samples: int) -> tuple[list[float | None], list[int]]:
     times = []
     for _ in range(samples):
         dist.barrier()
@@ -116,34 +125,58 @@ def _time_host(call: Callable[[], Any], samples: int) -> tuple[list[float], list
     return [float(t) for t in times], times
 
 
+def _gather(mine: object) -> list[Any]:
+    """What every rank passed, by rank."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return found
+
+
+def _bursts(call: Callable[[], Any], gpu: bool, ranks: int) -> tuple[list[float], int]:
+    """Times of bursts, each that of the slowest of the first ``ranks``; median host time; ns.
+
+    Every rank makes the same calls, so all decide on what all saw. A burst counts if it was
+    enqueued in time on every rank; where too few were, the streams sleep longer.
+    """
+    if not gpu:
+        found = _gather(_time_host(call, 3))
+        return [max(burst) for burst in zip(*(f[0] for f in found[:ranks]), strict=True)], round(
+            max(statistics.median(f[1]) for f in found[:ranks])
+        )
+    probe = _gather(_time_gpu(call, 4, 3, 2_000_000))
+    guess = max((d for f in probe for d in f[0] if d is not None), default=_BURST_NS)
+    host_ns = max(statistics.median(f[1]) for f in probe)
+    length = max(2, min(_MAX_BURST, round(_BURST_NS / guess)))
+    hidden_ns = 2 * length * host_ns + 300_000
+    good: list[float] = []
+    host: list[float] = []
+    for _ in range(_ROUNDS):
+        found = _gather(_time_gpu(call, length, _SAMPLES, hidden_ns))
+        together = zip(*(f[0] for f in found[:ranks]), strict=True)
+        good += [max(burst) for burst in together if None not in burst]
+        host.append(max(statistics.median(f[1]) for f in found[:ranks]))
+        if len(good) >= _SAMPLES // 2:
+            break
+        hidden_ns *= 2
+    return good, round(statistics.median(host))
+
+
 def _measure(transfers: Transfers, pattern: Pattern, num_bytes: int) -> TransferTiming | None:
-    """One row on rank 0, None elsewhere; every rank calls it."""
+    """One row on rank 0, None elsewhere and where nothing could be timed; every rank calls it."""
     call = transfers.call(pattern, num_bytes)
     gpu = transfers.device.type == "cuda"
     for _ in range(3):
         _wait(call())
     if gpu:
         torch.cuda.synchronize()
-        guess = statistics.median(_time_gpu(call, 4, 3)[0])
-        agreed: list[Any] = [None] * transfers.size
-        dist.all_gather_object(agreed, guess)
-        length = max(2, min(_MAX_BURST, round(_BURST_NS / max(agreed))))
-        durations, host = _time_gpu(call, length, _SAMPLES)
-    else:
-        durations, host = _time_host(call, 3)
-    found: list[Any] = [None] * transfers.size
-    dist.all_gather_object(found, (durations, statistics.median(host)))
-    if transfers.rank:
+    ranks = 2 if pattern.startswith("send") else transfers.size
+    times, host_ns = _bursts(call, gpu, ranks)
+    if transfers.rank or not times:
         return None
-    slowest = max((f[0] for f in found[: 2 if pattern.startswith("send") else None]),
-                  key=statistics.median)  # fmt: skip
-    pair = pattern.startswith("send")
     return TransferTiming(
-        source="measured", pattern=pattern, medium="intra_node",
-        group_size=2 if pair else transfers.size, bytes=num_bytes,
-        duration_ns=max(1, round(statistics.median(slowest))),
-        spread_percent=spread_percent(slowest), samples=len(slowest),
-        host_ns=round(max(f[1] for f in found[:2])),
+        source="measured", pattern=pattern, medium="intra_node", group_size=ranks,
+        bytes=num_bytes, duration_ns=max(1, round(statistics.median(times))),
+        spread_percent=spread_percent(times), samples=len(times), host_ns=host_ns,
     )  # fmt: skip
 
 
@@ -227,7 +260,23 @@ def read_transfers(log: Path, stamp: dict[str, str]) -> tuple[list[TransferTimin
             row = TransferTiming.model_validate(line["transfer"])
             rows[row.pattern, row.bytes] = row
             communicator = max(communicator, line["communicator_bytes"])
-    return list(rows.values()), communicator
+    return without_starved(rows.values()), communicator
+
+
+def without_starved(rows: Iterable[TransferTiming]) -> list[TransferTiming]:
+    """The rows that are not slower (by a quarter) than a larger message of their pattern.
+
+    A message cannot take longer than one with more bytes: such a row shows a stream that waited for
+    its host. It is as good as not measured.
+    """
+    kept: list[TransferTiming] = []
+    least: dict[tuple[str, int], int] = {}
+    for row in sorted(rows, key=lambda row: row.bytes, reverse=True):
+        curve = row.pattern, row.group_size
+        if row.duration_ns <= _SLOWER * least.get(curve, row.duration_ns):
+            kept.append(row)
+            least[curve] = min(row.duration_ns, least.get(curve, row.duration_ns))
+    return kept
 
 
 def measure_transfers(

@@ -21,18 +21,20 @@ if TYPE_CHECKING:
     from mhcplan.profiles.capture.timing import GpuTimer
 
 _ENVIRONMENT = ("NCCL_", "CUDA_", "TORCH_NCCL_", "PYTORCH_", "TRITON_", "NVIDIA_TF32")
+_MEASURING = ("comm", "machine", "ops", "segments", "timing")  # of this folder
 _COPY_BYTES = 2 * 1024**3
 _GEMM_SIZE = 8192
 
 
 def code_sha256() -> str:
-    """Hash of every file that decides what is timed and how: kernels, capture, the vocabulary."""
+    """Hash of every file that decides what is timed and how: kernels, timing, the vocabulary."""
     import mhcplan.kernels
     import mhcplan.profiles
 
     profiles = Path(str(mhcplan.profiles.__file__)).parent
     files = sorted(Path(str(mhcplan.kernels.__file__)).parent.glob("*.py"))
-    files += [*sorted((profiles / "capture").glob("*.py")), profiles / "vocabulary.py"]
+    files += [profiles / "capture" / f"{name}.py" for name in _MEASURING]
+    files.append(profiles / "vocabulary.py")
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
@@ -75,6 +77,12 @@ def _versions(device: torch.device) -> dict[str, str]:
     return versions
 
 
+def _command(arguments: list[str]) -> str:
+    """The command that repeats this capture; of paths their last part, the rest is nobody's."""
+    shown = [Path(a).name if Path(a).is_absolute() else a for a in arguments]
+    return " ".join(["python -m mhcplan.profiles.capture", *shown])
+
+
 def provenance(
     device: torch.device, num_devices: int, code: str, load: GpuTimer | None = None
 ) -> Provenance:
@@ -96,7 +104,7 @@ def provenance(
         versions=_versions(device),
         environment={k: v for k, v in sorted(os.environ.items()) if k.startswith(_ENVIRONMENT)},
         measured_on=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        command=" ".join(["python -m mhcplan.profiles.capture", *sys.argv[1:]]),
+        command=_command(sys.argv[1:]),
         code_sha256=code,
     )
 

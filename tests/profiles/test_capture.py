@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from mhcplan.profiles.capture import grid, measure
+from mhcplan.profiles.capture import grid, machine, measure
 from mhcplan.profiles.capture.__main__ import main
+from mhcplan.profiles.capture.comm import without_starved
 from mhcplan.profiles.capture.ops import Log, Session, groups, measure_ops
 from mhcplan.profiles.capture.segments import Chip, Kernel, ctas_per_sm, make_segments
 from mhcplan.profiles.capture.timing import HostTimer, spread_percent
 from mhcplan.profiles.presets import HARDWARE
-from mhcplan.profiles.schema import ProfileError, read_profile
+from mhcplan.profiles.schema import ProfileError, TransferTiming, read_profile
 from mhcplan.profiles.vocabulary import VOCABULARY, op_key
 
 H100 = Chip(num_sms=132, registers=65536, shared_bytes=233472, threads=2048)
@@ -235,3 +236,20 @@ def test_host_timer_takes_calls_in_turn() -> None:
     assert seen == [0, 1, 0]
     assert sample.samples == 3
     assert sample.duration_ns > 0
+
+
+def transfer(num_bytes: int, duration_ns: int, pattern: str = "send_recv") -> TransferTiming:
+    return TransferTiming(
+        source="measured", pattern=pattern, group_size=2, bytes=num_bytes, duration_ns=duration_ns
+    )
+
+
+def test_a_message_slower_than_a_larger_one_is_dropped() -> None:
+    rows = [transfer(1, 10), transfer(2, 40), transfer(4, 12), transfer(8, 20)]
+    assert {row.bytes for row in without_starved(rows)} == {1, 4, 8}
+    other = transfer(2, 40, "all_to_all")
+    assert other in without_starved([*rows, other])
+
+
+def test_a_command_names_no_folder_of_this_machine() -> None:
+    assert machine._command(["--out", "/a/b/p.json", "--tiny"]).endswith("--out p.json --tiny")
