@@ -28,7 +28,7 @@ def model(hidden: int, top_k: int = 4) -> dict[str, object]:
         "name": f"closed-loop-{hidden}",
         "num_blocks": 8,
         "hidden_size": hidden,
-        "vocab_size": 32_000,
+        "vocab_size": 32_768,
         "attention": {"kind": "mla", "num_heads": hidden // 80},
         "moe": {
             "num_experts": 16, "top_k": top_k, "num_shared_experts": 2,
@@ -105,7 +105,7 @@ def write_row(folder: Path, plan: PlanSpec, *, predicted: bool) -> None:
     from mhcplan.planner.predict import predict
 
     found = predict(plan)
-    meta = {"plan_digest": plan.digest(), "profile": plan.profile}
+    meta = {"plan_digest": plan.digest(), "profile": found.profile.digest}
     for name, step in (("predicted", found.step), ("predicted_baseline", found.baseline)):
         trace = Trace(step.program, step.timeline, "predicted", meta)
         write_trace(trace, folder / f"{name}.trace.json")
