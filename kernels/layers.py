@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mhcplan.kernels.layers_attention import BACKENDS, AttentionGqa, AttentionMla
-from mhcplan.kernels.layers_base import Env, Op, Tensors, Weight, interpreted, storage_bytes
+from mhcplan.kernels.layers_base import Env, Op, Tensors, Weight, storage_bytes
 from mhcplan.kernels.layers_mhc import (
     Collapse,
     Expand,
@@ -74,7 +74,6 @@ __all__ = [
     "Weight",
     "ZeroGradients",
     "forced_splits",
-    "interpreted",
     "make_case",
     "storage_bytes",
 ]

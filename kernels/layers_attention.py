@@ -27,6 +27,7 @@ from mhcplan.kernels.layers_base import (
     add_weight_gradient,
     fused,
     linear,
+    wide,
 )
 
 if TYPE_CHECKING:
@@ -48,33 +49,39 @@ def rope_tables(seq: int, dim: int, device: torch.device) -> tuple[Tensor, Tenso
 # -- scores: q [B, S, H, D], k [B, S, G, D], v [B, S, G, V], causal --------------------------------
 
 
+def _math_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """Causal scores [B, H, S, S] in the wide dtype; k has as many heads as q."""
+    dtype = wide(q.dtype)
+    scores = torch.einsum("bshd,bthd->bhst", q.to(dtype), k.to(dtype)) * scale
+    later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+    return scores.masked_fill(later, float("-inf"))
+
+
 def _math_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensors]:
     group = q.shape[2] // k.shape[2]
     k, v = (t.repeat_interleave(group, 2) for t in (k, v))
-    scores = torch.einsum("bshd,bthd->bhst", q, k) * scale
-    seq = q.shape[1]
-    hidden = torch.ones(seq, seq, dtype=torch.bool, device=q.device).triu(1)
-    lse = torch.logsumexp(scores.masked_fill(hidden, float("-inf")), -1)
-    weights = torch.exp(scores.masked_fill(hidden, float("-inf")) - lse[..., None])
-    return torch.einsum("bhst,bthv->bshv", weights, v).contiguous(), (lse,)
+    scores = _math_scores(q, k, scale)
+    lse = torch.logsumexp(scores, -1)
+    weights = torch.exp(scores - lse[..., None])
+    out = torch.einsum("bhst,bthv->bshv", weights, v.to(weights.dtype))
+    return out.to(q.dtype).contiguous(), (lse,)
 
 
 def _math_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensors, scale: float
 ) -> Tensors:
     group = q.shape[2] // k.shape[2]
-    wide_k, wide_v = (t.repeat_interleave(group, 2) for t in (k, v))
-    seq = q.shape[1]
-    hidden = torch.ones(seq, seq, dtype=torch.bool, device=q.device).triu(1)
-    scores = (torch.einsum("bshd,bthd->bhst", q, wide_k) * scale).masked_fill(hidden, float("-inf"))
-    weights = torch.exp(scores - stats[0][..., None])
-    dweights = torch.einsum("bshv,bthv->bhst", dout, wide_v)
+    every_k, every_v = (t.repeat_interleave(group, 2).to(stats[0].dtype) for t in (k, v))
+    weights = torch.exp(_math_scores(q, every_k, scale) - stats[0][..., None])
+    dout = dout.to(weights.dtype)
+    dweights = torch.einsum("bshv,bthv->bhst", dout, every_v)
     delta = (dout * out).sum(-1).transpose(1, 2)[..., None]
     dscores = weights * (dweights - delta) * scale
-    dq = torch.einsum("bhst,bthd->bshd", dscores, wide_k)
-    dk = torch.einsum("bhst,bshd->bthd", dscores, q).unflatten(2, (-1, group)).sum(3)
-    dv = torch.einsum("bhst,bshv->bthv", weights, dout).unflatten(2, (-1, group)).sum(3)
-    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+    dq = torch.einsum("bhst,bthd->bshd", dscores, every_k)
+    dk = torch.einsum("bhst,bshd->bthd", dscores, q.to(dscores.dtype))
+    dv = torch.einsum("bhst,bshv->bthv", weights, dout)
+    dk, dv = (t.unflatten(2, (-1, group)).sum(3) for t in (dk, dv))
+    return tuple(t.to(q.dtype).contiguous() for t in (dq, dk, dv))
 
 
 def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensors]:

@@ -10,7 +10,6 @@ it was given, except where its docstring says so.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -173,8 +172,3 @@ def storage_bytes(tensors: Iterable[Tensor | None], beyond: Iterable[Tensor | No
             seen.add(storage.data_ptr())
             total += storage.nbytes()
     return total
-
-
-def interpreted() -> bool:
-    """Whether Triton kernels run in the interpreter (TRITON_INTERPRET=1), as in tests on a CPU."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"

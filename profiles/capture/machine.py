@@ -80,6 +80,8 @@ def _versions(device: torch.device) -> dict[str, str]:
 def _command(arguments: list[str]) -> str:
     """The command that repeats this capture; of paths their last part, the rest is nobody's."""
     shown = [Path(a).name if Path(a).is_absolute() else a for a in arguments]
+    if shown[:2] == ["profile", "measure"]:
+        return " ".join(["mhcplan", *shown])
     return " ".join(["python -m mhcplan.profiles.capture", *shown])
 
 

@@ -11,7 +11,16 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from mhcplan.kernels import layers_eager
-from mhcplan.kernels.layers import OPS, Case, Env, Op, Weight, forced_splits, make_case
+from mhcplan.kernels.layers import (
+    OPS,
+    Case,
+    Env,
+    Op,
+    Weight,
+    forced_splits,
+    make_case,
+    storage_bytes,
+)
 from mhcplan.kernels.layers_attention import NORM_EPS, rope_tables
 from mhcplan.profiles.capture.grid import TINY
 from mhcplan.profiles.vocabulary import VOCABULARY
@@ -295,6 +304,23 @@ def test_bf16_stays_bf16_and_gradients_stay_fp32() -> None:
         assert outputs[0].dtype == (torch.float32 if kind == "head" else torch.bfloat16)
         assert all(g is None or g.dtype == x.dtype for g, x in zip(grads, case.inputs, strict=True))
         assert all(w.main_grad.dtype == torch.float32 for w in case.op.weights.values())
+
+
+@pytest.mark.parametrize("kind", sorted(set(VOCABULARY) - {"adamw", "zero_gradients"}))
+def test_ops_keep_the_bytes_that_the_vocabulary_says(kind: str) -> None:
+    """saved: beyond inputs and outputs; deferred: all that W needs. Row bounds are not counted."""
+    if kind in ("hc_pre", "mhc_collapse", "mhc_recompute"):
+        pytest.skip("eager, or a chain of others")
+    case = make_case(kind, TINY[kind], Env(torch.device("cpu"), torch.bfloat16))
+    outputs, saved = case.op.forward(*case.inputs)
+    words, shape = VOCABULARY[kind], TINY[kind]
+    assert storage_bytes(saved, beyond=[*case.inputs, *outputs]) == words.saved(shape)
+    grads = case.op.example_grads(case.inputs, outputs, case.env)
+    deferred = case.op.backward_input(saved, *grads)[1]
+    bounds = case.inputs[1:] if kind == "experts" else case.inputs if kind == "embedding" else ()
+    # the embedding's W needs its output gradient, which nobody else keeps: not in the formula
+    given = [*bounds, *(grads if kind == "embedding" else ())]
+    assert storage_bytes(deferred, beyond=given) == words.deferred(shape)
 
 
 def test_bad_arguments_are_named() -> None:
