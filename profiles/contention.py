@@ -10,10 +10,13 @@ streams kept full; see :mod:`mhcplan.profiles.capture.contention`):
 * **SMs held.** A placed CTA moves its share of the message once its peer is placed too, and keeps
   its SM until that is done; those that found no SM follow. A kernel that starts meanwhile has that
   many SMs less: one that filled the chip in one wave needs a second one.
-* **Memory.** Traffic is a chain of loads and stores: beside memory traffic that uses the share u
-  of the bandwidth each takes 1 + k u as long, unless the link is the narrower part. The bytes that
-  traffic moves are missing to the kernel: the data once at the sender, and three times at the
-  receiver (into the buffer, out of it, to its place).
+* **Eager sends.** The library's buffers take 4 MiB a CTA: a message in one direction that fits is
+  sent whether or not the receiver's CTAs have been placed, so neither end waits for the other.
+* **Memory.** Traffic is a chain of loads and stores: beside a kernel that uses the share u of the
+  memory bandwidth each takes 1 + b + k u^p as long, unless the link is the narrower part: a little
+  beside any kernel, three times where memory is saturated. The bytes that traffic moves are missing
+  to the kernel: the data once at the sender, and three times at the receiver (into the buffer, out
+  of it, to its place).
 
 The types and rules are here; :func:`mhcplan.profiles.contention_play.overlap` plays them on two
 ranks and prices a pair. All times are ns, rates bytes a ns (= GB/s); nothing here needs torch.
@@ -33,23 +36,30 @@ class Parameters:
     Attributes:
         num_sms: of the GPU.
         hbm_bytes_per_ns: what a copy reaches, bytes read plus bytes written.
-        memory_delay: k: how much longer a communication CTA takes for its bytes beside kernels
-            that use all of the memory bandwidth, as a share.
-        link_delay: the same for a link that is full.
+        busy_delay: b: how much longer a communication CTA takes for its bytes beside any kernel, as
+            a share.
+        memory_delay: k: what is added beside kernels that use all of the memory bandwidth.
+        memory_power: p: how steeply that grows.
+        link_delay: as memory_delay, for a link that is full.
         compute_delay: how much longer a compute-bound CTA lives for each share of the memory
             bandwidth that traffic takes.
         crowding: how much longer CTAs live for each CTA more that shares their SM, as a share of
             what an SM without any slack would make them.
+        drain_lives: lives of a kernel's CTAs that an urgent communication CTA waits for a whole SM
+            where several CTAs share one and end at different times.
         bound_from: share of the memory bandwidth from which a kernel begins to be bound by it.
         least_life: shortest life of a memory-bound CTA, as a share of its life beside all others.
     """
 
     num_sms: int = 132
     hbm_bytes_per_ns: float = 3000.0
-    memory_delay: float = 2.0
-    link_delay: float = 0.2
-    compute_delay: float = 0.4
+    busy_delay: float = 0.4
+    memory_delay: float = 1.7
+    memory_power: float = 8.0
+    link_delay: float = 0.3
+    compute_delay: float = 0.8
     crowding: float = 0.8
+    drain_lives: float = 2.0
     bound_from: float = 0.6
     least_life: float = 0.5
 
@@ -89,10 +99,11 @@ class Message:
         alone_ns: its kernel alone, both ends there.
         chain_ns: of that, what the CTAs' chains of loads and stores take at least; they share the
             time with the link (the longer of the two counts).
-        fixed_ns: of that, what depends on neither.
+        fixed_ns: of that, what does not depend on the size.
         ctas: SMs that it holds on each rank; 0 for a copy engine.
         hbm_bytes: moved on each rank in the process, (first, second).
         gap_ns: from its end to the start of the next, alone.
+        eager: whether the receiver's CTAs need not be placed for it to be sent.
         high_priority: of its stream.
         both_busy: whether both ranks compute meanwhile, or only the first.
     """
@@ -103,6 +114,7 @@ class Message:
     ctas: int
     hbm_bytes: tuple[int, int]
     gap_ns: float = 1700.0
+    eager: bool = False
     high_priority: bool = False
     both_busy: bool = True
 
@@ -138,9 +150,11 @@ def message_ns(message: Message, share: float, parameters: Parameters, active: i
     ``active`` of them move at once (0: all), so that fewer have more of the link each.
     """
     part = active / message.ctas if active else 1.0
-    link = (message.alone_ns - message.fixed_ns) * part * (1 + parameters.link_delay * share)
-    chain = message.chain_ns * (1 + parameters.memory_delay * share)
-    return message.fixed_ns + max(link, chain)
+    squeezed = share**parameters.memory_power
+    link = (message.alone_ns - message.fixed_ns) * part * (1 + parameters.link_delay * squeezed)
+    busy = parameters.busy_delay if share > 0 else 0.0
+    delay = 1 + busy + parameters.memory_delay * squeezed
+    return message.fixed_ns * delay + max(link, message.chain_ns * delay)
 
 
 def ends_of(kernel: Kernel, life: float, sms: int, pending: int) -> list[tuple[float, int]]:

@@ -16,7 +16,7 @@ from mhcplan.profiles.contention import Kernel, Message, Parameters, Slowdowns
 from mhcplan.profiles.contention_play import overlap
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 Row = dict[str, Any]
 
@@ -33,6 +33,7 @@ HBM_FACTOR = {
     "send_recv": (1.0, 3.0), "send_recv_both": (4.0, 4.0), "all_to_all": (3.0, 3.0),
     "copy_engine": (1.0, 1.0),
 }  # fmt: skip
+BUFFER_BYTES = 4 * 1024**2  # of a CTA: NCCL_BUFFSIZE, its documented default
 _LIMITS = {"threads": 2048, "registers": 65536, "shared_bytes": 233472, "ctas": 32}
 
 
@@ -59,7 +60,7 @@ class Pair:
     @property
     def held_out(self) -> bool:
         """Whether the fit must not see it."""
-        return hashlib.sha256(self.name.encode()).digest()[0] % HOLDOUT == 0
+        return _digest(self.name)[0] % HOLDOUT == 0
 
 
 def ctas_per_sm(launch: Sequence[int]) -> int:
@@ -143,8 +144,11 @@ class Pairs:
         if ctas:
             chain = min(alone - fixed, size / (ctas * CTA_BYTES_PER_NS[pattern]))
         first, second = (round(size * factor) for factor in HBM_FACTOR[pattern])
-        return Message(alone, chain, fixed, ctas, (first, second), gap, traffic["high_priority"],
-                       traffic["busy"] == "all" and pattern != "copy_engine")  # fmt: skip
+        eager = pattern == "send_recv" and size < BUFFER_BYTES * ctas
+        return Message(
+            alone, chain, fixed, ctas, (first, second), gap, eager, traffic["high_priority"],
+            traffic["busy"] == "all" and pattern != "copy_engine",
+        )  # fmt: skip
 
     def measured(self, row: Row) -> tuple[float, float] | None:
         """Mean slowdown of compute and of traffic over both runs and the ranks that had both; None
@@ -211,20 +215,43 @@ def loss(pairs: Iterable[Pair], parameters: Parameters) -> float:
     return statistics.mean(values)
 
 
-def descend(
-    start: Any, choices: Mapping[str, Sequence[Any]], cost: Callable[[Any], float], rounds: int = 2  # noqa: ANN401
-) -> Any:  # noqa: ANN401 - a dataclass
-    """The dataclass ``start`` with each field of ``choices`` at its best value, one at a time."""
-    best, least = start, cost(start)
+# what is tried for each parameter: coarse, for a fit that a laptop makes in some minutes
+CHOICES: dict[str, tuple[float, ...]] = {
+    "busy_delay": (0.4, 0.55, 0.7, 0.85), "memory_power": (4.0, 8.0, 14.0),
+    "memory_delay": (1.2, 1.7, 2.2), "compute_delay": (0.5, 0.9, 1.4, 2.0),
+    "link_delay": (0.0, 0.3, 0.6), "drain_lives": (1.0, 2.0, 3.0), "crowding": (0.4, 0.6, 0.8),
+    "bound_from": (0.5, 0.6, 0.7), "least_life": (0.3, 0.5, 0.75),
+}  # fmt: skip
+
+
+def fit(
+    pairs: Sequence[Pair],
+    start: Parameters,
+    choices: Mapping[str, Sequence[float]] = CHOICES,
+    most: int = 110,
+    rounds: int = 2,
+) -> Parameters:
+    """Parameters of least :func:`loss` on ``most`` of the pairs that are not held out, one
+    parameter after another.
+
+    Raises:
+        ValueError: no pair is left to fit to.
+    """
+    seen = sorted((p for p in pairs if not p.held_out), key=lambda p: _digest(p.name)[1:])[:most]
+    if not seen:
+        raise ValueError("pairs: all of them are held out")
+    best, least = start, loss(seen, start)
     for _ in range(rounds):
         before = least
         for name, values in choices.items():
             for value in values:
-                if value != getattr(best, name):
-                    tried = replace(best, **{name: value})
-                    found = cost(tried)
-                    if found < least:
-                        best, least = tried, found
+                tried = replace(best, **{name: value})
+                if tried != best and (found := loss(seen, tried)) < least:
+                    best, least = tried, found
         if least == before:
             break
     return best
+
+
+def _digest(name: str) -> bytes:
+    return hashlib.sha256(name.encode()).digest()

@@ -6,6 +6,7 @@ slower, as real ones are, so that no special phase decides. A few hundred events
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mhcplan.profiles.contention import (
@@ -58,6 +59,16 @@ class _Rank:
     @property
     def next_event(self) -> float:
         return min((end for end, _ in self.cohorts), default=self.begin_at)
+
+    @property
+    def drain_ns(self) -> float:
+        """Time until a whole SM is free where an urgent CTA has asked for it."""
+        kernel = self.kernels[self.index]
+        usual = min(kernel.ctas_per_sm, -(-kernel.ctas // self.p.num_sms))
+        if usual == 1 or not self.cohorts:
+            return 0.0
+        waves = -(-units(kernel) // (usual * self.p.num_sms))
+        return self.p.drain_lives * kernel.duration_ns / waves
 
     def advance(self, now: float) -> None:
         """Retire what ends now, begin what begins now."""
@@ -148,7 +159,7 @@ class _Link:
     def _burden(self, ranks: Sequence[_Rank]) -> None:
         active = sum(count for count, _ in self.batches) / self.size
         for rank, moved in zip(ranks, self.message.hbm_bytes, strict=True):
-            rate = moved / self.message.alone_ns / self.p.hbm_bytes_per_ns
+            rate = moved * self.rate(ranks) / self.p.hbm_bytes_per_ns
             rank.traffic_share = min(0.9, active * rate)
 
     def admit(self, ranks: Sequence[_Rank], now: float, *, ahead: bool) -> None:
@@ -158,6 +169,8 @@ class _Link:
         for i, rank in enumerate(ranks):
             stays = bool(rank.cohorts) and rank.kernels[rank.index].persistent
             if self.message.ctas and rank.pending and (not ahead or stays):
+                continue
+            if self.message.ctas and rank.pending and now < self.ready + rank.drain_ns:
                 continue
             take = self.size - self.placed[i]
             if self.message.ctas:
@@ -221,6 +234,16 @@ def overlap(
     total = sum(kernel.duration_ns for kernel in kernels)
     alone = total if op_ns is None else op_ns
     gap = max(1.0, (alone - total) / len(kernels))
+    if message.eager and message.both_busy:
+        ends = [
+            replace(message, hbm_bytes=bytes_, both_busy=False)
+            for bytes_ in (message.hbm_bytes, message.hbm_bytes[::-1])
+        ]
+        one, two = (overlap(kernels, end, parameters, op_ns) for end in ends)
+        return Slowdowns(
+            (one.compute[0], two.compute[0]), max(one.traffic, two.traffic),
+            max(one.queue_ns, two.queue_ns), max(one.kernel_ns, two.kernel_ns),
+        )  # fmt: skip
     found = [_overlap_from(kernels, message, parameters, gap, alone, lag) for lag in _STARTS]
     mean = [sum(values) / len(found) for values in zip(*found, strict=True)]
     return Slowdowns((mean[0], mean[1]), mean[2], mean[3], mean[4])

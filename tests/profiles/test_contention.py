@@ -32,8 +32,8 @@ from mhcplan.profiles.schema import (
 
 # nothing but SMs counts: every figure below can be worked out by hand
 BARE = Parameters(
-    num_sms=132, hbm_bytes_per_ns=1e9, memory_delay=0.0, link_delay=0.0, compute_delay=0.0,
-    crowding=1.0,
+    num_sms=132, hbm_bytes_per_ns=1e9, busy_delay=0.0, memory_delay=0.0, link_delay=0.0,
+    compute_delay=0.0, crowding=1.0,
 )  # fmt: skip
 WAVE = Kernel(100_000, 132, 1)  # fills the chip once
 TILES = Kernel(500_000, 660, 1)  # five waves of 100 us
@@ -102,13 +102,23 @@ def test_a_lonely_rank_slows_the_traffic_of_both() -> None:
     assert found.traffic > 10
 
 
+def test_eager_messages_wait_for_one_end_only() -> None:
+    coupled = overlap([TILES], message(alone_ns=20_000), BARE)
+    eager = overlap([TILES], message(alone_ns=20_000, eager=True), BARE)
+    # the five waves end at once, so each kernel lets one message pass at its tail, on either rank
+    assert eager.traffic == pytest.approx(500 / 20, rel=0.2)
+    assert eager.traffic <= coupled.traffic
+
+
 def test_memory_traffic_stretches_messages_unless_the_link_is_narrower() -> None:
-    model = Parameters(memory_delay=2.0, link_delay=0.0)
+    model = Parameters(busy_delay=0.0, memory_delay=2.0, memory_power=1.0, link_delay=0.0)
     bound = Message(100.0, 100.0, 0.0, 4, (0, 0))
     assert message_ns(bound, 0.0, model) == 100
     assert message_ns(bound, 0.5, model) == pytest.approx(200)
     wide = dataclasses.replace(bound, chain_ns=30.0)
     assert message_ns(wide, 0.5, model) == pytest.approx(100)
+    busy = dataclasses.replace(model, busy_delay=0.3)
+    assert message_ns(bound, 0.5, busy) == pytest.approx(230)
     assert message_ns(wide, 1.0, model, active=1) == pytest.approx(90)  # a quarter of the link
 
 
@@ -120,8 +130,10 @@ def test_memory_bound_kernels_lose_bandwidth_and_not_sms() -> None:
     free = overlap([copy], endless, model)
     assert free.compute[0] == pytest.approx(1, abs=0.04)
     moved = round(0.2 * 3000 * endless.alone_ns)
+    # 0.2 of the bandwidth alone, less beside a kernel that slows the traffic down
     taken = overlap([copy], dataclasses.replace(endless, hbm_bytes=(moved, moved)), model)
-    assert taken.compute[0] == pytest.approx(1 / 0.8, rel=0.05)
+    share = 0.2 * endless.alone_ns / message_ns(endless, 1.0, model)
+    assert taken.compute[0] == pytest.approx(1 / (1 - share), rel=0.05)
 
 
 def test_wait_is_the_rest_of_a_wave_of_a_kernel_or_nothing() -> None:

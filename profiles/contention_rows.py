@@ -1,0 +1,122 @@
+"""From what a capture logged to the rows of a profile: overlapped kernels, pairs, latencies."""
+
+from __future__ import annotations
+
+import statistics
+from typing import TYPE_CHECKING, Any
+
+from mhcplan.profiles.contention_fit import Pairs, Trait, kernels_of
+from mhcplan.profiles.schema import (
+    ContentionModel,
+    ContentionOp,
+    ContentionPair,
+    KernelTrait,
+    PriorityLatency,
+    Segment,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from mhcplan.profiles.contention import Parameters
+
+Row = dict[str, Any]
+
+
+def contention_ops(source: Pairs) -> list[ContentionOp]:
+    """Every kernel that was overlapped, as it is alone."""
+    found: list[ContentionOp] = []
+    for row in source.rows.values():
+        if row["traffic"] is not None:
+            continue
+        kernels = kernels_of(row, {}, source.num_sms)
+        names = [k["name"] for k in row["kernels"] if k["duration_ns"] in
+                 {kernel.duration_ns for kernel in kernels}]  # fmt: skip
+        segments: list[Segment] = []
+        for kernel, name in zip(kernels, names, strict=False):
+            waves = -(-kernel.ctas // (kernel.ctas_per_sm * source.num_sms))
+            segments.append(
+                Segment(
+                    name=name, duration_ns=round(kernel.duration_ns), ctas=kernel.ctas,
+                    ctas_per_sm=kernel.ctas_per_sm, persistent=kernel.persistent,
+                    cta_ns=max(1, round(kernel.duration_ns / waves)), hbm_bytes=kernel.hbm_bytes,
+                )
+            )  # fmt: skip
+        found.append(
+            ContentionOp(
+                source="measured", name=row["compute"], family=row["family"],
+                duration_ns=round(statistics.mean(source.op_ns(row["compute"]))),
+                segments=tuple(segments),
+            )
+        )  # fmt: skip
+    return found
+
+
+def contention_pairs(source: Pairs) -> list[ContentionPair]:
+    """Every pair that was measured as planned, both runs and ranks together."""
+    found: list[ContentionPair] = []
+    for row in source.rows.values():
+        if row["compute"] == "-" or row["traffic"] is None:
+            continue
+        measured = source.measured(row)
+        if measured is None:
+            continue
+        sides = [s for run in "AB" for s in row[run]["traffic"] if s["ops"]]
+        messages = sum(s["ops"] for s in sides)
+        queue, kernel = (
+            sum(s[key] * s["ops"] for s in sides) / messages for key in ("queue_ns", "kernel_ns")
+        )
+        traffic = row["traffic"]
+        found.append(
+            ContentionPair(
+                source="measured", op=row["compute"], pattern=traffic["pattern"],
+                bytes=traffic["num_bytes"], high_priority=traffic["high_priority"],
+                ctas=row["traffic_launch"][0] if row["traffic_launch"] else 0,
+                both_busy=traffic["busy"] == "all",
+                compute_slowdown=round(measured[0], 4), traffic_slowdown=round(measured[1], 4),
+                alone_ns=round(source.message_ns(traffic)), queue_ns=max(0, round(queue)),
+                kernel_ns=round(kernel), samples=messages,
+            )
+        )  # fmt: skip
+    return found
+
+
+def contention_model(
+    parameters: Parameters, traits: Mapping[str, Trait], held_out: Iterable[tuple[float, float]]
+) -> ContentionModel:
+    """The fitted model with its errors (compute, traffic) on pairs it was not fitted on."""
+    errors = list(held_out)
+    means = [100 * statistics.mean(values) for values in zip(*errors, strict=True)] or [0.0, 0.0]
+    return ContentionModel(
+        source="measured", parameters={k: float(v) for k, v in vars(parameters).items()},
+        traits=tuple(KernelTrait(name=name, **vars(trait)) for name, trait in traits.items()),
+        held_out_pairs=len(errors), compute_error_percent=round(means[0], 2),
+        traffic_error_percent=round(means[1], 2),
+    )  # fmt: skip
+
+
+def priority_latencies(lines: Iterable[Row]) -> list[PriorityLatency]:
+    """Medians of the trials of each case; ``lines`` of a priority log."""
+    groups: dict[tuple[int, str, str, str], list[Row]] = {}
+    for line in lines:
+        row = line["priority"]
+        if row != "done" and row["case"] == "latency":
+            key = (line["connections"], row["resident"], row["level"], row["probe"])
+            groups.setdefault(key, []).append(row)
+    found: list[PriorityLatency] = []
+    for (connections, resident, level, probe), rows in groups.items():
+        starts = sorted(row["start_ns"] for row in rows)
+        middle = statistics.median(starts)
+        low, high = starts[len(starts) // 10], starts[-1 - len(starts) // 10]
+        found.append(
+            PriorityLatency(
+                source="measured", resident=resident, level=level,  # type: ignore[arg-type]
+                ctas=PROBE_CTAS[probe], connections=connections, start_ns=max(0, round(middle)),
+                end_ns=max(0, round(statistics.median(row["end_ns"] for row in rows))),
+                spread_percent=round(50 * (high - low) / max(1.0, middle), 2), samples=len(rows),
+            )
+        )  # fmt: skip
+    return found
+
+
+PROBE_CTAS = {"small": 16, "full": 264}  # of the capture's probes
