@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import statistics
@@ -146,8 +147,9 @@ def run_row(folder: Path, session: Session, options: argparse.Namespace) -> dict
     seconds["steps"] = time.monotonic() - begin
     traces = {name: trace_step(trainer, 0) for name, trainer in trainers.items()}
     seconds["traces"] = time.monotonic() - begin
-    losses = {name: statistics.fmean(t.losses().values() or [0.0]) for name, t in trainers.items()}
+    losses = {name: mean_loss(trainer) for name, trainer in trainers.items()}
     trainers.clear()
+    gc.collect()
     if session.device.type == "cuda":
         torch.cuda.empty_cache()
     if session.process != 0:
@@ -186,6 +188,13 @@ def all_memory(trainer: Trainer, held: int) -> list[dict[str, int]]:
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, mine)
     return every
+
+
+def mean_loss(trainer: Trainer) -> float:
+    """Over all microbatches of the last step, wherever they ended."""
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, list(trainer.losses().values()))
+    return statistics.fmean(loss for losses in every for loss in losses)
 
 
 def by_kind(trace: Trace) -> dict[str, dict[str, int]]:
