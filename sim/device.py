@@ -33,17 +33,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from mhcplan.sim.jit import ints, usable_in_compiled
+from mhcplan.sim.jit import Ints, ints, usable_in_compiled
 from mhcplan.sim.program import Csr
 
 if TYPE_CHECKING:
-    from collections.abc import MutableSequence, Sequence
-
     from numpy.typing import NDArray
 
     from mhcplan.sim.program import Program
 
-    Ints = NDArray[np.int64]
+    Array = NDArray[np.int64]
 
 NOT_MODELLED: tuple[str, ...] = (
     "communication takes no SMs and no memory bandwidth from compute, and loses none to it",
@@ -67,8 +65,8 @@ class Traits(NamedTuple):
         is_transfer: 1 for a transfer, 0 for a compute op.
     """
 
-    priority: Sequence[int]
-    is_transfer: Sequence[int]
+    priority: Ints
+    is_transfer: Ints
 
 
 def traits_of(program: Program) -> Traits:
@@ -99,16 +97,16 @@ def time_to_finish_ns(work: int, rate: int) -> int:
 def share_device(
     begin: int,
     end: int,
-    running: Sequence[int],
-    start_ns: Sequence[int],
+    running: Ints,
+    start_ns: Ints,
     traits: Traits,
-    rate: MutableSequence[int],
+    rate: Ints,
 ) -> None:
     """Set the rates of what is on one rank.
 
     Args:
-        begin, end: the rank's ops are ``running[begin : end]``: of each compute stream the op that
-            is free to run, and every transfer under way. Op numbers of a rank are its issue numbers.
+        begin, end: the rank's ops are ``running[begin : end]``: of each compute stream the one that
+            is free to run, and every transfer under way. Lower numbers were issued earlier.
         running: ops, in no order that means anything.
         start_ns: when each op has begun, or a negative number.
         traits: of every op.
@@ -128,7 +126,7 @@ def share_device(
 
 
 @usable_in_compiled
-def _goes_first(op: int, other: int, start_ns: Sequence[int], traits: Traits) -> bool:
+def _goes_first(op: int, other: int, start_ns: Ints, traits: Traits) -> bool:
     """Whether compute op ``op`` gets the SMs and not ``other``."""
     if traits.priority[op] != traits.priority[other]:
         return traits.priority[op] < traits.priority[other]
@@ -138,7 +136,7 @@ def _goes_first(op: int, other: int, start_ns: Sequence[int], traits: Traits) ->
 
 
 @usable_in_compiled
-def first_taken_link(begin: int, end: int, links: Sequence[int], taken: Sequence[int]) -> int:
+def first_taken_link(begin: int, end: int, links: Ints, taken: Ints) -> int:
     """The first of ``links[begin : end]`` that another transfer holds, or -1."""
     for i in range(begin, end):
         if taken[links[i]]:
@@ -147,15 +145,13 @@ def first_taken_link(begin: int, end: int, links: Sequence[int], taken: Sequence
 
 
 @usable_in_compiled
-def hold_links(
-    begin: int, end: int, links: Sequence[int], taken: MutableSequence[int], held: int
-) -> None:
+def hold_links(begin: int, end: int, links: Ints, taken: Ints, held: int) -> None:
     """Take (``held`` 1) or free (0) ``links[begin : end]``."""
     for i in range(begin, end):
         taken[links[i]] = held
 
 
-def links_of_transfers(program: Program, meeting: Ints) -> Csr:
+def links_of_transfers(program: Program, meeting: Array) -> Csr:
     """Links of each transfer, numbered (rank x media + medium) x 2, and 1 more for the way in."""
     media = {medium: i for i, medium in enumerate(dict.fromkeys(g.medium for g in program.groups))}
     medium = np.array([media[group.medium] for group in program.groups], np.int64)
@@ -165,13 +161,12 @@ def links_of_transfers(program: Program, meeting: Ints) -> Csr:
     sends, receives = program.is_send[ops] | collective, ~program.is_send[ops] | collective
     owner = np.concatenate([meeting[ops[sends]], meeting[ops[receives]]])
     link = np.concatenate([out[sends], out[receives] + 1])
-    by_owner = np.lexsort((link, owner))
-    count = int(meeting.max(initial=-1)) + 1
-    offsets = np.searchsorted(owner[by_owner], np.arange(count + 1))
-    return Csr(offsets, link[by_owner])
+    by_link = Csr.grouped(link, int(link.max(initial=-1)) + 1).values
+    of_owner = Csr.grouped(owner[by_link], int(meeting.max(initial=-1)) + 1)
+    return Csr(of_owner.offsets, link[by_link][of_owner.values])
 
 
-def turns_of_transfers(program: Program, meeting: Ints) -> Ints:
+def turns_of_transfers(program: Program, meeting: Array) -> Array:
     """For every transfer a number; links are granted to those that wait from the lowest on."""
     ops = np.flatnonzero(meeting >= 0)
     count = int(meeting.max(initial=-1)) + 1

@@ -67,7 +67,7 @@ def waited_ops(program: Program) -> Ints:
 
 def batch_first(program: Program) -> Ints:
     """For every op, the first op of its batched call: ops next to each other on one stream."""
-    by_stream = np.argsort(program.stream, kind="stable")
+    by_stream = program.by_stream.values
     stream, batch = program.stream[by_stream], program.batch[by_stream]
     opens = np.ones(program.num_ops, np.bool_)
     opens[1:] = (stream[1:] != stream[:-1]) | (batch[1:] < 0) | (batch[1:] != batch[:-1])

@@ -1,9 +1,9 @@
 """The stream program: one training step as the exact ops that every GPU stream runs.
 
-A :class:`Program` is the only description of a schedule. The simulator plays it in virtual time, the
-runtime executes it on CUDA streams, the timeline draws it, the exporters write it and the checker
-proves it sound. It holds no durations: those are a table beside it (:class:`CostTable`), so that one
-Program runs under any profile.
+A :class:`Program` is the only description of a schedule. The simulator plays it in virtual time,
+the runtime executes it on CUDA streams, the timeline draws it, the exporters write it and the
+checker proves it sound. It holds no durations: those are a table beside it (:class:`CostTable`), so
+that one Program runs under any profile.
 
 The Program is columnar: a numpy array per field, ops sorted by rank and, within a rank, in **host
 issue order**, the order in which that rank's Python thread issues them. Lists per op (waits,
@@ -22,7 +22,8 @@ Rules that hold in every sound Program (:mod:`mhcplan.sim.check` proves them):
   op on another stream that allocates is ordered after the last compute op issued before it that
   freed something, so that no memory is written while an earlier owner still reads it.
 
-Kinds, categories and cost keys are opaque labels here: :mod:`mhcplan.sim` knows streams, not models.
+Kinds, categories and cost keys are opaque labels here: :mod:`mhcplan.sim` knows streams, not
+models.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+from mhcplan.sim.jit import compiled, ints
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -101,6 +104,31 @@ class Csr:
         np.cumsum([len(entry) for entry in lists], out=offsets[1:])
         values = np.fromiter((v for entry in lists for v in entry), np.int64, int(offsets[-1]))
         return Csr(offsets, values)
+
+    @staticmethod
+    def grouped(keys: NDArray[np.integer], count: int) -> Csr:
+        """Where ``keys`` is 0, 1, .. ``count`` - 1: places in ascending order, a list a key.
+
+        Places with a negative key are in no list.
+        """
+        offsets, values = np.zeros(count + 2, np.int64), np.empty(len(keys), np.int64)
+        _group(ints(keys), offsets, values)
+        return Csr(offsets[:-1], values[: offsets[-2]])
+
+
+@compiled
+def _group(keys: Ints, offsets: Ints, values: Ints) -> None:
+    """Counting sort; ``offsets`` has one entry more than it needs."""
+    for key in keys:
+        if key >= 0:
+            offsets[key + 2] += 1
+    for key in range(2, len(offsets)):
+        offsets[key] += offsets[key - 1]
+    for place in range(len(keys)):
+        key = keys[place]
+        if key >= 0:  # up to here, offsets[key + 1] is where the next one goes
+            values[offsets[key + 1]] = place
+            offsets[key + 1] += 1
 
 
 class Op(NamedTuple):
@@ -187,7 +215,7 @@ class Program:
     writes: Csr
     allocs: Csr
     frees: Csr
-    meta: dict[str, object] = field(default_factory=dict)
+    meta: dict[str, object] = field(default_factory=dict[str, object])
 
     @property
     def num_ops(self) -> int:
@@ -213,9 +241,14 @@ class Program:
         return recorder
 
     @cached_property
+    def by_stream(self) -> Csr:
+        """Ops of each stream, in issue order."""
+        return Csr.grouped(self.stream, len(self.streams))
+
+    @cached_property
     def previous_on_stream(self) -> Ints:
         """For every op, the op before it on the same stream, or -1."""
-        order = np.argsort(self.stream, kind="stable")
+        order = self.by_stream.values
         previous = np.full(self.num_ops, -1, np.int64)
         same = self.stream[order[1:]] == self.stream[order[:-1]]
         previous[order[1:][same]] = order[:-1][same]
@@ -286,27 +319,117 @@ def match_transfers(program: Program) -> Ints:
     Raises:
         MeetError: an end without its other end, or a member that calls a collective less often.
     """
+    transfers = np.flatnonzero(program.group >= 0)
+    columns = (program.group, program.rank, program.peer, program.is_send)
+    calls = _Calls(*(ints(column[transfers]) for column in columns))
+    members = Csr.from_lists([group.members for group in program.groups])
+    of_flow = [np.empty(len(transfers) + 1, np.int64) for _ in range(6)]
+    counts = np.zeros(2 * len(transfers) + len(members.values), np.int64)
+    flows = _Flows(
+        np.full(program.num_ranks, -1, np.int64), np.full(len(program.groups), -1, np.int64),
+        of_flow[0], of_flow[1], of_flow[2], of_flow[3], of_flow[4], of_flow[5], counts,
+    )  # fmt: skip
+    nth = np.empty(len(transfers), np.int64)
+    flow = np.empty(len(transfers), np.int64)
+    num_flows = _count_calls(calls, members.offsets, members.values, flows, flow, nth)
+    if not _number_flows(flows, num_flows):
+        raise MeetError(_who_is_missing(program))
     meeting = np.full(program.num_ops, -1, np.int64)
-    calls: dict[tuple[int, ...], list[list[int]]] = {}
+    meeting[transfers] = flows.first_meeting[flow] + nth
+    return meeting
+
+
+class _Calls(NamedTuple):
+    """Columns of the transfer ops."""
+
+    group: Ints
+    rank: Ints
+    peer: Ints
+    is_send: Ints
+
+
+class _Flows(NamedTuple):
+    """Flows: (group, source, destination) or a group's collectives; their sides are their callers.
+
+    Flows of one source are a linked list that begins at ``of_source``; ``counts`` holds, from
+    ``first_side`` on, how often each side has called.
+    """
+
+    of_source: Ints
+    collectives: Ints
+    group: Ints
+    target: Ints
+    following: Ints
+    first_side: Ints
+    num_sides: Ints
+    first_meeting: Ints
+    counts: Ints
+
+
+@compiled
+def _count_calls(
+    calls: _Calls, member_begin: Ints, members: Ints, flows: _Flows, flow_of: Ints, nth: Ints
+) -> int:
+    """Say of every call which flow it is in and how many its side made before; count flows."""
+    num_flows = num_sides = 0
+    for i in range(len(nth)):
+        group, rank, peer = calls.group[i], calls.rank[i], calls.peer[i]
+        source = target = -1
+        sides = 2
+        if peer < 0:
+            flow, side, sides = flows.collectives[group], 0, 0
+            for m in range(member_begin[group], member_begin[group + 1]):
+                if members[m] == rank:
+                    side = sides
+                sides += 1
+        else:
+            side = 1 - calls.is_send[i]
+            source, target = (peer, rank) if side else (rank, peer)
+            flow = flows.of_source[source]
+            while flow >= 0 and (flows.group[flow] != group or flows.target[flow] != target):
+                flow = flows.following[flow]
+        if flow < 0:
+            flow = num_flows
+            num_flows += 1
+            flows.group[flow], flows.target[flow] = group, target
+            flows.first_side[flow], flows.num_sides[flow] = num_sides, sides
+            num_sides += sides
+            if source < 0:
+                flows.collectives[group] = flow
+            else:
+                flows.following[flow], flows.of_source[source] = flows.of_source[source], flow
+        at = flows.first_side[flow] + side
+        flow_of[i], nth[i] = flow, flows.counts[at]
+        flows.counts[at] += 1
+    return num_flows
+
+
+@compiled
+def _number_flows(flows: _Flows, num_flows: int) -> bool:
+    """Number the meetings of each flow; False if its sides did not call equally often."""
+    flows.first_meeting[0] = 0
+    for flow in range(num_flows):
+        begin = flows.first_side[flow]
+        for side in range(begin, begin + flows.num_sides[flow]):
+            if flows.counts[side] != flows.counts[begin]:
+                return False
+        flows.first_meeting[flow + 1] = flows.first_meeting[flow] + flows.counts[begin]
+    return True
+
+
+def _who_is_missing(program: Program) -> str:
+    """The first flow whose sides do not call it equally often."""
+    calls: dict[tuple[int, ...], dict[int, int]] = {}
     for i in np.flatnonzero(program.group >= 0).tolist():
         group, rank, peer = int(program.group[i]), int(program.rank[i]), int(program.peer[i])
         if peer >= 0:
             key = (group, rank, peer) if program.is_send[i] else (group, peer, rank)
-            member = 0 if program.is_send[i] else 1
-            sides = calls.setdefault(key, [[], []])
+            sides = calls.setdefault(key, dict.fromkeys(key[1:], 0))
         else:
-            members = program.groups[group].members
-            member = members.index(rank)
-            sides = calls.setdefault((group,), [[] for _ in members])
-        sides[member].append(i)
-    number = 0
-    for key, sides in calls.items():
-        if len({len(side) for side in sides}) != 1:
-            where = program.groups[key[0]].name
-            counts = " and ".join(str(len(side)) for side in sides)
-            ends = f" {key[1]} -> {key[2]}" if len(key) > 1 else ""
-            raise MeetError(f"group {where}{ends}: its members call it {counts} times")
-        for ops in zip(*sides, strict=True):
-            meeting[list(ops)] = number
-            number += 1
-    return meeting
+            sides = calls.setdefault((group,), dict.fromkeys(program.groups[group].members, 0))
+        sides[rank] += 1
+    key, counts = next((k, c.values()) for k, c in calls.items() if len(set(c.values())) > 1)
+    group, *ends = key
+    name = " ".join([program.groups[group].name, *([" -> ".join(map(str, ends))] if ends else [])])
+    times = " and ".join(map(str, counts))
+    return f"group {name}: its members call it {times} times"
