@@ -238,11 +238,13 @@ def _claims(axis: _Axis, gaps: _Gaps) -> _Claims:
     next_is_op = np.flatnonzero(gaps.op != NO_OP)
     host_end = np.minimum(axis.issue[gaps.op[next_is_op]], gaps.end[next_is_op])
     host = np.full(len(next_is_op), CLASSES.index("host"))
+    # in a measured step an op may begin before the recorded end of what it waits for
+    exposed_end = np.minimum(axis.end[awaited], gaps.end[gap])
     return _Claims(
         np.concatenate([gaps.rank[gap], gaps.rank[next_is_op]]),
         np.concatenate([traffic + len(CATEGORIES), host]),
         np.concatenate([begin, gaps.begin[next_is_op]]),
-        np.concatenate([np.minimum(axis.end[awaited], gaps.end[gap]), host_end]),
+        np.concatenate([exposed_end, host_end]),
     )
 
 
@@ -259,7 +261,6 @@ def _awaited_transfers(axis: _Axis, gaps: _Gaps) -> tuple[Ints, Ints]:
     for tail in np.flatnonzero(gaps.op == NO_OP).tolist():
         begin, end = program.rank_offsets[gaps.rank[tail] : gaps.rank[tail] + 2]
         ops = np.flatnonzero(program.group[begin:end] >= 0) + begin
-        ops = ops[axis.end[ops] > gaps.begin[tail]]
         pairs.append((np.full(len(ops), tail), ops))
     gap, op = (np.concatenate(part) for part in zip(*pairs, strict=True))
     is_transfer = program.group[op] >= 0

@@ -175,7 +175,7 @@ def test_a_batch_is_busy_once() -> None:
     assert busy[stream] == 13
 
 
-@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=12), st.integers(0, 31))
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=6), st.integers(0, 10))
 def test_unions_are_sets_of_instants(pairs: list[tuple[int, int]], at: int) -> None:
     begin, end = (np.array([pair[i] for pair in pairs], np.int64) for i in (0, 1))
     instants = {t for b, e in pairs for t in range(b, e)}
