@@ -75,7 +75,7 @@ def check_state(name: str, x: Tensor) -> tuple[int, int, int]:
 def check_site(x: Tensor, **others: Tensor | None) -> None:
     """Check a state and any tensors that go with it, told apart by their names.
 
-    ``None`` is skipped. Names: ``y dy`` states; ``u f du df`` ``[T, C]``; ``phi phi_next``,
+    ``y`` may be ``None``. Names: ``y dy`` states; ``u f du df`` ``[T, C]``; ``phi phi_next``,
     ``bias``, ``alpha``, ``coefficients dmix``, ``projection`` as in :mod:`mhcplan.kernels.mhc`.
 
     Raises:
@@ -85,7 +85,7 @@ def check_site(x: Tensor, **others: Tensor | None) -> None:
     tokens, n, channels = check_state("x", x)
     m = num_coefficients(n)
     for name, tensor in others.items():
-        if tensor is None:
+        if tensor is None and name == "y":  # memory for a result, which need not be given
             continue
         dtype = torch.float32
         if name in ("y", "dy"):

@@ -265,7 +265,7 @@ def _post_project_kernel(
 
 def _splits(blocks: int, most: int, device: torch.device, per_sm: int) -> int:
     """Splits of the channels that fill the chip when there are only ``blocks`` blocks of tokens."""
-    return max(1, min(most, num_multiprocessors(device) * per_sm // blocks))
+    return max(1, min(most, num_multiprocessors(device) * per_sm // max(1, blocks)))
 
 
 def project(x: Tensor, phi: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
 """Tile sizes of every kernel, from a table: nothing is tuned while a user waits.
 
-``config`` looks a kernel up by its rows n and element size and takes the entry for the nearest C.
-The table is written by ``benchmarks/kernels_tune.py``, which times the candidates on the GPU at
-hand and prints the winners in this form; the entries here were measured on an H100 SXM.
+``config`` looks a kernel up by its rows n and bytes an element, and takes the tuned entry for the
+nearest C if there is one. ``benchmarks/kernels_tune.py`` times candidates on the GPU at hand and
+prints the winners in the form of ``_TUNED``. The entries for n = 4 in bf16 were timed on an H100
+SXM; those for other n and fp32 were chosen by what the compiler makes of them (no spills, shared
+memory that fits).
 """
 
 from __future__ import annotations
@@ -105,7 +107,18 @@ _OTHER: dict[tuple[int, int], dict[str, Config]] = {
 }
 
 # Tuned: {(n, bytes an element): {kernel: {C: Config}}}.
-_TUNED: dict[tuple[int, int], dict[str, dict[int, Config]]] = {}
+_TUNED: dict[tuple[int, int], dict[str, dict[int, Config]]] = {
+    (4, 2): {
+        "pre": {
+            2560: Config(BT=2, BC=512, warps=4, stages=3, BS=64),
+            4096: Config(BT=1, BC=1024, warps=4, stages=3, BS=64),
+        },
+        "post_backward": {
+            2560: Config(BT=4, BC=256, warps=4, V=8),
+            4096: Config(BT=2, BC=512, warps=4, stages=3, V=8),
+        },
+    },
+}
 
 KERNELS = tuple(_DEFAULT)
 _OVERRIDE: dict[str, Config] = {}

@@ -1,0 +1,90 @@
+"""The kernels at real shapes, on a GPU only."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from mhcplan.kernels import mhc
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+_spec = importlib.util.spec_from_file_location(
+    "mhc_kernel_cases", Path(__file__).with_name("test_mhc_kernels.py")
+)
+assert _spec is not None
+assert _spec.loader is not None
+cases = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(cases)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "n", "channels", "dtype"),
+    [
+        (4096, 4, 2560, torch.bfloat16),
+        (4096, 4, 4096, torch.bfloat16),
+        (1000, 4, 7168, torch.bfloat16),
+        (333, 4, 1920, torch.bfloat16),
+        (300, 2, 1920, torch.bfloat16),
+        (300, 8, 1920, torch.bfloat16),
+        (64, 16, 640, torch.bfloat16),
+        (300, 2, 640, torch.float32),
+        (300, 4, 640, torch.float32),
+        (300, 8, 640, torch.float32),
+        (64, 16, 128, torch.float32),
+    ],
+)
+def test_a_site(tokens: int, n: int, channels: int, dtype: torch.dtype) -> None:
+    cases.Case(tokens, n, channels, dtype).check()
+
+
+def test_errors_are_no_worse_than_the_best_public_kernels() -> None:
+    case = cases.Case(4096, 4, 2560, torch.bfloat16)
+    got, want = case.run(), case.expected()
+    bars = {"dx": 2.4e-3, "df": 1.75e-3, "dphi": 2.2e-4, "db": 1.3e-4, "dalpha": 8.5e-4}
+    for name, bar in bars.items():
+        error = ((got[name].double() - want[name]).norm() / want[name].norm()).item()
+        assert error <= bar, f"{name}: {error:.2e}"
+
+
+@pytest.mark.parametrize("channels", [2560, 7168])
+def test_results_repeat_bit_by_bit(channels: int) -> None:
+    case = cases.Case(4096, 4, channels, torch.bfloat16)
+    first = case.run()
+    for _ in range(3):
+        again = case.run()
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_cross_site_and_recompute_equal_the_forward(n: int) -> None:
+    case = cases.Case(1024, n, 2560, torch.bfloat16)
+    parameters = (case.phi, case.bias, case.alpha)
+    u, mix, _ = mhc.mhc_pre_forward(case.x, *parameters)
+    y = mhc.mhc_post_forward(case.x, case.f, mix)
+    u_next, mix_next, _ = mhc.mhc_pre_forward(y, *parameters)
+    assert torch.equal(mhc.mhc_post_pre_forward(case.x, case.f, mix, *parameters)[0], y)
+    us, xs = mhc.mhc_recompute(case.x, [case.f], [mix, mix_next])
+    assert torch.equal(us[0], u)
+    assert torch.equal(us[1], u_next)
+    assert torch.equal(xs[0], y)
+
+
+def test_a_site_in_a_cuda_graph() -> None:
+    case = cases.Case(512, 4, 2560, torch.bfloat16)
+    want = case.run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = case.run()
+    for value in got.values():
+        value.fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(got[name], want[name]) for name in want)
