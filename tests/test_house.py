@@ -16,7 +16,6 @@ import pytest
 
 import mhcplan
 from mhcplan.planner.cli import main
-from mhcplan.profiles.store import shipped_profiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -59,8 +58,6 @@ def test_commands_of_a_document_run_in_order(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    if "h100-sxm" not in shipped_profiles():
-        pytest.skip("the measured profile h100-sxm is not shipped yet")
     monkeypatch.chdir(tmp_path)
     for block in blocks(document, "sh"):
         for line in block.splitlines():
@@ -71,9 +68,19 @@ def test_commands_of_a_document_run_in_order(
             assert exit_.value.code == 0, f"{line}\n{capsys.readouterr().err}"
 
 
+def test_answer_in_the_readme_is_what_the_command_says(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    ((command, shown),) = re.findall(r"^```text (mhcplan .*)\n(.*?)^```", text, re.M | re.S)
+    with pytest.raises(SystemExit):
+        main(shlex.split(command)[1:])
+    said = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    for line in shown.splitlines():
+        assert line in said, f"README.md shows {line!r}; now it is {said[0]!r} and so on"
+
+
 def test_python_of_the_documents_runs() -> None:
-    if "h100-sxm" not in shipped_profiles():
-        pytest.skip("the measured profile h100-sxm is not shipped yet")
     for document in DOCUMENTS:
         for block in blocks(document, "python"):
             exec(compile(block, str(document), "exec"), {})
