@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 _LEAST_OPS, _LEAST_MESSAGES = 6, 10
 _STARTS = (0.23, 0.61)  # the second rank's lag, as a share of an op: no phase is special
 _SKEW = 1.01  # the second rank is that much slower: no two GPUs are equal
-_MOST_EVENTS = 12_000
+_FEW = 3
+_MANY_EVENTS, _MOST_EVENTS = 12_000, 400_000
 _NEVER = float("inf")
 _EPSILON = 1e-6  # ns
 
@@ -186,9 +187,13 @@ class _Link:
 
 
 def _play(ranks: Sequence[_Rank], link: _Link) -> None:
-    """Let both streams run until each has done enough."""
+    """Let both streams run until each has done enough, or for long and each has done a little.
+
+    Raises:
+        RuntimeError: neither happens.
+    """
     now = 0.0
-    for _ in range(_MOST_EVENTS):
+    for count in range(_MOST_EVENTS):
         busy = [rank for rank in ranks if rank.begin_at < _NEVER or rank.cohorts or rank.pending]
         after = min([link.next_event(now, ranks), *(rank.next_event for rank in ranks)])
         if after == _NEVER:
@@ -202,12 +207,16 @@ def _play(ranks: Sequence[_Rank], link: _Link) -> None:
         for rank in ranks:
             rank.place(now)
         link.admit(ranks, now, ahead=False)
-        if len(link.done) > _LEAST_MESSAGES and all(len(r.ops) > _LEAST_OPS for r in busy):
+        ops = min(len(rank.ops) for rank in busy)
+        if len(link.done) > _LEAST_MESSAGES and ops > _LEAST_OPS:
             return
+        if count > _MANY_EVENTS and len(link.done) > _FEW and ops > _FEW:
+            return
+    raise RuntimeError(f"the model saw {len(link.done)} messages in {_MOST_EVENTS} events")
 
 
 def _mean_step(times: Sequence[float]) -> float:
-    return (times[-1] - times[1]) / (len(times) - 2) if len(times) > 2 else _NEVER
+    return (times[-1] - times[1]) / (len(times) - 2)
 
 
 def overlap(
@@ -226,6 +235,7 @@ def overlap(
 
     Raises:
         ValueError: there is no kernel, or a message that takes more SMs than there are.
+        RuntimeError: messages take so much longer than CTAs live that playing them is hopeless.
     """
     if not kernels:
         raise ValueError("kernels: an op needs at least one kernel")
@@ -260,8 +270,10 @@ def _overlap_from(
     ]
     link = _Link(message, parameters)
     _play(ranks, link)
-    ops = [_mean_step(r.ops) / (alone * s) if len(r.ops) > 2 else 1.0
-           for r, s in zip(ranks, (1.0, _SKEW), strict=True)]  # fmt: skip
+    ops = [
+        _mean_step(r.ops) / (alone * s) if r.ops else 1.0  # a rank that only sends or receives
+        for r, s in zip(ranks, (1.0, _SKEW), strict=True)
+    ]
     messages = link.done[1:]
     ends = [end for _, _, end in link.done]
     queue = sum(first - ready for ready, first, _ in messages) / len(messages) + message.gap_ns
