@@ -182,6 +182,10 @@ class _Lowering:
         self._messages = _messages(self.schedule, plan.p2p)
         self._grouped = plan.p2p == "grouped"
         self._release_after = 0 if self._grouped else 1  # slots between a send and its release
+        # The holders of a DualPipe stage finish it in opposite order; where the high-priority stream
+        # makes weight gradients, the last releases order the compute stream after it.
+        on_high = self.work.pre_stream == HIGH
+        self._reduces_at_end = on_high or self.schedule.num_directions > 1
         self._batch = -1
 
     def program(self) -> Program:
@@ -204,12 +208,12 @@ class _Lowering:
             yield from self._before(rank, i)
             chunks = tuple((part.stage, part.microbatch) for part in action.parts)
             yield Stamp(self._action(action), rank, str(action), chunks)
-            if self.schedule.num_directions == 1:
+            if not self._reduces_at_end:
                 for stage in sorted({p.stage for p in action.parts if last_use[p.stage] == i}):
                     yield from self._reduce(rank, stage)
         for slot in range(len(row), len(row) + 1 + self._release_after):
             yield from self._before(rank, slot)
-        if self.schedule.num_directions > 1:
+        if self._reduces_at_end:
             for stage in sorted(set(self.schedule.stages_of(rank))):
                 yield from self._reduce(rank, stage)
         yield self._optimizer(rank)
@@ -307,7 +311,7 @@ class _Lowering:
             before_i, shape, lambda c: _backward(c, weights=True), hold=left_by_i
         )
         assert frozenset(after_b.pending) == left_by_i
-        actions["W"], _ = self._record(state, shape, _weights)
+        actions["W"], _ = self._record(state, shape, _weights, hold=left_by_i)
         self._hand_over(state, shape, "I", messages, needed=not shape.first)
         return _StageTemplates(messages, before_f, before_i, left_by_f, left_by_i, actions)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mhcplan.planner.lowering import lower
@@ -162,6 +162,20 @@ def drawn_plan(drawn: dict[str, object]) -> PlanSpec | None:
 
 @settings(max_examples=40, deadline=None)
 @given(PLANS)
+@example(
+    {
+        "schedule": "dualpipe",
+        "pp": 2,
+        "ep": 1,
+        "dp": 1,
+        "microbatches": 8,
+        "priority": "recompute",
+        "kind": "mhc",
+        "block": 1,
+        "p2p": "eager",
+        "num_dense_blocks": 0,
+    }
+)  # W freed what the release of its I frees
 def test_every_legal_plan_lowers_to_a_balanced_program(drawn: dict[str, object]) -> None:
     plan = drawn_plan(drawn)
     if plan is None:
@@ -228,3 +242,31 @@ def test_static_memory_counts_both_copies_of_dualpipe() -> None:
     assert two[:, parameters].sum() == 2 * one[:, parameters].sum()
     rounded_up = 2 * 2 * 4 * 12  # two parts, two stages, four ranks, 12 bytes a parameter
     assert abs(two[:, optimizer].sum() - one[:, optimizer].sum()) <= rounded_up
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv", "dualpipe"])
+@pytest.mark.parametrize("priority", ["post", "all"])
+def test_gradients_are_reduced_after_every_op_that_makes_them(schedule: str, priority: str) -> None:
+    """grad_reduce touches no buffer of the Program, so only this order protects the gradients."""
+    plan = tiny_plan(schedule=schedule, priority=priority, microbatches=12)
+    program = lower(plan, resolve_recompute_block(plan))
+    after = ordered_before(program)
+    kinds = np.array([program.kinds[k] for k in program.kind])
+    makes = np.isin(program.pass_, [ord("W"), ord("B")])
+    for i in np.flatnonzero(kinds == "grad_reduce"):
+        makers = np.flatnonzero(makes & (program.rank == program.rank[i])
+                                & (program.stage == program.stage[i]))  # fmt: skip
+        assert len(makers)
+        assert all(after[i] >> int(m) & 1 for m in makers)
+
+
+def ordered_before(program: Program) -> list[int]:
+    """For every op a bit set of the ops of its rank that streams and events order before it."""
+    before = [0] * program.num_ops
+    for i in range(program.num_ops):
+        sources = [int(program.previous_on_stream[i])]
+        sources += [int(program.recorder[event]) for event in program.waits[i]]
+        for source in sources:
+            if source >= 0:
+                before[i] |= before[source] | 1 << source
+    return before
