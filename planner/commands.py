@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mhcplan.planner.predict import Prediction
     from mhcplan.planner.report import PlanReport
 
-TRACE_NAME = "trace.json.gz"
+TRACE_NAME, PAGE_NAME = "trace.json.gz", "timeline.html"
 
 Source = Annotated[
     str,
@@ -51,7 +51,7 @@ def predict(
     if out is not None:
         with progress("writing the timeline"):
             write_files(out, _files(prediction, report))
-        note(f"wrote {out}")
+        note(f"wrote {out}; open {out / PAGE_NAME} in a browser")
     if json:
         print(report.to_json())
     else:
@@ -123,7 +123,7 @@ def _files(prediction: Prediction, report: PlanReport) -> dict[str, str | bytes]
     return {
         "report.json": report.to_json() + "\n",
         "plan.toml": plan_text(prediction.plan),
-        "timeline.html": timeline_page(prediction, report),
+        PAGE_NAME: timeline_page(prediction, report),
         TRACE_NAME: _trace(prediction),
     }
 
