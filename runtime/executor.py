@@ -96,6 +96,7 @@ class Transfers(Protocol):
 
     def start(self, ops: Sequence[Op], tensors: Sequence[Tensor]) -> list[Any]:
         """Start the sends and receives of one call; returns their works."""
+        ...
 
 
 class Observer(Protocol):

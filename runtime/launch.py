@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch._C._distributed_c10d import Store, TCPStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -42,7 +43,7 @@ class Watch(threading.Thread):
     """Ends this process when another one fails, or is silent for ``silence_s``."""
 
     def __init__(
-        self, store: dist.Store, process: int, world: int, silence_s: float = SILENCE_S
+        self, store: Store, process: int, world: int, silence_s: float = SILENCE_S
     ) -> None:
         """``store``: a connection that nothing else uses."""
         super().__init__(name="watch", daemon=True)
@@ -104,9 +105,9 @@ def join(
         timeout_s: for the store, and for transfers that nobody answers.
     """
 
-    def connect() -> dist.TCPStore:
+    def connect() -> TCPStore:
         timeout = timedelta(seconds=timeout_s)
-        return dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
+        return TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
 
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -148,7 +149,7 @@ def launch(
     Raises:
         ProcessFailed: a process failed or died. All have ended by then.
     """
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = mp.get_context("spawn")
     processes = [
         context.Process(
@@ -181,7 +182,7 @@ def _child(
         entry(process, world, *args)
 
 
-def _supervise(processes: list[Any], store: dist.TCPStore) -> None:
+def _supervise(processes: list[Any], store: TCPStore) -> None:
     """Wait until all have ended; raises ProcessFailed, after a grace for the others to end."""
     while any(p.is_alive() for p in processes):
         dead = [i for i, p in enumerate(processes) if p.exitcode not in (None, 0)]

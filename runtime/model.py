@@ -8,7 +8,7 @@ ops of :mod:`mhcplan.kernels.layers` that its Program names. Sites are numbered 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mhcplan.kernels.layers import (
     AttentionGqa,
@@ -74,7 +74,7 @@ def build_stage(
     shares: Mapping[str, tuple[int, int]],
     device: torch.device,
     loss_scale: float,
-    optimizer: Mapping[str, object],
+    optimizer: Mapping[str, Any],
 ) -> Stage:
     """Build a stage with its deterministic initial weights.
 

@@ -72,7 +72,7 @@ class ModuleBinding:
         self._message = (message,)
         self._once = {"adamw": step, "zero_gradients": zero}
 
-    def bind(self, op: Op, _: Attachments) -> Bound | None:
+    def bind(self, op: Op, attached: Attachments) -> Bound | None:
         """The callable of an op.
 
         Raises:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,7 +104,7 @@ def build_parameters(
     device: torch.device,
     dtype: torch.dtype,
     seed: int,
-    optimizer: Mapping[str, object],
+    optimizer: Mapping[str, Any],
 ) -> StageParameters:
     """Allocate and draw a stage's parameters.
 
@@ -139,7 +139,7 @@ def _section(
     dtype: torch.dtype,
     seed: int,
     weights: dict[str, Weight],
-    optimizer: Mapping[str, object],
+    optimizer: Mapping[str, Any],
 ) -> Section:
     starts, size = [], 0
     for p in parameters:

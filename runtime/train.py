@@ -7,7 +7,7 @@ fails, is :mod:`mhcplan.runtime.launch`; timing and traces are :mod:`mhcplan.run
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -69,7 +69,7 @@ class Trainer:
         spec: RunSpec,
         session: Session,
         *,
-        optimizer: Mapping[str, object] | None = None,
+        optimizer: Mapping[str, Any] | None = None,
         order: Sequence[int] | None = None,
         poison: bool = False,
     ) -> None:
@@ -119,8 +119,8 @@ class Trainer:
                 found[number] = part, handle
         return found
 
-    def _build_stages(self, optimizer: Mapping[str, object]) -> dict[int, Stage]:
-        shares = dict.fromkeys(PARTS, (0, 1))
+    def _build_stages(self, optimizer: Mapping[str, Any]) -> dict[int, Stage]:
+        shares: dict[str, tuple[int, int]] = dict.fromkeys(PARTS, (0, 1))
         for part, handle in self._part_groups().values():
             shares[part] = handle.index, len(handle.processes)
         blocks = stage_blocks(self.program)

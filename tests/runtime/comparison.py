@@ -29,10 +29,11 @@ LOSS_TOLERANCE = 2e-6
 
 
 def run(cases: list[Case], processes: int, folder: Path) -> list[dict[str, Any]]:
-    """Results by process and case name."""
-    torch.save(cases, folder / "cases.pt")
-    launch(run_cases, processes, str(folder), timeout_s=60)
+    """Results by process and case name; those that ``folder`` holds already are taken."""
     paths = [folder / f"results{p}.pt" for p in range(processes)]
+    if not all(path.exists() for path in paths):
+        torch.save(cases, folder / "cases.pt")
+        launch(run_cases, processes, str(folder), timeout_s=60)
     return [torch.load(path, weights_only=False) for path in paths]
 
 
@@ -57,9 +58,8 @@ def reference(spec: RunSpec, microbatches: int) -> dict[str, Any]:
     """
     weights = {k: w.double().requires_grad_() for k, w in initial_weights(spec).items()}
     model = ReferenceModel(spec, weights)
-    optimizer = torch.optim.AdamW(
-        weights.values(), **OPTIMIZER, betas=(0.9, 0.95), weight_decay=0.1
-    )
+    options: dict[str, Any] = OPTIMIZER | {"betas": (0.9, 0.95), "weight_decay": 0.1}
+    optimizer = torch.optim.AdamW(weights.values(), **options)
     text = TextBatches(spec.model.vocab_size, spec.tokens, spec.seq_len, spec.seed)
     total = microbatches * spec.replicas
     losses, gradients = [], {}
@@ -71,7 +71,7 @@ def reference(spec: RunSpec, microbatches: int) -> dict[str, Any]:
             (loss / total).backward()
             losses[-1].append(loss.item())
         if step == 0:
-            gradients = {k: w.grad.clone() for k, w in weights.items()}
+            gradients = {k: w.grad.clone() for k, w in weights.items() if w.grad is not None}
         optimizer.step()
     return {"losses": losses, "gradients": gradients}
 

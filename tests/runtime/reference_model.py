@@ -66,8 +66,8 @@ class ReferenceModel:
             x = self.site(x, block, 0)
             x = self.site(x, block, 1)
         if not residual.is_plain:
-            exit_parameters = (w[f"collapse.{p}"] for p in ("phi", "bias", "alpha"))
-            x = reference.collapse(x, *exit_parameters)
+            phi, bias, alpha = (w[f"collapse.{p}"] for p in ("phi", "bias", "alpha"))
+            x = reference.collapse(x, phi, bias, alpha)
         logits = rms_norm(x, w["head.norm"]) @ w["head.weight"].t()
         return functional.cross_entropy(logits, targets)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from mhcplan.runtime.data import TextBatches
 from mhcplan.runtime.spec import RunSpec
@@ -44,7 +45,7 @@ TOLERANCE = 0.05
 
 @pytest.fixture(scope="module")
 def session() -> Iterator[Session]:
-    store = dist.HashStore()
+    store = HashStore()
     dist.init_process_group("nccl", store=store, rank=0, world_size=1)
     yield Session(torch.device("cuda", 0))
     dist.destroy_process_group()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -32,10 +32,10 @@ def by_hand(*, split: bool) -> Program:
     def buffer(name: str, b: int) -> int:
         return state.setdefault((name, b), maker.buffer(64))
 
-    def compute(rank: int, pass_: str, b: int, **lists: tuple[int, ...]) -> int:
+    def compute(rank: int, pass_: str, b: int, **lists: Any) -> int:  # noqa: ANN401
         return maker.op(rank, 1, kind="module", pass_=pass_, stage=rank, microbatch=b, **lists)
 
-    def transfer(rank: int, group: int, **rest: object) -> int:
+    def transfer(rank: int, group: int, **rest: Any) -> int:  # noqa: ANN401
         sends = "to" in rest
         return maker.transfer(rank, group, 1, kind="pp_send" if sends else "pp_recv", **rest)
 

@@ -8,6 +8,8 @@ shows as a wrong number.
 
 from __future__ import annotations
 
+import fcntl
+import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -92,10 +94,15 @@ ON_FOUR: dict[str, dict[str, Any]] = {
 def computed(
     wanted: dict[str, dict[str, Any]], processes: int, tmp: pytest.TempPathFactory
 ) -> Computed:
-    """Runs all cases in one set of processes."""
+    """Runs all cases in one set of processes, once for all workers of pytest."""
     torch.set_num_threads(1)
     cases = {name: make_case(name, **options) for name, options in wanted.items()}
-    return cases, run(list(cases.values()), processes, tmp.mktemp("run"))
+    base = tmp.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"on{processes}"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return cases, run(list(cases.values()), processes, folder)
 
 
 @pytest.fixture(scope="module")

@@ -126,6 +126,7 @@ def run_case(case: Case, session: Session) -> dict[str, Any]:
         trainer.step()
         losses.append(trainer.losses())
     binding = trainer.executor.binding
+    assert isinstance(binding, KeepsGradients)
     weights = {
         number: {k: w.data.clone() for k, w in stage.parameters.weights.items()}
         for number, stage in trainer.stages.items()
