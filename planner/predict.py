@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING
 
 from mhcplan.planner.lowering import lower
 from mhcplan.planner.recompute import resolve_recompute_block
+from mhcplan.planner.spec import SpecError
 from mhcplan.profiles.lookup import CostModel
 from mhcplan.profiles.store import find_profile
 from mhcplan.sim.breakdown import breakdown
-from mhcplan.sim.engine import simulate
+from mhcplan.sim.jit import MISSING_NUMBA, has_numba
 from mhcplan.sim.memory import memory_of
 
 if TYPE_CHECKING:
-    from mhcplan.planner.spec import PlanSpec
+    from mhcplan.planner.spec import Engine, PlanSpec
     from mhcplan.profiles.costs import Cost
     from mhcplan.profiles.schema import Profile
     from mhcplan.sim.breakdown import Breakdown
@@ -76,6 +77,7 @@ def predict(plan: PlanSpec, profile: Profile | None = None) -> Prediction:
         profile: what ops cost; None finds the one that the plan names.
 
     Raises:
+        SpecError: the plan's engine cannot run here.
         ProfileError: the profile cannot be read, or prices an op neither by measurement nor near
             one (:class:`mhcplan.profiles.costs.CostMissing`).
     """
@@ -91,7 +93,24 @@ def play(plan: PlanSpec, model: CostModel, recompute_block: int | None) -> Step:
     """Lower, price and simulate one plan."""
     program = lower(plan, recompute_block)
     costs, table = model.costs(program.cost_keys), model.table(program.cost_keys)
-    timeline = simulate(program, table)
+    timeline = simulate(program, table, plan.engine)
     return Step(
         program, costs, table, timeline, memory_of(program, table), breakdown(program, timeline)
     )
+
+
+def simulate(program: Program, costs: CostTable, engine: Engine) -> Timeline:
+    """Play a Program with one of the two engines, which give the same Timeline.
+
+    Raises:
+        SpecError: the compiled engine needs numba, which is missing.
+    """
+    if engine == "simpy":
+        from mhcplan.sim.engine import simulate as simulate_simpy  # slow to import
+
+        return simulate_simpy(program, costs)
+    if not has_numba():
+        raise SpecError(f"engine=compiled cannot run, engine=simpy can: {MISSING_NUMBA}")
+    from mhcplan.sim.compiled import simulate_compiled
+
+    return simulate_compiled(program, costs)

@@ -31,7 +31,7 @@ def test_defaults_are_those_of_the_command_line() -> None:
     assert (plan.residual.kind, plan.residual.expansion_rate) == ("mhc", 4)
     assert plan.residual.recompute_block == "auto"
     assert (plan.schedule, plan.priority, plan.profile) == ("dualpipe", "post", "h100-sxm")
-    assert (plan.p2p, plan.comm_streams, plan.engine) == ("eager", "two", "simpy")
+    assert (plan.p2p, plan.comm_streams, plan.engine) == ("eager", "two", "compiled")
 
 
 def test_every_schedule_of_the_planner_is_a_value_of_the_field() -> None:
@@ -60,7 +60,7 @@ def test_every_schedule_of_the_planner_is_a_value_of_the_field() -> None:
         ({"schedule": "dualpip"}, "schedule='dualpip' must be '1f1b', 'interleaved-1f1b'"),
         ({"comm_streams": "one"}, "comm_streams=one needs p2p=grouped"),
         ({"p2p": "grouped", "schedule": "zb1p"}, "p2p=grouped goes with dualpipe and dualpipev"),
-        ({"engine": "compiled"}, "engine='compiled' must be 'simpy'"),
+        ({"engine": "numpy"}, "engine='numpy' must be 'compiled' or 'simpy'"),
         ({"model": "mhc-28b"}, "model='mhc-28b' is unknown; did you mean mhc-27b"),
         ({"layuot": {}}, "layuot is not a field of a plan; did you mean layout"),
         ({"layout": {"tp": 2}}, "layout.tp is not a field of a plan; did you mean"),
