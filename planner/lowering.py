@@ -182,8 +182,8 @@ class _Lowering:
         self._messages = _messages(self.schedule, plan.p2p)
         self._grouped = plan.p2p == "grouped"
         self._release_after = 0 if self._grouped else 1  # slots between a send and its release
-        # The holders of a DualPipe stage finish it in opposite order. Where weight gradients are made
-        # on the high-priority stream, the last releases order the compute stream after it.
+        # The holders of a DualPipe stage finish it in opposite order. Where weight gradients come
+        # from the high-priority stream, the last releases order the compute stream after it.
         on_high = self.work.pre_stream == HIGH
         self._reduces_at_end = on_high or self.schedule.num_directions > 1
         self._batch = -1
