@@ -142,5 +142,5 @@ def make_case(
         KeyError: unknown kind, or an axis is missing.
     """
     cls = OPS[kind]
-    op = cls.build(shape, env, **options) if op is None else op
-    return Case(op, cls.example_inputs(shape, env), env)
+    made: Op = cls.build(shape, env, **options) if op is None else op
+    return Case(made, cls.example_inputs(shape, env), env)

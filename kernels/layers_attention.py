@@ -209,8 +209,7 @@ class AttentionMla(_Attention):
     ) -> tuple[Gradients, Tensors]:
         """dy [T, C]: the gradient of x."""
         x, q, latent, normed, rstd, key, value, out, *rest = saved
-        query_saved = rest[-3:] if self.compressed else ()
-        stats = tuple(rest[: len(rest) - len(query_saved)])
+        stats = tuple(rest[:-3] if self.compressed else rest)
         w, k = self.weights, fused(dy)
         tokens = dy.shape[0]
         dout = torch.mm(dy, w["out"].data)
@@ -237,7 +236,7 @@ class AttentionMla(_Attention):
         dx = torch.mm(dlatent, w["latent"].data)
         query_deferred: Tensors = ()
         if self.compressed:
-            down, query_input, query_rstd = query_saved
+            down, query_input, query_rstd = rest[-3:]
             norm = w["query_norm"]
             dinput = torch.mm(dq, w["query"].data)
             ddown = torch.empty_like(down)

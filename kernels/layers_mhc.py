@@ -303,16 +303,18 @@ class HcPre(Op):
         self, x: Tensor, *, out: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensors, Tensors]:
         """x [T, n, C]: u [T, C] and coefficients [T, M]; ``out`` for both."""
-        made = reference.hc_pre(x, *(w.data for w in self.weights.values()))
+        theta, bias, alpha = (w.data for w in self.weights.values())
+        made = reference.hc_pre(x, theta, bias, alpha)
         u, mix = mhc.placed(made, out)
         return (u, mix), (x, mix)
 
     def _gradients(self, x: Tensor, grads: Tensors) -> Tensors:
         """Gradients of x and of the parameters, by autograd of the reference."""
         with torch.enable_grad():
-            leaves = [x.detach().requires_grad_()]
-            leaves += [w.data.detach().requires_grad_() for w in self.weights.values()]
-            return torch.autograd.grad(reference.hc_pre(*leaves), leaves, grads)
+            parameters = (w.data for w in self.weights.values())
+            leaves = [t.detach().requires_grad_() for t in (x, *parameters)]
+            state, theta, bias, alpha = leaves
+            return torch.autograd.grad(reference.hc_pre(state, theta, bias, alpha), leaves, grads)
 
     def backward_input(  # type: ignore[override]
         self, saved: Tensors, dy: Tensor, du: Tensor, dmix: Tensor
@@ -331,8 +333,9 @@ class HcPre(Op):
         self, saved: Tensors, dy: Tensor, du: Tensor, dmix: Tensor, *, out: Tensor | None = None
     ) -> Gradients:
         """I, then W; ``out`` for dx."""
-        (dx,) = super().backward(saved, dy, du, dmix)
-        return (dx if out is None else out.copy_(dx),)
+        (dx,), deferred = self.backward_input(saved, dy, du, dmix)
+        self.backward_weight(deferred)
+        return (dx if out is None or dx is None else out.copy_(dx),)
 
     def backward_weight(self, deferred: Tensors) -> None:
         """Every parameter."""

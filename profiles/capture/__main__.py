@@ -31,8 +31,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--compile-workers", type=int, default=0, help="compile kernels beforehand")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes: does it run at all?")
-    parser.add_argument("--merge", nargs=2, type=Path, metavar=("OPS", "COMM"),
-                        help="measure nothing: make the profile of these two parts")  # fmt: skip
+    parser.add_argument("--merge", nargs="+", type=Path, metavar="PART",
+                        help="measure nothing, merge these parts: ops, then comm")  # fmt: skip
     parser.add_argument("--check-block", metavar="MODEL", help="then time a whole block of MODEL")
     return parser
 
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     budget_ns = round(args.op_budget_ms * 1e6)
     try:
         if args.merge:
-            write_merged(args.out, *args.merge, args.hardware, args.name)
+            write_merged(args.out, args.merge[0], args.merge[1:], args.hardware, args.name)
             return 0
         sizes = {"sizes": (64, 4096)} if args.tiny else {}
         for path in measure(

@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import sys
 import time
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
 import torch
 from pydantic import NonNegativeInt, ValidationError
@@ -22,6 +22,7 @@ from mhcplan.profiles.capture import grid, machine
 from mhcplan.profiles.capture.block import allocator_margin_percent
 from mhcplan.profiles.capture.comm import SIZES, measure_transfers
 from mhcplan.profiles.capture.ops import OP_BUDGET_NS, Log, Session, groups, measure_ops
+from mhcplan.profiles.capture.timing import GpuTimer
 from mhcplan.profiles.presets import HARDWARE
 from mhcplan.profiles.schema import (
     OpTiming,
@@ -71,6 +72,9 @@ class CommPart(Spec):
     transfers: tuple[TransferTiming, ...]
 
 
+SomePart = TypeVar("SomePart", OpsPart, CommPart)
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a file or leave it as it was: through a temporary file beside it."""
     scratch = path.with_name(path.name + ".tmp")
@@ -78,7 +82,7 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(scratch, path)
 
 
-def read_part(path: Path, part: type[OpsPart] | type[CommPart]) -> OpsPart | CommPart:
+def read_part(path: Path, part: type[SomePart]) -> SomePart:
     """Read a part's file.
 
     Raises:
@@ -165,26 +169,24 @@ def measure_ops_part(
         warm_compilers(keys, workers)
     session = Session(device, dtype, code, machine.device_name(device), op_budget_ns)
     store = Log(log, session)
-    rates, context, host = (
-        [],
-        0,
-        dict.fromkeys(("launch_ns", "event_record_ns", "event_wait_ns"), 0),
-    )
-    if gpu:
-        session.timer.heat(1.0)
-        rates = machine.measure_rates(session.timer)
+    rates: list[Rate] = []
+    host, context, margin = machine.HostCosts(0, 0, 0), 0, 0.0
+    load = session.timer if isinstance(session.timer, GpuTimer) else None
+    if load is not None:
+        load.heat(1.0)
+        rates = machine.measure_rates(load)
         host = machine.measure_host(device)
     missing = measure_ops(keys, session, store, deadline)
-    margin = 0.0
-    if gpu:
+    if load is not None:
         margin = allocator_margin_percent(device)
         context = machine.context_bytes(device)
     if missing:
         _progress(f"{len(missing)} of {len(keys)} rows are missing; run again to go on")
     return OpsPart(
-        provenance=machine.provenance(device, 1, code, session.timer),
-        rates=tuple(rates), context_bytes=context, allocator_margin_percent=margin,
-        ops=tuple(store.rows.values()), **host,
+        provenance=machine.provenance(device, 1, code, load), rates=tuple(rates),
+        launch_ns=host.launch_ns, event_record_ns=host.event_record_ns,
+        event_wait_ns=host.event_wait_ns, context_bytes=context, allocator_margin_percent=margin,
+        ops=tuple(store.rows.values()),
     )  # fmt: skip
 
 
@@ -216,30 +218,32 @@ def measure_comm_part(
 # -- the whole -------------------------------------------------------------------------------------
 
 
-def merge(ops: OpsPart, comm: CommPart | None, hardware: HardwareSpec, name: str) -> Profile:
-    """One profile of both parts.
+def merge(ops: OpsPart, comms: Sequence[CommPart], hardware: HardwareSpec, name: str) -> Profile:
+    """One profile of all parts; of equal transfers the first part's counts.
 
     Raises:
         ProfileError: the parts are of different devices.
     """
-    if comm is not None and ops.provenance.device != comm.provenance.device:
-        raise ProfileError(
-            f"device: ops were measured on {ops.provenance.device!r},"
-            f" transfers on {comm.provenance.device!r}"
-        )
-    sources = (ops.provenance,) if comm is None else (ops.provenance, comm.provenance)
+    transfers: dict[tuple[str, int, int], TransferTiming] = {}
+    for comm in comms:
+        if ops.provenance.device != comm.provenance.device:
+            raise ProfileError(
+                f"device: ops were measured on {ops.provenance.device!r},"
+                f" transfers on {comm.provenance.device!r}"
+            )
+        for row in comm.transfers:
+            transfers.setdefault((row.pattern, row.group_size, row.bytes), row)
     return Profile(
-        name=name, hardware=hardware, provenance=sources, rates=ops.rates,
+        name=name, hardware=hardware,
+        provenance=(ops.provenance, *(comm.provenance for comm in comms)), rates=ops.rates,
         overheads=Overheads(
             source="measured", launch_ns=ops.launch_ns, event_record_ns=ops.event_record_ns,
             event_wait_ns=ops.event_wait_ns, context_bytes=ops.context_bytes,
-            communicator_bytes=0 if comm is None else comm.communicator_bytes,
+            communicator_bytes=max((comm.communicator_bytes for comm in comms), default=0),
             allocator_margin_percent=ops.allocator_margin_percent,
         ),
         ops=tuple(sorted(ops.ops, key=lambda row: row.key)),
-        transfers=() if comm is None else tuple(
-            sorted(comm.transfers, key=lambda row: (row.pattern, row.bytes))
-        ),
+        transfers=tuple(transfers[key] for key in sorted(transfers)),
     )  # fmt: skip
 
 
@@ -278,8 +282,7 @@ def measure(
         ValueError: unknown tier, part, kind or preset; or comm with one device.
         RuntimeError: a worker process failed.
     """
-    if hardware not in HARDWARE:
-        raise ValueError(f"hardware={hardware!r} must be one of {sorted(HARDWARE)}")
+    _hardware(hardware)
     if unknown := sorted(set(kinds) - set(VOCABULARY)):
         raise ValueError(f"kind={unknown[0]!r} must be one of {sorted(VOCABULARY)}")
     kind_of_device = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -306,21 +309,27 @@ def measure(
         write_whole(comm_path, comm.model_dump_json(by_alias=True, exclude_none=True) + "\n")
         written.append(comm_path)
     if ops_path.exists():
-        write_merged(out, ops_path, comm_path if comm_path.exists() else None, hardware, name)
+        write_merged(out, ops_path, [comm_path] if comm_path.exists() else [], hardware, name)
         written.append(out)
     return written
 
 
 def write_merged(
-    out: Path, ops_path: Path, comm_path: Path | None, hardware: str, name: str | None = None
+    out: Path, ops_path: Path, comm_paths: Sequence[Path], hardware: str, name: str | None = None
 ) -> None:
-    """Merge the files of two parts into the profile ``out``.
+    """Merge the files of parts into the profile ``out``; ``name`` None is the preset's.
 
     Raises:
         ProfileError: a part cannot be read, or they are of different devices.
+        ValueError: unknown preset.
     """
     ops = read_part(ops_path, OpsPart)
-    comm = None if comm_path is None else read_part(comm_path, CommPart)
-    assert isinstance(ops, OpsPart)
-    assert comm is None or isinstance(comm, CommPart)
-    write_whole(out, profile_text(merge(ops, comm, HARDWARE[hardware], name or hardware)))
+    comms = [read_part(path, CommPart) for path in comm_paths]
+    machine_spec = _hardware(hardware)
+    write_whole(out, profile_text(merge(ops, comms, machine_spec, name or hardware)))
+
+
+def _hardware(name: str) -> HardwareSpec:
+    if name not in HARDWARE:
+        raise ValueError(f"hardware={name!r} must be one of {sorted(HARDWARE)}")
+    return HARDWARE[name]

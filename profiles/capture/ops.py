@@ -19,7 +19,7 @@ import torch
 from mhcplan.kernels.layers import Case, Env, make_case, storage_bytes
 from mhcplan.profiles.capture.segments import Chip, Kernel, chip_of, make_segments, record_kernels
 from mhcplan.profiles.capture.timing import GpuTimer, HostTimer, make_timer
-from mhcplan.profiles.schema import OpTiming
+from mhcplan.profiles.schema import OpTiming, Segment
 from mhcplan.profiles.vocabulary import VOCABULARY, OpKey
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def _row(
     kind: str, pass_: str, shape: dict[str, int], session: Session, sample: Any,  # noqa: ANN401
     kernels: Sequence[Kernel], memory: dict[str, int],
 ) -> OpTiming:  # fmt: skip
-    segments = ()
+    segments: tuple[Segment, ...] = ()
     if session.chip is not None:
         moved = VOCABULARY[kind].bytes(shape, pass_)
         segments = make_segments(kernels, session.chip, sample.duration_ns, moved)
@@ -189,7 +189,9 @@ def _row(
         source="measured", kind=kind, pass_=pass_, shape=shape,
         dtype={torch.bfloat16: "bf16", torch.float32: "fp32"}[session.dtype],
         duration_ns=sample.duration_ns, spread_percent=sample.spread_percent,
-        samples=sample.samples, host_ns=sample.host_ns, segments=segments, **memory,
+        samples=sample.samples, host_ns=sample.host_ns, segments=segments,
+        saved_bytes=memory.get("saved"), deferred_bytes=memory.get("deferred"),
+        workspace_bytes=memory.get("workspace"),
     )  # fmt: skip
 
 
@@ -230,11 +232,11 @@ def _memory(case: Case, passes: Sequence[str]) -> dict[str, dict[str, int]]:
         result: Any = call()
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
-        found[p] = {"workspace_bytes": max(0, peak)}
+        found[p] = {"workspace": max(0, peak)}
         if p == "F":
             outputs, saved = result
-            found[p]["saved_bytes"] = storage_bytes(saved, beyond=[*case.inputs, *outputs])
+            found[p]["saved"] = storage_bytes(saved, beyond=[*case.inputs, *outputs])
         elif p == "I":
-            found[p]["deferred_bytes"] = storage_bytes(result[1])
+            found[p]["deferred"] = storage_bytes(result[1])
         del result
     return found

@@ -121,18 +121,23 @@ def test_an_op_that_fails_is_left_out_and_named(
 
 def test_parts_merge_into_a_profile_and_different_devices_do_not(tmp_path: Path) -> None:
     ops = ops_part(tmp_path)
-    profile = measure.merge(ops, None, HARDWARE["h100-sxm"], "x")
+    profile = measure.merge(ops, [], HARDWARE["h100-sxm"], "x")
     assert [row.key for row in profile.ops] == sorted(SOME)
     comm = measure.CommPart(
         provenance=ops.provenance.model_copy(update={"device": "another"}),
         communicator_bytes=7, transfers=(),
     )  # fmt: skip
     with pytest.raises(ProfileError, match="'another'"):
-        measure.merge(ops, comm, HARDWARE["h100-sxm"], "x")
-    same = comm.model_copy(update={"provenance": ops.provenance})
-    merged = measure.merge(ops, same, HARDWARE["h100-sxm"], "x")
+        measure.merge(ops, [comm], HARDWARE["h100-sxm"], "x")
+    same = comm.model_copy(
+        update={"provenance": ops.provenance, "transfers": (transfer(8, 20), transfer(4, 9))}
+    )
+    wider = transfer(8, 70, "all_to_all").model_copy(update={"group_size": 4})
+    more = same.model_copy(update={"communicator_bytes": 5, "transfers": (transfer(8, 99), wider)})
+    merged = measure.merge(ops, [same, more], HARDWARE["h100-sxm"], "x")
     assert merged.overheads.communicator_bytes == 7
-    assert len(merged.provenance) == 2
+    assert len(merged.provenance) == 3
+    assert [(r.bytes, r.duration_ns) for r in merged.transfers] == [(8, 70), (4, 9), (8, 20)]
 
 
 def test_a_broken_part_is_refused_with_its_field(tmp_path: Path) -> None:
@@ -253,3 +258,11 @@ def test_a_message_slower_than_a_larger_one_is_dropped() -> None:
 
 def test_a_command_names_no_folder_of_this_machine() -> None:
     assert machine._command(["--out", "/a/b/p.json", "--tiny"]).endswith("--out p.json --tiny")
+
+
+def test_merge_from_the_command_line(tmp_path: Path) -> None:
+    ops, out = tmp_path / "ops.json", tmp_path / "p.json"
+    ops.write_text(ops_part(tmp_path).model_dump_json(by_alias=True, exclude_none=True))
+    assert main(["--out", str(out), "--merge", str(ops)]) == 0
+    assert len(read_profile(out).ops) == len(SOME)
+    assert main(["--out", str(out), "--merge", str(tmp_path / "none.json")]) == 2
