@@ -46,6 +46,22 @@ class Trait:
     tail_share: float = 0.0
 
 
+# Traits of the kernels that the capture runs, by case or by part of the kernel's name. Pieces are
+# the tiles of the problem (256 x 128 for cuBLAS's, 128 x 256 for the others); tail shares were
+# measured: profiles.priority.tail_shares of data/raw/h100-sxm-priority.jsonl
+TRAITS: dict[str, Trait] = {
+    "gemm_library_big": Trait(1792, dealt=False),
+    "gemm_library": Trait(512, dealt=False),
+    "grouped_gemm": Trait(768),
+    "gemm_persistent_spare": Trait(896),
+    "gemm_persistent": Trait(1024),
+    "sdpa_sm90_flash_fprop": Trait(512, dealt=False, tail_share=0.355),
+    "sdpa_sm90_flash_bprop": Trait(512, dealt=False, tail_share=0.326),
+    "flash_fwd_kernel": Trait(tail_share=0.37),
+    "flash_bwd_dq_dk_dv": Trait(tail_share=0.167),
+}
+
+
 @dataclass(frozen=True)
 class Pair:
     """A measured pair: the arguments that price it, and its slowdowns."""
@@ -82,7 +98,7 @@ def kernels_of(row: Row, traits: Mapping[str, Trait], num_sms: int) -> tuple[Ker
     """The kernels of a case from its row alone; ``traits`` by part of the kernel's name, or by the
     name of the case."""
     total = sum(k["duration_ns"] for k in row["kernels"])
-    found = []
+    found: list[Kernel] = []
     for kernel in row["kernels"]:
         if kernel["duration_ns"] < _SHORT_NS:
             continue
@@ -158,7 +174,7 @@ class Pairs:
         ours = self.op_ns(row["compute"])
         theirs = self.message_ns(row["traffic"])
         lonely = row["traffic"]["busy"] == "first"
-        found = []
+        found: list[float] = []
         for side, alone in (("compute", ours), ("traffic", [theirs, theirs])):
             weighed = [
                 (s["period_ns"] / base, min(s["ops"], 20))
@@ -173,7 +189,7 @@ class Pairs:
 
     def pairs(self, traits: Mapping[str, Trait]) -> list[Pair]:
         """Every pair that was measured as planned."""
-        found = []
+        found: list[Pair] = []
         for row in self.rows.values():
             if row["compute"] == "-" or row["traffic"] is None:
                 continue
@@ -197,7 +213,7 @@ def predict(pair: Pair, parameters: Parameters) -> tuple[float, float]:
 
 def errors(pairs: Iterable[Pair], parameters: Parameters) -> list[tuple[Pair, float, float]]:
     """Error of both sides of each pair."""
-    found = []
+    found: list[tuple[Pair, float, float]] = []
     for pair in pairs:
         compute, traffic = predict(pair, parameters)
         found.append(
@@ -208,7 +224,7 @@ def errors(pairs: Iterable[Pair], parameters: Parameters) -> list[tuple[Pair, fl
 
 def loss(pairs: Iterable[Pair], parameters: Parameters) -> float:
     """Mean |log(predicted / measured)| of both sides: robust, and equal for twice and half."""
-    values = []
+    values: list[float] = []
     for pair in pairs:
         for found, wanted in zip(predict(pair, parameters), pair.measured, strict=True):
             values.append(abs(math.log(found / wanted)))

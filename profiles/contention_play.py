@@ -48,6 +48,22 @@ class _Rank:
         self.cohorts: list[tuple[float, int]] = []  # (end, SMs)
         self.traffic_share = 0.0
         self.ops: list[float] = []
+        self.scale = [1.0] * len(kernels)  # of lives, so that CTAs out of step add up to a kernel
+
+    def calibrate(self) -> None:
+        """Play each kernel alone that has CTAs of unequal life, and scale them to its duration."""
+        for index, kernel in enumerate(self.kernels):
+            if kernel.tail_share and not kernel.persistent:
+                trial = _Rank([kernel], 1.0, self.p, 0.0, 1.0)
+                now = 0.0
+                while not trial.ops or trial.cohorts:
+                    trial.advance(now)
+                    trial.place(now)
+                    if trial.cohorts:
+                        now = trial.next_event
+                        trial.advance(now)
+                        trial.place(now)
+                self.scale[index] = kernel.duration_ns / now
 
     @property
     def free(self) -> int:
@@ -110,7 +126,8 @@ class _Rank:
         by_sm = max(1 + p.crowding * (each / usual - 1), 0.5)
         by_sm *= 1 + p.compute_delay * self.traffic_share
         by_memory = max(self.used / p.num_sms, p.least_life) / (1 - min(0.9, self.traffic_share))
-        return kernel.duration_ns / waves * self.speed * ((1 - bound) * by_sm + bound * by_memory)
+        alone = kernel.duration_ns / waves * self.speed * self.scale[self.index]
+        return alone * ((1 - bound) * by_sm + bound * by_memory)
 
 
 class _Link:
@@ -268,6 +285,8 @@ def _overlap_from(
         _Rank(kernels, gap, parameters, 0.0, 1.0),
         _Rank(kernels, gap, parameters, second, _SKEW),
     ]
+    for rank in ranks:
+        rank.calibrate()
     link = _Link(message, parameters)
     _play(ranks, link)
     ops = [

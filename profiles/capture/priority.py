@@ -209,13 +209,13 @@ def _add_latency(
     zero = launches.get(probe["args"]["correlation"], 0)
     start, length = span_ns(probe, base)
     row |= {"launched_ns": zero, "start_ns": start - zero, "end_ns": start + length - zero}
-    spans = [(*span_ns(e, base), launch_of(e), e["name"][:80]) for e in others]
-    around = [s for s in spans if s[0] + s[1] > zero and s[0] < start + length]
-    row["queued"] = len([s for s in spans if s[0] + s[1] > zero])
-    row["residents"] = [[s - zero, d, launch, name] for s, d, launch, name in around[:4]]
-    if around:
-        last = around[-1]
-        row["last_resident"] = [last[0] - zero, last[1]]
+    left = [e for e in others if sum(span_ns(e, base)) > zero]
+    around = [e for e in left if span_ns(e, base)[0] < start + length]
+    row["queued"] = len(left)
+    row["residents"] = [
+        [span_ns(e, base)[0] - zero, span_ns(e, base)[1], launch_of(e), e["name"][:80]]
+        for e in around[:4]
+    ]
 
 
 def _add_blocked(
