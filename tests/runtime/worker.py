@@ -104,7 +104,9 @@ def legal_order(program: Program, rank: int, seed: int) -> list[int]:
     while before:
         ready = [i for i, needed in before.items() if needed <= done]
         transfers = [i for i in ready if program.group[i] >= 0]
-        chosen = min(transfers) if transfers else int(rng.choice(ready))
+        # one stream far ahead of the others, another one each seed: what comes late is missed most
+        lead = [i for i in ready if program.stream[i] % 2 == seed % 2]
+        chosen = min(transfers) if transfers else int(rng.choice(lead or ready))
         done.add(chosen)
         del before[chosen]
         order.append(chosen - int(begin))
