@@ -157,7 +157,8 @@ class Bench:
         source = self._send.view(torch.bfloat16)
         if self._far is None:
             self._far = torch.empty_like(source, device=torch.device("cuda", 1))
-        near, far = source[:count], self._far[:count]
+        near, there = source[:count], self._far
+        far = there[:count]
 
         def call() -> list[Any]:
             far.copy_(near, non_blocking=True)

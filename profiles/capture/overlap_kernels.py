@@ -122,7 +122,7 @@ def _tiled(device: torch.device, num_sms: int) -> list[tuple[str, str, Any, int]
         "gemm_persistent_spare": ("gemm_persistent", 4096, 7168, 2048, spare),
     }
     return [
-        (name, family, lambda d=device, s=(m, n, k), g=grid: tiled_gemm(d, *s, g),
+        (name, family, lambda d=device, m=m, n=n, k=k, g=grid: tiled_gemm(d, m, n, k, g),
          _gemm_bytes(m, n, k))
         for name, (family, m, n, k, grid) in shapes.items()
     ]  # fmt: skip
