@@ -10,15 +10,21 @@ from __future__ import annotations
 
 import fcntl
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 
+from mhcplan.runtime.launch import ProcessFailed
+from mhcplan.sim.program import Csr
 from tests.runtime.comparison import check, run
 from tests.runtime.plans import FORCED, make_case
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.runtime.worker import Case
 
 Computed = tuple["dict[str, Case]", list[dict[str, Any]]]
@@ -125,3 +131,19 @@ def test_two_processes_compute_what_one_does(on_two: Computed, name: str) -> Non
 def test_four_processes_compute_what_one_does(on_four: Computed, name: str) -> None:
     cases, results = on_four
     check(cases[name], results)
+
+
+def test_a_missing_wait_shows(tmp_path: Path) -> None:
+    """What the shuffled runs would miss if they passed whatever the Program waits for."""
+    case = make_case("waitless", schedule="1f1b", pp=1, priority="all", shuffle=1)
+    keep = np.ones(case.program.num_ops, np.bool_)
+    high = [i for i, stream in enumerate(case.program.streams) if stream.name == "high"]
+    keep[np.isin(case.program.stream, high)] = False
+    waits = [w if k else [] for w, k in zip(lists(case.program.waits), keep, strict=True)]
+    case.program = replace(case.program, waits=Csr.from_lists(waits))
+    with pytest.raises((ProcessFailed, AssertionError), match=r"KeyError|is off by nan"):
+        check(case, run([case], 1, tmp_path))
+
+
+def lists(csr: Csr) -> list[list[int]]:
+    return [csr[i].tolist() for i in range(len(csr.offsets) - 1)]

@@ -88,14 +88,15 @@ def legal_order(program: Program, rank: int, seed: int) -> list[int]:
     """A random order of a rank's ops (of a batched call the first) that respects streams and
     events, transfers first.
 
-    Transfers run by themselves on a GPU, so here they are issued as soon as they may be: else a
-    blocking wait in between could keep back what the peer needs.
+    Transfers run by themselves on a GPU, so here they are issued as soon as they may be, and what
+    waits for one comes last: else a blocking wait could keep back what the peer needs.
     """
     begin, end = program.rank_offsets[rank : rank + 2]
     first = batch_first(program)
     before: dict[int, set[int]] = {}
+    awaited: dict[int, set[int]] = {}
     for i in range(begin, end):
-        waits = {int(program.recorder[e]) for e in program.waits[i]}
+        awaited[i] = waits = {int(program.recorder[e]) for e in program.waits[i]}
         previous = int(program.previous_on_stream[first[i]])
         of_call = before.setdefault(int(first[i]), set())
         of_call |= {int(first[j]) for j in (*waits, previous) if j >= 0}
@@ -104,9 +105,12 @@ def legal_order(program: Program, rank: int, seed: int) -> list[int]:
     while before:
         ready = [i for i, needed in before.items() if needed <= done]
         transfers = [i for i in ready if program.group[i] >= 0]
+        free = [i for i in ready if not any(program.group[j] >= 0 for j in awaited[i])]
         # one stream far ahead of the others, another one each seed: what comes late is missed most
-        lead = [i for i in ready if program.stream[i] % 2 == seed % 2]
-        chosen = min(transfers) if transfers else int(rng.choice(lead or ready))
+        lead = [i for i in free if program.stream[i] % 2 == seed % 2]
+        chosen = int(rng.choice(lead or free or [min(ready)]))
+        if transfers:
+            chosen = min(transfers)
         done.add(chosen)
         del before[chosen]
         order.append(chosen - int(begin))
