@@ -45,6 +45,10 @@ _COMMANDS = {
         "mhcplan.planner.commands:export",
         "Write a predicted step in another tool's format.",
     ),
+    "check": (
+        "mhcplan.planner.check_commands:check",
+        "Prove a stream program or a torch CSV sound: no hang, no race, nothing missing.",
+    ),
     "init": ("mhcplan.planner.commands:init", "Write a plan file with comments, to be edited."),
 }
 _PROFILE_COMMANDS = {

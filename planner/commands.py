@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from mhcplan.planner.cli_flags import PlanFlags
+from mhcplan.planner.export_formats import ExportFormat
 from mhcplan.planner.output import write_file, write_files
 from mhcplan.planner.plan_file import commented_plan_text, plan_text
 from mhcplan.planner.terminal import note, output, progress
@@ -64,14 +65,17 @@ def export(
     source: Source,
     /,
     *,
-    to: Literal["perfetto"],
+    to: ExportFormat,
     folder: OutputFolder,
     flags: PlanFlags | None = None,
 ) -> None:
-    """Write a predicted step in another tool's format.
+    """Write a predicted step in another tool's format, and say what that format leaves out.
 
-    perfetto: trace.json.gz for ui.perfetto.dev or chrome://tracing, a process a rank, a thread a
-    stream, memory as a counter, slices named as torch's pipeline runtime names them.
+    stream-json: the whole stream program and its predicted times, for runtimes and mhcplan check.
+    torch-csv: tables for torch.distributed.pipelining.
+    torchtitan: a table, configuration lines and the function that overlaps F and B.
+    megatron: layout and flags. piper: directives.
+    perfetto: a trace for ui.perfetto.dev or chrome://tracing.
 
     Args:
         source: a model preset, or a plan file (.toml)
@@ -79,10 +83,14 @@ def export(
         folder: folder to write to
         flags: what to change in the plan
     """
+    from mhcplan.planner.export import export as export_step
+
     prediction, _ = _predict(source, flags or PlanFlags())
-    files = {"perfetto": lambda: {TRACE_NAME: _trace(prediction)}}
-    write_files(folder, files[to]())
-    note(f"wrote {folder / TRACE_NAME}")
+    files, losses = export_step(prediction, to)
+    write_files(folder, files)
+    note("wrote " + ", ".join(str(folder / name) for name in files))
+    for loss in losses:
+        note(f"{to} leaves out {loss}")
 
 
 def init(
