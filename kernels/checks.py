@@ -85,8 +85,10 @@ def check_site(x: Tensor, **others: Tensor | None) -> None:
     tokens, n, channels = check_state("x", x)
     m = num_coefficients(n)
     for name, tensor in others.items():
-        if tensor is None and name == "y":  # memory for a result, which need not be given
-            continue
+        if tensor is None:
+            if name == "y":  # memory for a result, which need not be given
+                continue
+            raise TypeError(f"{name} must be a tensor, not None")
         dtype = torch.float32
         if name in ("y", "dy"):
             shape, dtype = x.shape, x.dtype

@@ -103,7 +103,7 @@ class RecomputeBlock:
     def remember(self, what: str, tensor: Tensor) -> None:
         """Let go of the running site's ``x``, ``u`` or ``h`` (normalised u) after its forward."""
         storage = tensor.untyped_storage()
-        known = _Known(what, len(self._fs), StorageWeakRef(storage), tensor.storage_offset())
+        known = _Known(what, len(self._fs), StorageWeakRef(storage), int(tensor.storage_offset()))
         self._known[storage.data_ptr()] = known
 
     def pack(self, tensor: Tensor) -> Tensor | _Handle:
@@ -111,7 +111,7 @@ class RecomputeBlock:
         known = self._known.get(tensor.untyped_storage().data_ptr())
         if known is None or known.storage.expired():  # the address may have been used again
             return tensor
-        offset = tensor.storage_offset() - known.offset
+        offset = int(tensor.storage_offset()) - known.offset
         return _Handle(self, known.what, known.site, tensor.size(), tensor.stride(), offset)
 
     @staticmethod

@@ -503,11 +503,14 @@ class Chunk:
         reads: list[str] | None = None,
         new: list[New] | None = None,
         dead: list[str] | None = None,
-        **transfer: int,
+        hop: int = 0,
+        is_send: int = 0,
+        payload_bytes: int = 0,
     ) -> None:
         self._builder.op(
             self.slot, kind, pass_, stream, key, category=category, site=site, name=name,
-            reads=reads or (), new=new or (), dead=dead or (), **transfer,
+            reads=reads or (), new=new or (), dead=dead or (),
+            hop=hop, is_send=is_send, payload_bytes=payload_bytes,
         )  # fmt: skip
 
     # -- names and sizes

@@ -131,7 +131,8 @@ def _group(keys: Ints, offsets: Ints, values: Ints) -> None:
             offsets[key + 1] += 1
 
 
-class Op(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Op:
     """One op, as a person or an exporter reads it. Fields are those of :class:`Program`."""
 
     index: int
@@ -259,15 +260,15 @@ class Program:
         return Op(
             index=i,
             rank=int(self.rank[i]),
-            stream=self.streams[self.stream[i]],
-            kind=self.kinds[self.kind[i]],
-            category=self.categories[self.category[i]],
+            stream=self.streams[int(self.stream[i])],
+            kind=self.kinds[int(self.kind[i])],
+            category=self.categories[int(self.category[i])],
             pass_=chr(self.pass_[i]),
-            cell=self.cells[self.cell[i]],
+            cell=self.cells[int(self.cell[i])],
             stage=int(self.stage[i]),
             site=int(self.site[i]),
             microbatch=int(self.microbatch[i]),
-            cost_key=self.cost_keys[self.cost[i]],
+            cost_key=self.cost_keys[int(self.cost[i])],
             waits=tuple(self.waits[i].tolist()),
             record=int(self.record[i]),
             host_sync=bool(self.host_sync[i]),

@@ -78,7 +78,7 @@ class Bench:
         """
         self.device, self.gpu = device, device.type == "cuda"
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.control = dist.new_group(backend="gloo") if self.gpu else None
+        self.control: Any = dist.new_group(backend="gloo") if self.gpu else None
         self.plan = plan
         self.compute = self._build()
         most = max(plan.sizes) // 4

@@ -84,7 +84,8 @@ def _clock_kernel(out, life_ns):
 def clock_ctas(out: torch.Tensor, ctas: int, life_ns: int, warps: int = 32) -> None:
     """Launch ``ctas`` CTAs of ``warps`` warps that do nothing for ``life_ns`` (two fit on an SM at
     32 warps); ``out`` int64 [ctas, 3] gets the start and end of each in ns, and its SM."""
-    _clock_kernel[(ctas,)](out, life_ns, num_warps=warps)
+    kernel: Any = _clock_kernel[(ctas,)]  # Triton's launch options are not in its types
+    kernel(out, life_ns, num_warps=warps)
 
 
 def tiled_gemm(
@@ -97,10 +98,9 @@ def tiled_gemm(
     c = torch.empty(rows, columns, device=device, dtype=a.dtype)
     tiles = (rows // TILE_M) * (columns // TILE_N)
     count = tiles if grid is None else min(grid, tiles)
-    return lambda: _gemm_kernel[(count,)](
-        a, b, c, rows, columns, inner, tiles,
-        TM=TILE_M, TN=TILE_N, TK=TILE_K, num_warps=8, num_stages=4,
-    )  # fmt: skip
+    kernel: Any = _gemm_kernel[(count,)]  # Triton's launch options are not in its types
+    sizes = {"TM": TILE_M, "TN": TILE_N, "TK": TILE_K}
+    return lambda: kernel(a, b, c, rows, columns, inner, tiles, **sizes, num_warps=8, num_stages=4)
 
 
 def _gemm_bytes(rows: int, columns: int, inner: int) -> int:

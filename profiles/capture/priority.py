@@ -243,7 +243,8 @@ def green_rows(bench: Bench) -> list[Row]:
             try:
                 context = GreenContext.create(num_sms=wanted, device_id=bench.device.index or 0)
             except TypeError:  # positional before torch 2.12
-                context = GreenContext.create(wanted, bench.device.index or 0)
+                create: Any = GreenContext.create
+                context = create(wanted, bench.device.index or 0)
             rows += _in_green(bench, context, wanted)
         except (RuntimeError, TypeError, AttributeError) as error:
             text = str(error).splitlines()[0] if str(error) else type(error).__name__
