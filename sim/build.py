@@ -3,8 +3,8 @@
 A pipeline step repeats few patterns: the forward of a stage, its backward, an overlapped pair.
 :class:`TemplateBuilder` records such a pattern once, in host issue order. It is told which buffers
 an op reads and writes; **the waits follow from that**, and so does the op that may allocate and
-free each buffer (rules in :mod:`mhcplan.sim.program`). :func:`tile` then stamps the template out
-for every microbatch, on every rank, without a Python loop over ops.
+free each buffer (rules in :mod:`mhcplan.sim.program`). :mod:`mhcplan.sim.tiling` then stamps the
+template out for every microbatch, on every rank.
 
 Names inside a template are local to a *chunk* (one stage's layers for one microbatch). An
 overlapped pair has two chunks, slot 0 (the forward's) and slot 1 (the backward's). The chunk at hop
@@ -14,25 +14,23 @@ overlapped pair has two chunks, slot 0 (the forward's) and slot 1 (the backward'
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from mhcplan.sim.program import COMPONENTS, Csr, Program
+from mhcplan.sim.program import COMPONENTS
+from mhcplan.sim.tiling import OP_COLUMNS, TAIL_SLOT
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
 
-    from mhcplan.sim.program import Group, Stream
-
 # Roles of streams; PIPE becomes a stream per flow when a template is stamped.
 COMPUTE, HIGH, EXPERT, PIPE, DATA, DATA_EXPERTS = range(6)
 NUM_ROLES = 6
 OUT, GRAD_OUT = "out", "grad_out"  # what a chunk hands to the next and to the previous stage
 _RESERVED = (OUT, GRAD_OUT)
-_TAIL_SLOT = -1
 
 
 class New(NamedTuple):
@@ -51,6 +49,19 @@ class ChunkShape:
         self.buffers: dict[str, int] = {name: i for i, name in enumerate(_RESERVED)}
         self.buffer_bytes: list[int] = [0, 0]
         self.buffer_component: list[int] = [0, 0]
+
+    def copy(self) -> ChunkShape:
+        """One that can grow without this one."""
+        other = ChunkShape()
+        other.symbols, other.buffers = dict(self.symbols), dict(self.buffers)
+        other.buffer_bytes = list(self.buffer_bytes)
+        other.buffer_component = list(self.buffer_component)
+        return other
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Number of ops and of buffers."""
+        return len(self.symbols), len(self.buffers)
 
     def symbol(self, name: str) -> int:
         """Number of the op called ``name``."""
@@ -104,18 +115,23 @@ class ChunkState:
 
 @dataclass(frozen=True)
 class Template:
-    """A recorded pattern: columns of m ops, and references that tiling resolves."""
+    """A recorded pattern: columns of m ops, and references that tiling resolves.
 
-    columns: dict[str, NDArray[np.int64]]
-    waits: NDArray[np.int64]  # rows (op, slot, hop, symbol); slot -1: the compute op before
-    buffers: dict[str, NDArray[np.int64]]  # reads, writes, allocs, frees: (op, slot, hop, number)
-    symbols: NDArray[np.int64]  # rows (op, slot, symbol)
-    tail: int  # last op on the compute stream, or -1
+    Attributes:
+        labels: what the numbers in the columns kind, category and cost stand for.
+        ops: [op, column], columns as in :data:`mhcplan.sim.tiling.OP_COLUMNS`.
+        waits: rows (op, slot, hop, symbol), by op; slot -1 is the compute op before the stamp.
+        buffers: of reads, writes, allocs and frees rows (op, slot, hop, buffer), by op.
+        symbols: rows (op, slot, symbol), by op.
+        tail: last op on the compute stream, or -1.
+    """
 
-    @property
-    def num_ops(self) -> int:
-        """Ops of one stamp."""
-        return len(self.columns["kind"])
+    labels: Labels
+    ops: NDArray[np.int64]
+    waits: NDArray[np.int64]
+    buffers: dict[str, NDArray[np.int64]]
+    symbols: NDArray[np.int64]
+    tail: int
 
 
 class TemplateBuilder:
@@ -248,12 +264,17 @@ class TemplateBuilder:
                 for (owner, other), seq in clock.items():
                     if owner == slot:
                         state.clock[stream, other] = seq
-        columns = {
-            name: np.array([row[name] for row in self._rows], np.int64) for name in self._rows[0]
-        }
+        ops = np.array([[row[name] for name in OP_COLUMNS] for row in self._rows], np.int64)
         lists = {name: _table(rows, 4) for name, rows in self._lists.items()}
         waits = lists.pop("waits")
-        return Template(columns, waits, lists, _table(self._symbols, 3), self._tail)
+        # OUT and GRAD_OUT name whatever op writes those buffers
+        handed_on = [
+            (op, slot, number)
+            for op, slot, hop, number in lists["writes"].tolist()
+            if number < len(_RESERVED) and hop == 0
+        ]
+        symbols = _table([*self._symbols, *handed_on], 3)
+        return Template(self._labels, ops, waits, lists, symbols, self._tail)
 
     def _number(self, state: ChunkState, buffer: str) -> tuple[int, int]:
         """(hop, number) of a buffer."""
@@ -291,7 +312,7 @@ class TemplateBuilder:
             symbol = next(s for op, _, s in self._symbols if op == self._tail)
             self._wait_for(index, stream, _Done(slot, COMPUTE, seq, symbol))
         else:
-            self._lists["waits"].append((index, _TAIL_SLOT, 0, 0))
+            self._lists["waits"].append((index, TAIL_SLOT, 0, 0))
 
     def _compute_before(self, clock: dict[tuple[int, int], int], default: int) -> int:
         """Last compute op of this template that a stream with ``clock`` is ordered after."""
@@ -329,8 +350,10 @@ def _copy(state: ChunkState) -> ChunkState:
     )
 
 
-def _table(rows: list[Any], width: int) -> NDArray[np.int64]:
-    return np.array(rows, np.int64).reshape(-1, width)
+def _table(rows: list[tuple[int, ...]], width: int) -> NDArray[np.int64]:
+    """Rows that begin with an op, in the order of their ops."""
+    table = np.array(rows, np.int64).reshape(-1, width)
+    return table[np.argsort(table[:, 0], kind="stable")]
 
 
 class Labels:
@@ -353,248 +376,20 @@ class Labels:
         """Number of a cost key."""
         return self.costs.setdefault(label, len(self.costs))
 
+    def adopt(self, others: Labels) -> None:
+        """Number the labels of another table here, in their order."""
+        for mine, theirs in zip(self._tables, others._tables, strict=True):
+            for label in theirs:
+                mine.setdefault(label, len(mine))
 
-class Stamp(NamedTuple):
-    """One use of a template: on ``rank``, for a chunk a slot, as part of the action ``cell``.
+    def numbers_of(self, others: Labels, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[op, table] numbers here of labels that ``others`` has numbered."""
+        translated = np.empty_like(numbers)
+        for i, (mine, theirs) in enumerate(zip(self._tables, others._tables, strict=True)):
+            here = np.array([mine[label] for label in theirs], np.int64)
+            translated[:, i] = here[numbers[:, i]]
+        return translated
 
-    ``batch`` >= 0 makes its transfers one batched call with others of the same number.
-    """
-
-    template: Template
-    rank: int
-    cell: str
-    chunks: tuple[tuple[int, int], ...]  # (stage, microbatch) of slot 0 and, for a pair, slot 1
-    batch: int = -1
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where chunks and streams are, for tiling.
-
-    Attributes:
-        num_microbatches: M; chunks are (stage, microbatch) with microbatch in 0 .. M - 1.
-        shapes: chunk shape of every stage.
-        first_site: number of every stage's first site in the model.
-        rank_of: [stage, microbatch], the rank that runs the chunk.
-        role_stream: [rank, role], stream of a role other than PIPE, or -1.
-        role_group: [rank, role], process group of a role, or -1.
-        pipe_stream, pipe_group: [pass is F, source, destination, end (0 source, 1 destination)] and
-            [pass is F, source, destination]: the flow's stream at each end and its group.
-    """
-
-    num_microbatches: int
-    shapes: Sequence[ChunkShape]
-    first_site: NDArray[np.int64]
-    rank_of: NDArray[np.int64]
-    role_stream: NDArray[np.int64]
-    role_group: NDArray[np.int64]
-    pipe_stream: NDArray[np.int64]
-    pipe_group: NDArray[np.int64]
-
-
-def tile(
-    stamps: Sequence[Stamp],
-    places: Places,
-    labels: Labels,
-    streams: tuple[Stream, ...],
-    groups: tuple[Group, ...],
-    static_bytes: NDArray[np.int64],
-    meta: dict[str, object],
-) -> Program:
-    """Stamp templates out into a Program; ``stamps`` are in host issue order within each rank."""
-    return _Tiling(stamps, places, labels).program(streams, groups, static_bytes, meta)
-
-
-class _Tiling:
-    def __init__(self, stamps: Sequence[Stamp], places: Places, labels: Labels) -> None:
-        self.stamps = sorted(stamps, key=lambda stamp: stamp.rank)  # stable: order is kept
-        self.places, self.labels = places, labels
-        lengths = np.array([stamp.template.num_ops for stamp in self.stamps], np.int64)
-        self.starts = np.concatenate(([0], np.cumsum(lengths)))
-        self.num_ops = int(self.starts[-1])
-        m = places.num_microbatches
-        sizes = [(len(s.symbols), len(s.buffers)) for s in places.shapes]
-        counts = np.array(sizes, np.int64).reshape(-1, 2)
-        self.bases = np.concatenate((np.zeros((1, 2), np.int64), np.cumsum(counts * m, axis=0)))
-        self.strides = counts
-        self.op_of_symbol = np.full(int(self.bases[-1, 0]), -1, np.int64)
-        self.cells: dict[str, int] = {}
-        self.columns = {
-            name: np.full(self.num_ops, -1, np.int64)
-            for name in ("rank", "stream", "kind", "category", "pass_", "cell", "cost", "stage",
-                         "site", "microbatch", "group", "peer", "is_send", "payload_bytes",
-                         "batch", "host_sync")
-        }  # fmt: skip
-        self.tail_before = self._tails()
-
-    def _tails(self) -> NDArray[np.int64]:
-        """For every stamp, the last compute op of its rank before it, or -1."""
-        tails = np.full(len(self.stamps), -1, np.int64)
-        last, rank = -1, -1
-        for i, stamp in enumerate(self.stamps):
-            if stamp.rank != rank:
-                last, rank = -1, stamp.rank
-            tails[i] = last
-            if stamp.template.tail >= 0:
-                last = int(self.starts[i]) + stamp.template.tail
-        return tails
-
-    def program(
-        self,
-        streams: tuple[Stream, ...],
-        groups: tuple[Group, ...],
-        static_bytes: NDArray[np.int64],
-        meta: dict[str, object],
-    ) -> Program:
-        by_template: dict[int, list[int]] = {}
-        for i, stamp in enumerate(self.stamps):
-            by_template.setdefault(id(stamp.template), []).append(i)
-        uses = [np.array(use) for use in by_template.values()]
-        for use in uses:
-            self._stamp_columns(use)
-        waits = _gather([self._resolve_waits(use) for use in uses], self.num_ops)
-        buffers = {
-            name: _gather([self._resolve_buffers(use, name) for use in uses], self.num_ops)
-            for name in ("reads", "writes", "allocs", "frees")
-        }
-        recorded = np.unique(waits.values)
-        record = np.full(self.num_ops, -1, np.int64)
-        record[recorded] = np.arange(len(recorded))
-        c = {name: column.astype(np.int32) for name, column in self.columns.items()}
-        m = self.places.num_microbatches
-        return Program(
-            num_ranks=len(static_bytes), streams=streams, groups=groups,
-            kinds=tuple(self.labels.kinds), categories=tuple(self.labels.categories),
-            cells=tuple(self.cells), cost_keys=tuple(self.labels.costs),
-            buffer_bytes=np.concatenate(
-                [np.tile(np.array(s.buffer_bytes, np.int64), m) for s in self.places.shapes]),
-            buffer_component=np.concatenate(
-                [np.tile(np.array(s.buffer_component, np.int8), m) for s in self.places.shapes]),
-            static_bytes=static_bytes, num_events=len(recorded),
-            rank=c["rank"], stream=c["stream"], kind=c["kind"], category=c["category"],
-            pass_=self.columns["pass_"].astype(np.uint8), cell=c["cell"], cost=c["cost"],
-            stage=c["stage"], site=c["site"], microbatch=c["microbatch"], record=record,
-            host_sync=c["host_sync"] > 0, group=c["group"], peer=c["peer"],
-            is_send=c["is_send"] > 0, payload_bytes=self.columns["payload_bytes"],
-            batch=c["batch"], waits=Csr(waits.offsets, record[waits.values]), **buffers, meta=meta,
-        )  # fmt: skip
-
-    def _chunks(self, use: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """[use, slot] stage and microbatch."""
-        chunks = np.array([self.stamps[i].chunks for i in use], np.int64)
-        return chunks[..., 0], chunks[..., 1]
-
-    def _stamp_columns(self, use: NDArray[np.int64]) -> None:
-        template = self.stamps[use[0]].template
-        columns, places = template.columns, self.places
-        at = self.starts[use][:, None] + np.arange(template.num_ops)
-        slot = columns["slot"]
-        stages, microbatches = self._chunks(use)
-        stage, microbatch = stages[:, slot], microbatches[:, slot]
-        rank = np.array([self.stamps[i].rank for i in use])[:, None]
-        for name in ("kind", "category", "pass_", "cost", "is_send", "payload_bytes", "host_sync"):
-            self.columns[name][at] = columns[name]
-        site = columns["site"]
-        self.columns["rank"][at] = rank
-        self.columns["stage"][at], self.columns["microbatch"][at] = stage, microbatch
-        self.columns["site"][at] = np.where(site < 0, -1, places.first_site[stage] + site)
-        cells = [self.cells.setdefault(self.stamps[i].cell, len(self.cells)) for i in use]
-        self.columns["cell"][at] = np.array(cells)[:, None]
-        batch = np.array([self.stamps[i].batch for i in use])[:, None]
-        self.columns["batch"][at] = np.where(columns["hop"] != 0, batch, -1)
-        role = columns["role"]
-        self.columns["stream"][at] = places.role_stream[rank, role]
-        group = np.where(columns["group"] >= 0, columns["group"], places.role_group[rank, role])
-        self.columns["group"][at] = group
-        for op in np.flatnonzero(columns["hop"]):
-            self._stamp_pipe(at[:, op], rank[:, 0], stage[:, op], microbatch[:, op], columns, op)
-        symbol = template.symbols
-        of = self._locate(stages, microbatches, symbol[:, 1], 0, symbol[:, 2], table=0)
-        self.op_of_symbol[of] = at[:, symbol[:, 0]]
-        for number, name in enumerate(_RESERVED):
-            self._note_reserved(use, template, at, number, name)
-
-    def _note_reserved(
-        self,
-        use: NDArray[np.int64],
-        template: Template,
-        at: NDArray[np.int64],
-        number: int,
-        _name: str,
-    ) -> None:
-        """Symbols OUT and GRAD_OUT name whatever op writes those buffers."""
-        writes = template.buffers["writes"]
-        rows = writes[(writes[:, 3] == number) & (writes[:, 2] == 0)]
-        stages, microbatches = self._chunks(use)
-        for op, slot, _hop, _number in rows:
-            of = self._locate(stages, microbatches, np.array([slot]), 0, number, table=0)
-            self.op_of_symbol[of[:, 0]] = at[:, op]
-
-    def _stamp_pipe(
-        self,
-        at: NDArray[np.int64],
-        rank: NDArray[np.int64],
-        stage: NDArray[np.int64],
-        microbatch: NDArray[np.int64],
-        columns: dict[str, NDArray[np.int64]],
-        op: int,
-    ) -> None:
-        """Peer, stream and group of a send or receive: those of its flow."""
-        peer = self.places.rank_of[stage + columns["hop"][op], microbatch]
-        forward = int(columns["pass_"][op] == ord("F"))
-        sends = bool(columns["is_send"][op])
-        source, target = (rank, peer) if sends else (peer, rank)
-        self.columns["peer"][at] = peer
-        self.columns["stream"][at] = self.places.pipe_stream[forward, source, target, 1 - sends]
-        self.columns["group"][at] = self.places.pipe_group[forward, source, target]
-
-    def _locate(
-        self,
-        stages: NDArray[np.int64],
-        microbatches: NDArray[np.int64],
-        slot: NDArray[np.int64],
-        hop: NDArray[np.int64] | int,
-        number: NDArray[np.int64] | int,
-        table: int,
-    ) -> NDArray[np.int64]:
-        """[use, reference] global number of symbols (table 0) or buffers (table 1)."""
-        stage = stages[:, slot] + hop
-        base = self.bases[stage, table] + microbatches[:, slot] * self.strides[stage, table]
-        return base + number
-
-    def _resolve_waits(self, use: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(op, awaited op) of every wait of the stamps in ``use``; called once all are stamped."""
-        template = self.stamps[use[0]].template
-        rows = template.waits
-        tail = rows[:, 1] == _TAIL_SLOT
-        stages, microbatches = self._chunks(use)
-        slot = np.where(tail, 0, rows[:, 1])
-        awaited = self.op_of_symbol[
-            self._locate(stages, microbatches, slot, np.where(tail, 0, rows[:, 2]),
-                         np.where(tail, 0, rows[:, 3]), table=0)
-        ]  # fmt: skip
-        awaited[:, tail] = self.tail_before[use][:, None]
-        ops = self.starts[use][:, None] + rows[:, 0]
-        missing = (awaited < 0) & ~tail
-        assert not missing.any(), "a template waits for an op that no stamp made"
-        keep = awaited >= 0
-        return ops[keep], awaited[keep]
-
-    def _resolve_buffers(
-        self, use: NDArray[np.int64], name: str
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        rows = self.stamps[use[0]].template.buffers[name]
-        stages, microbatches = self._chunks(use)
-        number = self._locate(stages, microbatches, rows[:, 1], rows[:, 2], rows[:, 3], table=1)
-        ops = np.broadcast_to(self.starts[use][:, None] + rows[:, 0], number.shape)
-        return ops.ravel(), number.ravel()
-
-
-def _gather(pairs: list[tuple[NDArray[np.int64], NDArray[np.int64]]], num_ops: int) -> Csr:
-    """CSR of (op, value) pairs."""
-    ops = np.concatenate([op for op, _ in pairs])
-    values = np.concatenate([value for _, value in pairs])
-    order = np.argsort(ops, kind="stable")
-    offsets = np.zeros(num_ops + 1, np.int64)
-    np.cumsum(np.bincount(ops, minlength=num_ops), out=offsets[1:])
-    return Csr(offsets, values[order])
+    @property
+    def _tables(self) -> tuple[dict[str, int], ...]:
+        return self.kinds, self.categories, self.costs

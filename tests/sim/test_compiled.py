@@ -58,8 +58,9 @@ def crowded(
     transfers = sum(traits.is_transfer[op] for op in ops)
     begun = sum(start_ns[op] >= 0 for op in ops)
     for i, op in zip(range(begin, end), ops, strict=True):
-        others = transfers if traits.is_transfer[op] else len(ops) + begun + traits.priority[op]
-        halted = begun > 2 and op % 3 == 0 and op != min(ops)
+        is_transfer = traits.is_transfer[op]
+        others = transfers if is_transfer else len(ops) + begun + traits.priority[op]
+        halted = begun > 2 and op % 3 == 0 and op != min(ops) and not is_transfer
         rate[i] = 0 if halted else device.FULL_RATE // (1 + others) - 3
 
 

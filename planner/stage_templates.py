@@ -1,0 +1,240 @@
+"""What stages of one shape do, recorded once: templates of their actions, messages and releases.
+
+A template depends on a plan's :class:`~mhcplan.planner.chunks.Work` and on the shapes of its stages
+only, so plans that share them share the templates, also from one what-if to the next. Each bundle
+numbers its labels by itself; :mod:`mhcplan.planner.lowering` puts them together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import zip_longest
+from typing import TYPE_CHECKING
+
+from mhcplan.planner.chunks import Chunk, StageShape, Work
+from mhcplan.profiles.vocabulary import NO_COST
+from mhcplan.sim.build import (
+    COMPUTE,
+    GRAD_OUT,
+    OUT,
+    ChunkShape,
+    ChunkState,
+    Labels,
+    Template,
+    TemplateBuilder,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_LETTER = {"F": "F", "I": "B"}  # a message's pass, as its cell names it
+_KEPT = 256  # recorded bundles; one of a large stage takes about a megabyte
+
+
+@dataclass(frozen=True)
+class StageTemplates:
+    """Everything that stages of one shape do.
+
+    Attributes:
+        labels: labels of all templates, in the order of their first use.
+        chunk: names of ops and buffers; whoever adds to them takes a copy.
+        messages, actions: templates, by names such as SEND_F, AWAIT_B, RELEASE_F and F, I, B, W.
+        before_f, before_i: states of the chunk before these actions, for a pair.
+        left_by_f, left_by_i: what is dead after an F, or an I or B, but freed only by the release.
+    """
+
+    labels: Labels
+    chunk: ChunkShape
+    messages: dict[str, Template]
+    before_f: ChunkState
+    before_i: ChunkState
+    left_by_f: frozenset[str]
+    left_by_i: frozenset[str]
+    actions: dict[str, Template]
+
+
+@lru_cache(maxsize=_KEPT)
+def stage_templates(work: Work, shape: StageShape) -> StageTemplates:
+    """Record what stages of ``shape`` do."""
+    return _Recorder(work, shape).templates()
+
+
+@lru_cache(maxsize=_KEPT)
+def pair_template(work: Work, forward: StageShape, backward: StageShape) -> Template:
+    """F of one chunk beside B of another, layer by layer in the order of figure 4."""
+    first, second = stage_templates(work, forward), stage_templates(work, backward)
+    hold = first.left_by_f, second.left_by_i
+    builder = TemplateBuilder(Labels(), first.before_f, second.before_i, hold=hold)
+    f = Chunk(work, forward, builder, 0)
+    b = Chunk(work, backward, builder, 1)
+    known = first.chunk.size, second.chunk.size
+    layers_f, layers_b = range(len(forward.moe)), reversed(range(len(backward.moe)))
+    f.enter()
+    b.enter_backward()
+    for k, m in zip_longest(layers_f, layers_b):
+        _overlapped_layer(f, k, b, m)
+    f.leave()
+    b.leave_backward()
+    b.enter_weights()
+    b.leave_weights()
+    assert tuple(frozenset(state.pending) for state in builder.states) == hold
+    assert known == (first.chunk.size, second.chunk.size), "a pair names nothing new"
+    return builder.finish()
+
+
+class _Recorder:
+    def __init__(self, work: Work, shape: StageShape) -> None:
+        self.work, self.shape = work, shape
+        self.labels, self.chunk = Labels(), ChunkShape()
+        self.messages: dict[str, Template] = {}
+
+    def templates(self) -> StageTemplates:
+        shape, actions = self.shape, dict[str, Template]()
+        state = ChunkState(self.chunk)
+        if shape.input_local:
+            state.adopt("x0", -1, OUT, self.work.post_stream(is_ffn=True))
+        elif not shape.first:
+            state = self._receive(state, "F")
+        before_f = state
+        actions["F"], state = self._record(state, _forward)
+        left_by_f = frozenset(state.pending)
+        state = self._hand_over(state, "F", needed=not shape.last)
+        if shape.output_local:
+            stream = COMPUTE if self.work.residual.is_plain else self.work.pre_stream
+            state.adopt(f"g{shape.num_sites}", 1, GRAD_OUT, stream)
+        elif not shape.last:
+            state = self._receive(state, "I")
+        before_i = state
+        actions["I"], state = self._record(before_i, lambda c: _backward(c, weights=False))
+        left_by_i = frozenset(state.pending)
+        actions["B"], after_b = self._record(
+            before_i, lambda c: _backward(c, weights=True), hold=left_by_i
+        )
+        assert frozenset(after_b.pending) == left_by_i
+        actions["W"], _ = self._record(state, _weights, hold=left_by_i)
+        self._hand_over(state, "I", needed=not shape.first)
+        return StageTemplates(
+            self.labels, self.chunk, self.messages, before_f, before_i, left_by_f, left_by_i,
+            actions,
+        )  # fmt: skip
+
+    def _record(
+        self,
+        state: ChunkState,
+        emit: Callable[[Chunk], None],
+        hold: frozenset[str] = frozenset(),
+    ) -> tuple[Template, ChunkState]:
+        builder = TemplateBuilder(self.labels, state, hold=(hold,))
+        emit(Chunk(self.work, self.shape, builder, 0))
+        return builder.finish(), builder.states[0]
+
+    def _release(self, state: ChunkState) -> Template | None:
+        builder = TemplateBuilder(self.labels, state)
+        return builder.finish() if builder.release(0, NO_COST) else None
+
+    def _receive(self, state: ChunkState, pass_: str) -> ChunkState:
+        """The receive of an action's input, and a wait for it that a batched call needs."""
+        receive, state = self._record(state, lambda c: c.receive(pass_))
+        self.messages[f"RECV_{_LETTER[pass_]}"] = receive
+        self.messages[f"AWAIT_{_LETTER[pass_]}"], _ = self._record(
+            state, lambda c: c.await_message(pass_)
+        )
+        return state
+
+    def _hand_over(self, state: ChunkState, pass_: str, *, needed: bool) -> ChunkState:
+        """Send of what an action made, and the release of all that is dead by then.
+
+        The release runs later, so what it knows of other streams is not handed on.
+        """
+        local = self.shape.output_local if pass_ == "F" else self.shape.input_local
+        sent = state
+        if needed and not local:
+            send, sent = self._record(state, lambda c: c.send(pass_))
+            self.messages[f"SEND_{_LETTER[pass_]}"] = send
+        released = self._release(sent)
+        if released is not None:
+            self.messages[f"RELEASE_{_LETTER[pass_]}"] = released
+        sent.clock = dict(state.clock)
+        sent.pending = []
+        return sent
+
+
+# -- orders of phases
+
+
+def _forward(c: Chunk) -> None:
+    c.enter()
+    for k in range(len(c.shape.moe)):
+        c.attention_forward(k)
+        c.ffn_enter_forward(k)
+        c.dispatch_forward(k)
+        c.ffn_forward(k)
+        c.combine_forward(k)
+        c.ffn_leave_forward(k)
+    c.leave()
+
+
+def _backward(c: Chunk, *, weights: bool) -> None:
+    """B, or with ``weights`` False I. DISPATCH(B) runs beside MLP(W)."""
+    c.recompute(len(c.shape.moe) - 1, of_ffn=True)
+    c.enter_backward()
+    for k in reversed(range(len(c.shape.moe))):
+        c.recompute(k, of_ffn=True) if k < len(c.shape.moe) - 1 else None
+        c.ffn_leave_backward(k)
+        c.combine_backward(k)
+        c.ffn_backward(k)
+        c.dispatch_backward(k)
+        if weights:
+            c.ffn_weights(k)
+        c.ffn_enter_backward(k)
+        c.recompute(k, of_ffn=False)
+        c.attention_backward(k)
+        if weights:
+            c.attention_weights(k)
+    c.leave_backward()
+    if weights:
+        c.enter_weights()
+        c.leave_weights()
+
+
+def _weights(c: Chunk) -> None:
+    c.enter_weights()
+    for k in reversed(range(len(c.shape.moe))):
+        c.ffn_weights(k)
+        c.attention_weights(k)
+    c.leave_weights()
+
+
+def _overlapped_layer(f: Chunk, k: int | None, b: Chunk, m: int | None) -> None:
+    """Block k of the forward beside block m of the backward, in the order of figure 4; a chunk that
+    has no block left (None) sits out.
+
+    One period of the figure, from the recompute at its right end to ATTN(W): on the compute stream
+    Recompute(B) F_pre^A(F) ATTN(F) F_post^A(F) F_pre^M(F) MLP(B) MLP(W) MLP(F) F_pre^M(B)
+    F_post^A(B) ATTN(B) F_pre^A(B) ATTN(W); on the expert stream COMBINE(B) DISPATCH(F) DISPATCH(B)
+    COMBINE(F); F_post^M(B) and F_post^M(F) on the high-priority stream, each between two of these.
+    """
+    if m is not None:
+        b.recompute(m, of_ffn=True)
+        b.ffn_leave_backward(m)
+        b.combine_backward(m)
+    if k is not None:
+        f.attention_forward(k)
+        f.ffn_enter_forward(k)
+        f.dispatch_forward(k)
+    if m is not None:
+        b.ffn_backward(m)
+        b.dispatch_backward(m)
+        b.ffn_weights(m)
+    if k is not None:
+        f.ffn_forward(k)
+        f.combine_forward(k)
+    if m is not None:
+        b.ffn_enter_backward(m)
+        b.recompute(m, of_ffn=False)
+        b.attention_backward(m)
+    if k is not None:
+        f.ffn_leave_forward(k)
+    if m is not None:
+        b.attention_weights(m)

@@ -1,0 +1,399 @@
+"""Stamping templates out into a Program: one pass over stamps and their ops, as machine code.
+
+:mod:`mhcplan.sim.build` says what templates and chunks are. Symbols (ops that others wait for) and
+buffers are numbered through: stage by stage, within it microbatch by microbatch, within that as the
+chunk's shape numbers them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from mhcplan.sim.jit import Ints, compiled, ints, usable_in_compiled
+from mhcplan.sim.program import Csr, Program
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from mhcplan.sim.build import ChunkShape, Labels, Template
+    from mhcplan.sim.program import Group, Stream
+
+    Array = NDArray[np.int64]
+
+# Columns of a template's table of ops; ``hop`` is the stage of a message's other end, from here.
+OP_COLUMNS = ("slot", "kind", "category", "pass_", "cost", "role", "site", "hop", "is_send",
+              "payload_bytes", "group", "host_sync")  # fmt: skip
+_SLOT, _KIND, _CATEGORY, _PASS, _COST, _ROLE, _SITE, _HOP, _IS_SEND, _BYTES, _GROUP, _SYNC = range(
+    len(OP_COLUMNS)
+)
+_LABELS = (_KIND, _CATEGORY, _COST)
+TAIL_SLOT = -1  # stands for the last op of the compute stream before the stamp
+_FORWARD = ord("F")
+
+
+class Stamps(NamedTuple):
+    """Uses of templates, rank by rank in host issue order; a column each.
+
+    Attributes:
+        template: which one, see :func:`tile`.
+        rank: where.
+        stages, microbatches: [stamp, slot], the chunks; those of slot 0 again where there is one.
+        batch: number >= 0 that makes its transfers one batched call with others of that number.
+        cell: what action it is part of, see :func:`tile`.
+    """
+
+    template: Array
+    rank: Array
+    stages: Array
+    microbatches: Array
+    batch: Array
+    cell: Array
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where chunks and streams are, for tiling.
+
+    Attributes:
+        num_microbatches: M; chunks are (stage, microbatch) with microbatch in 0 .. M - 1.
+        shapes: chunk shape of every stage.
+        first_site: number of every stage's first site in the model.
+        rank_of: [stage, microbatch], the rank that runs the chunk.
+        role_stream: [rank, role], stream of a role other than PIPE, or -1.
+        role_group: [rank, role], process group of a role, or -1.
+        pipe_stream, pipe_group: [pass is F, source, destination, end (0 source, 1 destination)] and
+            [pass is F, source, destination]: the flow's stream at each end and its group.
+    """
+
+    num_microbatches: int
+    shapes: Sequence[ChunkShape]
+    first_site: Array
+    rank_of: Array
+    role_stream: Array
+    role_group: Array
+    pipe_stream: Array
+    pipe_group: Array
+
+
+def tile(
+    templates: Sequence[Template],
+    stamps: Stamps,
+    cells: tuple[str, ...],
+    places: Places,
+    labels: Labels,
+    streams: tuple[Stream, ...],
+    groups: tuple[Group, ...],
+    static_bytes: Array,
+    meta: dict[str, object],
+) -> Program:
+    """Stamp templates out into a Program; ``labels`` must know the labels of all of them."""
+    tiling = _Tiling(templates, stamps, places, labels)
+    columns = tiling.columns()
+    waits = tiling.waits()
+    record, num_events = _record(waits, tiling.num_ops)
+    shapes, m = places.shapes, places.num_microbatches
+    component = [np.tile(np.array(shape.buffer_component, np.int8), m) for shape in shapes]
+    return Program(
+        num_ranks=len(static_bytes), streams=streams, groups=groups, kinds=tuple(labels.kinds),
+        categories=tuple(labels.categories), cells=cells, cost_keys=tuple(labels.costs),
+        buffer_bytes=np.concatenate([np.tile(ints(shape.buffer_bytes), m) for shape in shapes]),
+        buffer_component=np.concatenate(component),
+        static_bytes=static_bytes, num_events=num_events, record=record,
+        waits=Csr(waits.offsets, record[waits.values]), reads=tiling.buffers("reads"),
+        writes=tiling.buffers("writes"), allocs=tiling.buffers("allocs"),
+        frees=tiling.buffers("frees"), meta=meta, **columns,
+    )  # fmt: skip
+
+
+class _Rows(NamedTuple):
+    """Tables of all templates one below the other: those of template t begin at ``begin[t]``."""
+
+    begin: Array
+    rows: Array
+
+    @staticmethod
+    def of(tables: Sequence[Array]) -> _Rows:
+        begin = np.zeros(len(tables) + 1, np.int64)
+        np.cumsum([len(table) for table in tables], out=begin[1:])
+        return _Rows(begin, np.concatenate(tables))
+
+
+class _Numbering(NamedTuple):
+    """Where the symbols, or the buffers, of a stage begin, and how many a microbatch has."""
+
+    base: Array
+    stride: Array
+
+
+class _Map(NamedTuple):
+    """The arrays of :class:`Places`."""
+
+    first_site: Array
+    rank_of: Array
+    role_stream: Array
+    role_group: Array
+    pipe_stream: Array
+    pipe_group: Array
+
+
+class _Columns(NamedTuple):
+    """Columns of the Program that are filled op by op."""
+
+    rank: NDArray[np.int32]
+    stream: NDArray[np.int32]
+    kind: NDArray[np.int32]
+    category: NDArray[np.int32]
+    pass_: NDArray[np.uint8]
+    cell: NDArray[np.int32]
+    cost: NDArray[np.int32]
+    stage: NDArray[np.int32]
+    site: NDArray[np.int32]
+    microbatch: NDArray[np.int32]
+    host_sync: NDArray[np.bool_]
+    group: NDArray[np.int32]
+    peer: NDArray[np.int32]
+    is_send: NDArray[np.bool_]
+    payload_bytes: Array
+    batch: NDArray[np.int32]
+
+
+_DTYPES = {"pass_": np.uint8, "host_sync": np.bool_, "is_send": np.bool_, "payload_bytes": np.int64}
+
+
+class _Tiling:
+    """Arrays that the passes over the stamps share."""
+
+    def __init__(
+        self, templates: Sequence[Template], stamps: Stamps, places: Places, labels: Labels
+    ) -> None:
+        self._templates, self._stamps = templates, Stamps(*map(ints, stamps))
+        self._map = _Map(*(ints(getattr(places, name)) for name in _Map._fields))
+        self._ops = _Rows.of([_with_labels(template, labels) for template in templates])
+        lengths = np.diff(self._ops.begin)[stamps.template]
+        self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        self.num_ops = int(self._starts[-1])
+        m = places.num_microbatches
+        self._symbols = _numbering([len(shape.symbols) for shape in places.shapes])
+        self._buffers = _numbering([len(shape.buffers) for shape in places.shapes])
+        for numbering in (self._symbols, self._buffers):
+            numbering.base[:] *= m
+        num_symbols = int(self._symbols.stride.sum()) * m
+        self._op_of_symbol = np.full(num_symbols, -1, np.int64)
+        self._tails = np.full(len(stamps.rank), -1, np.int64)
+
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """Columns that are filled op by op; notes on the way which op each symbol is."""
+        empty: dict[str, NDArray[Any]] = {
+            name: np.empty(self.num_ops, _DTYPES.get(name, np.int32)) for name in _Columns._fields
+        }
+        columns = _Columns(**empty)
+        _stamp_ops(self._ops, self._stamps, self._map, self._starts, columns)
+        tails = ints([template.tail for template in self._templates])
+        _note_tails(tails, self._stamps, self._starts, self._tails)
+        symbols = _Rows.of([template.symbols for template in self._templates])
+        _note_symbols(symbols, self._stamps, self._symbols, self._starts, self._op_of_symbol)
+        return empty
+
+    def waits(self) -> Csr:
+        """For each op, the ops that it waits for; once :meth:`columns` knows the symbols."""
+        rows = _Rows.of([template.waits for template in self._templates])
+        csr = self._lists(rows)
+        count = _resolve_waits(
+            rows, self._stamps, self._symbols, self._starts, self._op_of_symbol, self._tails,
+            csr.offsets, csr.values,
+        )  # fmt: skip
+        assert count >= 0, "a template waits for an op that no stamp made"
+        return Csr(csr.offsets, csr.values[:count])
+
+    def buffers(self, use: str) -> Csr:
+        """For each op, the buffers of one use."""
+        rows = _Rows.of([template.buffers[use] for template in self._templates])
+        csr = self._lists(rows)
+        _resolve_buffers(rows, self._stamps, self._buffers, self._starts, csr.offsets, csr.values)
+        return csr
+
+    def _lists(self, rows: _Rows) -> Csr:
+        """Lists of ops, as large as these rows make them, not filled."""
+        count = int(np.diff(rows.begin)[self._stamps.template].sum())
+        return Csr(np.zeros(self.num_ops + 1, np.int64), np.empty(count, np.int64))
+
+
+def _with_labels(template: Template, labels: Labels) -> Array:
+    """The template's ops, numbered by the Program's labels."""
+    if template.labels is labels:
+        return template.ops
+    ops = template.ops.copy()
+    ops[:, _LABELS] = labels.numbers_of(template.labels, ops[:, _LABELS])
+    return ops
+
+
+def _numbering(counts: list[int]) -> _Numbering:
+    stride = ints(counts)
+    return _Numbering(np.cumsum(stride) - stride, stride)
+
+
+def _record(waits: Csr, num_ops: int) -> tuple[Array, int]:
+    """Events, numbered in the order of the ops that record them; an op's event, or -1."""
+    record = np.full(num_ops, -1, np.int64)
+    return record, _number_events(waits.values, record)
+
+
+# -- machine code
+
+
+@usable_in_compiled
+def _number(numbering: _Numbering, stamps: Stamps, s: int, slot: int, hop: int, local: int) -> int:
+    """Number of a symbol or buffer of the chunk in ``slot``, or at ``hop`` from it."""
+    stage = stamps.stages[s, slot] + hop
+    return numbering.base[stage] + stamps.microbatches[s, slot] * numbering.stride[stage] + local
+
+
+@compiled
+def _stamp_ops(ops: _Rows, stamps: Stamps, places: _Map, starts: Array, columns: _Columns) -> None:
+    for s in range(len(stamps.rank)):
+        template, rank = stamps.template[s], stamps.rank[s]
+        at = starts[s]
+        for i in range(ops.begin[template], ops.begin[template + 1]):
+            row, slot = ops.rows[i], ops.rows[i, _SLOT]
+            stage, microbatch = stamps.stages[s, slot], stamps.microbatches[s, slot]
+            columns.rank[at] = rank
+            columns.kind[at] = row[_KIND]
+            columns.category[at] = row[_CATEGORY]
+            columns.pass_[at] = row[_PASS]
+            columns.cell[at] = stamps.cell[s]
+            columns.cost[at] = row[_COST]
+            columns.stage[at] = stage
+            columns.microbatch[at] = microbatch
+            columns.site[at] = places.first_site[stage] + row[_SITE] if row[_SITE] >= 0 else -1
+            columns.host_sync[at] = row[_SYNC] != 0
+            columns.is_send[at] = row[_IS_SEND] != 0
+            columns.payload_bytes[at] = row[_BYTES]
+            _place_op(row, rank, stage, microbatch, stamps.batch[s], at, places, columns)
+            at += 1
+
+
+@usable_in_compiled
+def _place_op(
+    row: Array,
+    rank: int,
+    stage: int,
+    microbatch: int,
+    batch: int,
+    at: int,
+    places: _Map,
+    columns: _Columns,
+) -> None:
+    """Stream, group and peer: of the op's role, or of the flow that a message is in."""
+    role, hop = row[_ROLE], row[_HOP]
+    if hop == 0:
+        group = row[_GROUP]
+        columns.stream[at] = places.role_stream[rank, role]
+        columns.group[at] = group if group >= 0 else places.role_group[rank, role]
+        columns.peer[at] = columns.batch[at] = -1
+        return
+    peer = places.rank_of[stage + hop, microbatch]
+    forward, sends = int(row[_PASS] == _FORWARD), row[_IS_SEND] != 0
+    source = rank if sends else peer
+    target = peer if sends else rank
+    columns.stream[at] = places.pipe_stream[forward, source, target, 0 if sends else 1]
+    columns.group[at] = places.pipe_group[forward, source, target]
+    columns.peer[at] = peer
+    columns.batch[at] = batch
+
+
+@compiled
+def _note_tails(tail: Array, stamps: Stamps, starts: Array, tail_before: Array) -> None:
+    """For every stamp, the last compute op of its rank before it, or -1."""
+    last = -1
+    for s in range(len(stamps.rank)):
+        if s and stamps.rank[s] != stamps.rank[s - 1]:
+            last = -1
+        tail_before[s] = last
+        if tail[stamps.template[s]] >= 0:
+            last = starts[s] + tail[stamps.template[s]]
+
+
+@compiled
+def _note_symbols(
+    symbols: _Rows, stamps: Stamps, numbering: _Numbering, starts: Array, op_of_symbol: Array
+) -> None:
+    for s in range(len(stamps.rank)):
+        template = stamps.template[s]
+        for i in range(symbols.begin[template], symbols.begin[template + 1]):
+            op, slot, symbol = symbols.rows[i, 0], symbols.rows[i, 1], symbols.rows[i, 2]
+            op_of_symbol[_number(numbering, stamps, s, slot, 0, symbol)] = starts[s] + op
+
+
+@compiled
+def _resolve_waits(
+    waits: _Rows,
+    stamps: Stamps,
+    numbering: _Numbering,
+    starts: Array,
+    op_of_symbol: Array,
+    tail_before: Array,
+    offsets: Array,
+    values: Array,
+) -> int:
+    """Fill the lists of awaited ops; returns how many there are, or -1 if one does not exist."""
+    count = 0
+    for s in range(len(stamps.rank)):
+        template = stamps.template[s]
+        for i in range(waits.begin[template], waits.begin[template + 1]):
+            slot, hop, symbol = waits.rows[i, 1], waits.rows[i, 2], waits.rows[i, 3]
+            if slot == TAIL_SLOT:
+                awaited = tail_before[s]
+                if awaited < 0:
+                    continue
+            else:
+                awaited = op_of_symbol[_number(numbering, stamps, s, slot, hop, symbol)]
+                if awaited < 0:
+                    return -1
+            values[count] = awaited
+            count += 1
+            offsets[starts[s] + waits.rows[i, 0] + 1] += 1
+    _add_up(offsets)
+    return count
+
+
+@compiled
+def _resolve_buffers(
+    rows: _Rows,
+    stamps: Stamps,
+    numbering: _Numbering,
+    starts: Array,
+    offsets: Array,
+    values: Array,
+) -> None:
+    count = 0
+    for s in range(len(stamps.rank)):
+        template = stamps.template[s]
+        for i in range(rows.begin[template], rows.begin[template + 1]):
+            slot, hop, buffer = rows.rows[i, 1], rows.rows[i, 2], rows.rows[i, 3]
+            values[count] = _number(numbering, stamps, s, slot, hop, buffer)
+            count += 1
+            offsets[starts[s] + rows.rows[i, 0] + 1] += 1
+    _add_up(offsets)
+
+
+@usable_in_compiled
+def _add_up(offsets: Ints) -> None:
+    for i in range(1, len(offsets)):
+        offsets[i] += offsets[i - 1]
+
+
+@compiled
+def _number_events(awaited: Array, record: Array) -> int:
+    for op in awaited:
+        record[op] = 0
+    count = 0
+    for op in range(len(record)):
+        if record[op] == 0:
+            record[op] = count
+            count += 1
+    return count
