@@ -89,9 +89,9 @@ def _read_program(path: Path) -> Program:
 
 
 def _program_findings(program: Program) -> tuple[str, list[str]]:
-    from mhcplan.sim.check import check as check_program
+    from mhcplan.planner.check_program import check_step
 
-    findings = [f"{finding.rule}: {finding.message}" for finding in check_program(program)]
+    findings = [f"{finding.rule}: {finding.message}" for finding in check_step(program)]
     return f"{program.num_ops} ops on {program.num_ranks} ranks", findings
 
 
