@@ -151,6 +151,10 @@ class _Lowering:
         self.labels = Labels()
         self.shapes = stage_shapes(plan)
         self.placement = _Placement(plan)
+        self._counts = [
+            stage_parameters(plan.model, plan.residual, blocks) for blocks in plan.stages
+        ]
+        self._ends: dict[object, Template] = {}  # by what decides them; many ranks share theirs
         self._stages = {shape: stage_templates(self.work, shape) for shape in self.shapes}
         # copies, as the end of a step names ops of its own
         self._chunk_shapes = {shape: kept.chunk.copy() for shape, kept in self._stages.items()}
@@ -188,9 +192,9 @@ class _Lowering:
         """Templates by what the rows call them; their labels are known from then on."""
         match bundle:
             case ("reduce", int(rank), int(stage)):
-                return self._reduce(rank, stage)
+                return self._end(rank, stage)
             case ("optimizer", int(rank)):
-                return self._optimizer(rank)
+                return self._end(rank, *sorted(set(self.schedule.stages_of(rank))), last=True)
             case ("pair", StageShape() as forward, StageShape() as backward):
                 found = pair_template(self.work, forward, backward)
             case ("stage", StageShape() as shape):
@@ -202,6 +206,23 @@ class _Lowering:
 
     # -- the end of a step
 
+    def _end(self, rank: int, *stages: int, last: bool = False) -> Template:
+        """Reduction of a stage's gradients, or (``last``) the optimizer step of the rank's stages.
+
+        Ranks whose stages look alike and are held by groups of one size and medium share theirs.
+        """
+        parts = [
+            (name, elements, len(gpus), self.placement.ranks_per_node(gpus))
+            for stage in stages
+            for name, _, elements, gpus in self._shards(rank, self._counts[stage])
+        ]
+        key = last, tuple(self.shapes[stage] for stage in stages), tuple(parts)
+        if key not in self._ends:
+            self._ends[key] = (
+                self._optimizer(rank, stages) if last else self._reduce(rank, stages[0])
+            )
+        return self._ends[key]
+
     def _reduce(self, rank: int, stage: int) -> Template:
         """Reduce a stage's gradients over the GPUs that hold the same weights."""
         builder = TemplateBuilder(self.labels, self._end_state(stage))
@@ -212,11 +233,10 @@ class _Lowering:
                        payload_bytes=key.num_bytes, after_compute=True)  # fmt: skip
         return builder.finish()
 
-    def _optimizer(self, rank: int) -> Template:
+    def _optimizer(self, rank: int, stages: tuple[int, ...]) -> Template:
         """AdamW on the own shard of every stage held, then the gather of the new weights."""
-        stages = tuple(sorted(set(self.schedule.stages_of(rank))))
         builder = TemplateBuilder(self.labels, *map(self._end_state, stages))
-        counts = [self._counts(stage) for stage in stages]
+        counts = [self._counts[stage] for stage in stages]
         own = sum(-(-e // len(gpus)) for c in counts for _, _, e, gpus in self._shards(rank, c))
         builder.op(0, "adamw", "O", COMPUTE, op_key("adamw", "O", parameters=own),
                    category="optimizer", name="adamw")  # fmt: skip
@@ -238,9 +258,6 @@ class _Lowering:
     def _end_state(self, stage: int) -> ChunkState:
         return ChunkState(self._chunk_shapes[self.shapes[stage]])
 
-    def _counts(self, stage: int) -> ParameterCounts:
-        return stage_parameters(self.plan.model, self.plan.residual, self.plan.stages[stage])
-
     def _held(self, counts: ParameterCounts) -> int:
         """Parameters of a stage on one GPU."""
         experts = counts.routed_experts
@@ -257,7 +274,7 @@ class _Lowering:
 
     def _shared(self, rank: int, stage: int) -> list[tuple[str, int, int, list[int]]]:
         """The parts of a stage that several GPUs hold, which need reduction and gather."""
-        shards = self._shards(rank, self._counts(stage))
+        shards = self._shards(rank, self._counts[stage])
         return [shard for shard in shards if shard[2] and len(shard[3]) > 1]
 
     def _static_bytes(self) -> NDArray[np.int64]:
@@ -265,7 +282,7 @@ class _Lowering:
         static = np.zeros((self.schedule.num_ranks, len(COMPONENTS)), np.int64)
         for rank in range(self.schedule.num_ranks):
             for stage in set(self.schedule.stages_of(rank)):
-                counts = self._counts(stage)
+                counts = self._counts[stage]
                 held = self._held(counts)
                 shard = sum(-(-e // len(gpus)) for _, _, e, gpus in self._shards(rank, counts))
                 static[rank, COMPONENTS.index("parameters")] += BF16 * held
@@ -280,11 +297,9 @@ class _Lowering:
     def _places(self) -> tuple[tuple[Stream, ...], tuple[Group, ...], Places]:
         table = _Tables(self.plan, self.schedule, self.placement)
         m = self.schedule.num_microbatches
-        stages = range(self.schedule.num_stages)
         first = np.array([2 * blocks.start for blocks in self.plan.stages], np.int64)
-        rank_of = np.array(
-            [[self.schedule.rank_of(stage, b) for b in range(m)] for stage in stages], np.int64
-        )
+        directions = [self.schedule.direction_of(b) for b in range(m)]
+        rank_of = np.array(self.schedule.placement, np.int64)[directions].T
         shapes = [self._chunk_shapes[shape] for shape in self.shapes]
         places = Places(m, shapes, first, rank_of, table.role_stream, table.role_group,
                         table.pipe_stream, table.pipe_group)  # fmt: skip

@@ -9,6 +9,7 @@ the router's scores are not, as no gradient trains them.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from operator import add, attrgetter
 from typing import TYPE_CHECKING
 
 from mhcplan.profiles.specs import SITES_PER_BLOCK
@@ -53,7 +54,7 @@ class ParameterCounts:
     @property
     def total(self) -> int:
         """All of them."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        return sum(_values(self))
 
     @property
     def replicated(self) -> int:
@@ -62,9 +63,10 @@ class ParameterCounts:
 
     def __add__(self, other: ParameterCounts) -> ParameterCounts:
         """Component by component."""
-        return ParameterCounts(
-            *(getattr(self, f.name) + getattr(other, f.name) for f in fields(self))
-        )
+        return ParameterCounts(*map(add, _values(self), _values(other)))
+
+
+_values = attrgetter(*(field.name for field in fields(ParameterCounts)))
 
 
 def block_parameters(model: ModelSpec, residual: ResidualSpec, block: int) -> ParameterCounts:
@@ -122,7 +124,13 @@ def stage_parameters(
         ValueError: the model has no such block.
     """
     held = tuple(blocks)
-    counts = sum((block_parameters(model, residual, b) for b in held), ParameterCounts())
+    counts = ParameterCounts()
+    alike: dict[bool, ParameterCounts] = {}  # blocks are of two kinds only
+    for block in held:
+        is_moe = model.is_moe_block(block)
+        if is_moe not in alike or not 0 <= block < model.num_blocks:
+            alike[is_moe] = block_parameters(model, residual, block)
+        counts += alike[is_moe]
     first, last = 0 in held, model.num_blocks - 1 in held
     if first:
         counts += entry_parameters(model)

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING, Annotated, Literal, Self, cast
+import weakref
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
@@ -237,6 +239,10 @@ class Provenance(Spec):
     code_sha256: str
 
 
+# Digests of the profiles that are alive, by id: making one takes as long as playing a step.
+_digests: dict[int, tuple[weakref.ref[Any], str]] = {}
+
+
 class Profile(Spec):
     """A whole profile file; see the module's docstring."""
 
@@ -279,6 +285,14 @@ class Profile(Spec):
     @property
     def digest(self) -> str:
         """sha256 of the canonical JSON: equal profiles have equal digests."""
+        known = _digests.get(id(self))
+        if known is None or known[0]() is not self:
+            forget = partial(_digests.pop, id(self), None)
+            known = weakref.ref(self, lambda _: forget()), self._make_digest()
+            _digests[id(self)] = known
+        return known[1]
+
+    def _make_digest(self) -> str:
         data = self.model_dump(mode="json", by_alias=True)
         for name in _LATER_FIELDS:  # so that a profile without them keeps its digest
             if not data[name]:

@@ -372,12 +372,17 @@ def _resolve_buffers(
 ) -> None:
     count = 0
     for s in range(len(stamps.rank)):
-        template = stamps.template[s]
+        template, start = stamps.template[s], starts[s] + 1
+        own = _number(numbering, stamps, s, 0, 0, 0)
+        other = _number(numbering, stamps, s, 1, 0, 0)
         for i in range(rows.begin[template], rows.begin[template + 1]):
             slot, hop, buffer = rows.rows[i, 1], rows.rows[i, 2], rows.rows[i, 3]
-            values[count] = _number(numbering, stamps, s, slot, hop, buffer)
+            if hop:
+                values[count] = _number(numbering, stamps, s, slot, hop, buffer)
+            else:
+                values[count] = buffer + (other if slot else own)
             count += 1
-            offsets[starts[s] + rows.rows[i, 0] + 1] += 1
+            offsets[start + rows.rows[i, 0]] += 1
     _add_up(offsets)
 
 
