@@ -59,7 +59,7 @@ def spawn(code: str, *words: str, **more: Any) -> subprocess.CompletedProcess[st
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     script = f"import sys\n{code}\nfrom mhcplan.planner.cli import main\nmain(sys.argv[1:])"
     return subprocess.run(
-        [sys.executable, "-c", script, *words], env=environment, text=True, timeout=60,
+        [sys.executable, "-c", script, *words], env=environment, text=True, timeout=300,
         capture_output=True, check=False, **more,
     )  # fmt: skip
 
@@ -257,7 +257,7 @@ def test_reader_that_leaves_early_is_no_error(profile: str, more: list[str]) -> 
     os.close(read)  # nobody will ever read
     done = subprocess.run(
         [sys.executable, "-c", script, *words], env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
-        stdout=write, stderr=subprocess.PIPE, text=True, timeout=60, check=False,
+        stdout=write, stderr=subprocess.PIPE, text=True, timeout=300, check=False,
     )  # fmt: skip
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
