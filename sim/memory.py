@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from mhcplan.sim.jit import compiled, ints
 from mhcplan.sim.order import COMPUTE_STREAM, NO_OP, describe
 from mhcplan.sim.program import COMPONENTS
 
@@ -61,21 +61,54 @@ def memory_of(program: Program, costs: CostTable) -> Memory:
     allocated_by = _only_op(program, program.allocs, "allocates")
     freed_by = _only_op(program, program.frees, "frees")
     _check_frees(program, allocated_by, freed_by)
-    allocated, freed = _running(program, program.allocs), _running(program, program.frees)
-    offsets = program.rank_offsets
-    alive = allocated[:, offsets] - freed[:, offsets]  # counted over all ranks before
-    static = program.static_bytes.T - alive[:, :-1]
-    left = static + alive[:, 1:]
-    held = allocated[:, 1:] - freed[:, :-1] + static[:, program.rank]
-    held[_WORKSPACE] += costs.workspace_bytes[program.cost]
-    total = held.sum(axis=0)
+    left = np.array(program.static_bytes, np.int64)
+    held = np.empty((program.num_ops, len(COMPONENTS)), np.int64)
     peak_op = np.full(program.num_ranks, NO_OP, np.int64)
-    peak = left.copy()  # what a rank without ops holds
-    for rank, (begin, end) in enumerate(pairwise(offsets.tolist())):
-        if end > begin:
-            peak_op[rank] = begin + np.argmax(total[begin:end])
-            peak[:, rank] = held[:, peak_op[rank]]
-    return Memory(held.T, peak_op, peak.T, left.T)
+    lists = program.allocs, program.frees
+    buffers = _Buffers(
+        *(ints(part) for csr in lists for part in (csr.offsets, csr.values)),
+        component=ints(program.buffer_component), num_bytes=ints(program.buffer_bytes),
+    )  # fmt: skip
+    workspace = ints(costs.workspace_bytes[program.cost])
+    _count(buffers, workspace, ints(program.rank_offsets), left, held, peak_op)
+    idle = peak_op == NO_OP
+    peak = np.where(idle[:, None], left, held[peak_op] if program.num_ops else left)
+    return Memory(held, peak_op, peak, left)
+
+
+class _Buffers(NamedTuple):
+    """Lists of what ops allocate and free, and what each buffer is."""
+
+    alloc_begin: Ints
+    allocs: Ints
+    free_begin: Ints
+    frees: Ints
+    component: Ints
+    num_bytes: Ints
+
+
+@compiled
+def _count(
+    buffers: _Buffers, workspace: Ints, rank_begin: Ints, alive: Ints, held: Ints, peak_op: Ints
+) -> None:
+    """Go through each rank's ops; ``alive`` [rank, component] begins with the static bytes."""
+    components = alive.shape[1]
+    for rank in range(len(alive)):
+        peak = -1
+        for op in range(rank_begin[rank], rank_begin[rank + 1]):
+            for i in range(buffers.alloc_begin[op], buffers.alloc_begin[op + 1]):
+                buffer = buffers.allocs[i]
+                alive[rank, buffers.component[buffer]] += buffers.num_bytes[buffer]
+            total = workspace[op]
+            for c in range(components):
+                held[op, c] = alive[rank, c]
+                total += alive[rank, c]
+            held[op, _WORKSPACE] += workspace[op]
+            if total > peak:
+                peak, peak_op[rank] = total, op
+            for i in range(buffers.free_begin[op], buffers.free_begin[op + 1]):
+                buffer = buffers.frees[i]
+                alive[rank, buffers.component[buffer]] -= buffers.num_bytes[buffer]
 
 
 def memory_report(program: Program, costs: CostTable, memory: Memory) -> list[dict[str, int]]:
@@ -110,28 +143,28 @@ def memory_times_ns(program: Program, timeline: Timeline) -> Ints:
     return np.maximum.accumulate(times) - shift
 
 
-def _running(program: Program, lists: Csr) -> Ints:
-    """[component, op]: bytes of all buffers in the lists of the ops before; the last is of all."""
-    width = program.num_ops + 1
-    component = program.buffer_component[lists.values].astype(np.int64)
-    place = component * width + lists.owners + 1
-    # float64 holds these sums exactly: they are below 2**53
-    added = np.bincount(place, program.buffer_bytes[lists.values], len(COMPONENTS) * width)
-    running = added.astype(np.int64).reshape(-1, width)
-    return np.cumsum(running, axis=1, out=running)
-
-
 def _only_op(program: Program, lists: Csr, verb: str) -> Ints:
     """For every buffer the one op that has it in its list, or NO_OP."""
     op_of = np.full(program.num_buffers, NO_OP, np.int64)
-    op_of[lists.values] = lists.owners
-    counts = np.bincount(lists.values, minlength=program.num_buffers)
-    if (counts > 1).any():
-        buffer = int(np.argmax(counts > 1))
+    buffer = _note_owners(ints(lists.offsets), ints(lists.values), op_of)
+    if buffer >= 0:
         ops = lists.owners[lists.values == buffer][:2].tolist()
         names = " and ".join(describe(program, op) for op in ops)
         raise AllocationError(f"buffer {buffer}: more than one op {verb} it: {names}")
     return op_of
+
+
+@compiled
+def _note_owners(offsets: Ints, values: Ints, op_of: Ints) -> int:
+    """Fill ``op_of``; returns the lowest buffer that is in more than one list, or -1."""
+    twice = -1
+    for op in range(len(offsets) - 1):
+        for i in range(offsets[op], offsets[op + 1]):
+            buffer = values[i]
+            if op_of[buffer] >= 0 and (twice < 0 or buffer < twice):
+                twice = buffer
+            op_of[buffer] = op
+    return twice
 
 
 def _check_frees(program: Program, allocated_by: Ints, freed_by: Ints) -> None:
