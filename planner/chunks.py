@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mhcplan.planner.work import StageShape, Work
 from mhcplan.profiles.specs import SITES_PER_BLOCK, Mla
 from mhcplan.profiles.vocabulary import (
     BF16,
@@ -37,6 +36,7 @@ from mhcplan.profiles.vocabulary import (
 from mhcplan.sim.build import COMPUTE, EXPERT, GRAD_OUT, OUT, PIPE, New
 
 if TYPE_CHECKING:
+    from mhcplan.planner.work import StageShape, Work
     from mhcplan.sim.build import TemplateBuilder
 
 

@@ -29,10 +29,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mhcplan.planner.chunks import StageShape, Work, optimizer_bytes_per_parameter
+from mhcplan.planner.chunks import optimizer_bytes_per_parameter
 from mhcplan.planner.spec import PlanSpec, schedule_of
 from mhcplan.planner.stage_templates import StageTemplates, pair_template, stage_templates
 from mhcplan.planner.stamp_rows import Bundle, RowKey, stamp_rows
+from mhcplan.planner.work import StageShape, Work
 from mhcplan.profiles.parameters import ParameterCounts, stage_parameters
 from mhcplan.profiles.vocabulary import BF16, FP32, TransferKey, op_key
 from mhcplan.sim.build import (

@@ -12,7 +12,7 @@ from functools import lru_cache
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
-from mhcplan.planner.chunks import Chunk, StageShape, Work
+from mhcplan.planner.chunks import Chunk
 from mhcplan.profiles.vocabulary import NO_COST
 from mhcplan.sim.build import (
     COMPUTE,
@@ -27,6 +27,8 @@ from mhcplan.sim.build import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from mhcplan.planner.work import StageShape, Work
 
 _LETTER = {"F": "F", "I": "B"}  # a message's pass, as its cell names it
 _KEPT = 256  # recorded bundles; one of a large stage takes about a megabyte

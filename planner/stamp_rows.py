@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from mhcplan.planner.actions import Action, Message
-    from mhcplan.planner.chunks import StageShape
     from mhcplan.planner.schedules import Schedule
+    from mhcplan.planner.work import StageShape
 
 # What is recorded together, and numbers its labels together: ("stage", shape), ("pair", forward,
 # backward), ("reduce", rank, stage) or ("optimizer", rank).

@@ -1,4 +1,4 @@
-"""What decides the ops of every chunk: the stage's shape, and how model and residual are laid out."""
+"""What decides the ops of every chunk: its stage's shape, and the layout of model and residual."""
 
 from __future__ import annotations
 
