@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,12 +10,9 @@ if TYPE_CHECKING:
     from collections.abc import Generator
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol() -> Generator[None, object, object]:
+@pytest.fixture(scope="module", autouse=True)
+def plain_torch() -> Generator[None]:
     """Keep Triton's interpreter, which kernel tests ask for, out of the processes started here."""
-    asked = os.environ.pop("TRITON_INTERPRET", None)
-    try:
-        return (yield)
-    finally:
-        if asked is not None:
-            os.environ["TRITON_INTERPRET"] = asked
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        yield
