@@ -54,19 +54,20 @@ def _recompute_kernel(
     row = t[:, None] * C + c[None, :]
     offsets = t[:, None] * (N * C) + c[None, :]
     x = load_rows(x_ptr, offsets, mask, N, C)
-    # A loop, not unrolled: compiling n^2 terms for every site of a block takes minutes at n = 8.
-    for site in tl.range(0, POSTS):
-        mix = _pick(coefficients_ptrs, site)
-        f = tl.load(_pick(f_ptrs, site) + row, mask=mask, other=0.0).to(tl.float32)
-        u = weighted_rows(x, load_mix(mix, t, token, 0, N, M), N)
-        tl.store(_pick(u_ptrs, site) + row, u.to(DT), mask=mask)
-        post = load_mix(mix, t, token, N, N, M)
-        res = load_mix(mix, t, token, 2 * N, N * N, M)
-        y = ()
-        for o in tl.static_range(N):
-            y = y + (mixed_row(x, f, post, res, o, N).to(DT),)
-            tl.store(_pick(y_ptrs, site) + o * C + offsets, y[o], mask=mask)
-        x = y
+    if POSTS > 0:  # else there is no pointer to pick from
+        # A loop, not unrolled: n^2 terms for every site of a block compile for minutes at n = 8.
+        for site in tl.range(0, POSTS):
+            mix = _pick(coefficients_ptrs, site)
+            f = tl.load(_pick(f_ptrs, site) + row, mask=mask, other=0.0).to(tl.float32)
+            u = weighted_rows(x, load_mix(mix, t, token, 0, N, M), N)
+            tl.store(_pick(u_ptrs, site) + row, u.to(DT), mask=mask)
+            post = load_mix(mix, t, token, N, N, M)
+            res = load_mix(mix, t, token, 2 * N, N * N, M)
+            y = ()
+            for o in tl.static_range(N):
+                y = y + (mixed_row(x, f, post, res, o, N).to(DT),)
+                tl.store(_pick(y_ptrs, site) + o * C + offsets, y[o], mask=mask)
+            x = y
     if len(coefficients_ptrs) > POSTS:
         u = weighted_rows(x, load_mix(coefficients_ptrs[POSTS], t, token, 0, N, M), N)
         tl.store(u_ptrs[POSTS] + row, u.to(DT), mask=mask)

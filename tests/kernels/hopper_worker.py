@@ -1,0 +1,99 @@
+"""Compile every mHC kernel for an H100, on a machine without one; print what the compiler made.
+
+Launches are turned into compilations for compute capability 9.0, with the launchers' own grids,
+tiles and specialisations. One JSON line a kernel: name, bytes of shared memory, bytes spilled.
+
+    python tests/kernels/hopper_worker.py N bf16|fp32 C
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from mhcplan.kernels import mhc_backward, mhc_forward, mhc_recompute
+
+TOKENS = 4096
+STEPS = 20
+
+
+class NoDevice:
+    """What the compiler asks a driver for."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def spilled_bytes(ptx: str) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        done = subprocess.run(
+            [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", source, "-o", "/dev/null"],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    return sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", done.stderr))
+
+
+def report_instead_of_launching() -> None:
+    launch = JITFunction.run
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:  # noqa: ANN401
+        kernel = launch(self, *args, grid=grid, warmup=True, **options)
+        made = {
+            "name": self.__name__.strip("_"),
+            "shared_bytes": kernel.metadata.shared,
+            "spilled_bytes": spilled_bytes(kernel.asm["ptx"]),
+        }
+        print(json.dumps(made), flush=True)
+        return kernel
+
+    JITFunction.run = run
+
+
+def site(n: int, channels: int, dtype: torch.dtype) -> None:
+    """Everything that is launched for a site: forward, backward, weights apart, recompute."""
+    m = n * n + 2 * n
+    x = torch.empty(TOKENS, n, channels, dtype=dtype)
+    f = torch.empty(TOKENS, channels, dtype=dtype)
+    phi, bias, alpha = torch.empty(m, n * channels), torch.empty(m), torch.empty(3)
+    partial = mhc_forward.project(x, phi)
+    u, mix, projection = mhc_forward.coefficients_and_pre(
+        x, partial, bias, alpha, STEPS, norm_eps=1e-6
+    )
+    mhc_forward.post_res(x, f, mix)
+    mhc_forward.post_project(x, f, mix, phi)
+    df, dmix = mhc_backward.post_backward(x, x, f, mix)
+    dp, s, *_ = mhc_backward.coefficient_gradients(x, df, mix, projection, dmix, bias, alpha, STEPS)
+    mhc_backward.pre_backward(x, x, u, mix, dp, s, phi, with_weight=True)
+    mhc_backward.pre_backward(x, x, u, mix, dp, s, phi, with_weight=False)
+    mhc_backward.weight_backward(x, dp)
+    for sites, outputs in ((1, 0), (1, 1), (8, 7), (8, 8)):
+        mhc_recompute.recompute_block(x, [f] * outputs, [mix] * sites)
+
+
+if __name__ == "__main__":
+    driver.set_active(NoDevice())
+    report_instead_of_launching()
+    rows, kind, width = sys.argv[1:]
+    site(int(rows), int(width), {"bf16": torch.bfloat16, "fp32": torch.float32}[kind])

@@ -1,0 +1,47 @@
+"""The kernels compile for an H100, with the tiles of the table; no GPU is needed to see that."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SHARED_BYTES = 227 * 1024  # that a block may have, compute capability 9.0
+PARTS = ("forward", "backward", "recompute")
+WORKER = Path(__file__).with_name("hopper_worker.py")
+
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("triton._C.libtriton") is None, reason="triton has no compiler here"
+)
+
+
+def compiled(n: int, dtype: str, channels: int, cache: Path) -> list[dict[str, int | str]]:
+    source = Path(__file__).parents[2] / "src"
+    env = {**os.environ, "PYTHONPATH": str(source), "TRITON_CACHE_DIR": str(cache)}
+    done = subprocess.run(
+        [sys.executable, WORKER, str(n), dtype, str(channels)],
+        env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def written_kernels() -> list[str]:
+    folder = WORKER.parents[2] / "kernels"
+    text = "".join(folder.joinpath(f"mhc_{part}.py").read_text() for part in PARTS)
+    return re.findall(r"^def _(\w+_kernel)\(", text, re.MULTILINE)
+
+
+@needs_compiler
+def test_every_kernel_of_a_site_compiles_for_an_h100(tmp_path: Path) -> None:
+    kernels = compiled(4, "bf16", 2560, tmp_path)
+    assert {kernel["name"] for kernel in kernels} == set(written_kernels())
+    for kernel in kernels:
+        assert kernel["shared_bytes"] <= SHARED_BYTES, kernel
+        assert kernel["spilled_bytes"] <= 64, kernel  # registers that did not fit
