@@ -1,4 +1,4 @@
-"""The fast estimate of many plans, to rank them by; :mod:`mhcplan.planner.predict` confirms the best.
+"""The fast estimate of many plans, to rank them by; :mod:`mhcplan.planner.predict` confirms them.
 
 A plan's step time is estimated by the longest path through its Program
 (:mod:`mhcplan.sim.longest_path`): every op waits for what it must wait for, but nothing competes
