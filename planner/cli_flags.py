@@ -16,7 +16,7 @@ from mhcplan.planner.plan_file import resolve_plan
 from mhcplan.planner.spec import Engine, LayoutSpec, PlanSpec, Priority, ScheduleName
 from mhcplan.profiles.specs import ResidualSpec
 
-_FIELDS: dict[str, str] = {
+FLAG_FIELDS: dict[str, str] = {
     "n": "residual.expansion_rate",
     "residual": "residual.kind",
     "recompute_block": "residual.recompute_block",
@@ -31,12 +31,13 @@ _FIELDS: dict[str, str] = {
     "profile": "profile",
     "engine": "engine",
 }
+"""Plan field that each flag sets; the web page names fields in links as the flags are named."""
 _SPECS = {"residual": ResidualSpec, "layout": LayoutSpec}
 
 
 def _flag(name: str) -> Parameter:
     """A flag of the plan field behind ``name``, with its description and its default."""
-    parent, _, last = _FIELDS[name].rpartition(".")
+    parent, _, last = FLAG_FIELDS[name].rpartition(".")
     info = _SPECS.get(parent, PlanSpec).model_fields[last]
 
     def default(_value: object) -> str:
@@ -83,7 +84,7 @@ class PlanFlags:
         """
         given: dict[str, Any] = {
             path: value
-            for flag, path in _FIELDS.items()
+            for flag, path in FLAG_FIELDS.items()
             if (value := getattr(self, flag)) is not None
         }
         return resolve_plan(source, given, self.settings)
@@ -91,7 +92,7 @@ class PlanFlags:
     def arguments(self) -> list[str]:
         """The command-line words that give these flags."""
         words: list[str] = []
-        for flag in _FIELDS:
+        for flag in FLAG_FIELDS:
             if (value := getattr(self, flag)) is not None:
                 words += [f"--{flag.replace('_', '-')}", str(value)]
         for setting in self.settings:
