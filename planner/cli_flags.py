@@ -32,6 +32,10 @@ FLAG_FIELDS: dict[str, str] = {
     "engine": "engine",
 }
 """Plan field that each flag sets; the web page names fields in links as the flags are named."""
+_GLOBAL_BATCH = (
+    "sequences of the whole job's step, in place of --microbatches: a multiple of"
+    " micro-batch-size x ep x dp"
+)
 _SPECS = {"residual": ResidualSpec, "layout": LayoutSpec}
 
 
@@ -61,6 +65,7 @@ class PlanFlags:
     ep: Annotated[int | None, _flag("ep")] = None
     dp: Annotated[int | None, _flag("dp")] = None
     microbatches: Annotated[int | None, _flag("microbatches")] = None
+    global_batch: Annotated[PositiveInt | None, Parameter(help=_GLOBAL_BATCH)] = None
     micro_batch_size: Annotated[int | None, _flag("micro_batch_size")] = None
     seq_len: Annotated[int | None, _flag("seq_len")] = None
     schedule: Annotated[ScheduleName | None, _flag("schedule")] = None
@@ -87,7 +92,7 @@ class PlanFlags:
             for flag, path in FLAG_FIELDS.items()
             if (value := getattr(self, flag)) is not None
         }
-        return resolve_plan(source, given, self.settings)
+        return resolve_plan(source, given, self.settings, self.global_batch)
 
     def arguments(self) -> list[str]:
         """The command-line words that give these flags."""
@@ -95,6 +100,8 @@ class PlanFlags:
         for flag in FLAG_FIELDS:
             if (value := getattr(self, flag)) is not None:
                 words += [f"--{flag.replace('_', '-')}", str(value)]
+        if self.global_batch is not None:
+            words += ["--global-batch", str(self.global_batch)]
         for setting in self.settings:
             words += ["--set", setting]
         return words

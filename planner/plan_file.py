@@ -13,12 +13,20 @@ import json
 import textwrap
 import tomllib
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast, get_args, get_origin
 
 from pydantic import BaseModel
 
-from mhcplan.planner.spec import PLAN_FORMAT, PLAN_VERSION, PlanSpec, SpecError, make_plan
+from mhcplan.planner.spec import (
+    PLAN_FORMAT,
+    PLAN_VERSION,
+    LayoutSpec,
+    PlanSpec,
+    SpecError,
+    make_plan,
+)
 from mhcplan.planner.spec_errors import field_paths, short, unknown_field
 from mhcplan.profiles.presets import MODELS, UnknownPresetError, find_model
 
@@ -56,23 +64,70 @@ def read_plan(path: Path) -> PlanSpec:
     return _named(str(path), _read_fields(path))
 
 
-def resolve_plan(source: str, flags: Mapping[str, object], settings: Sequence[str]) -> PlanSpec:
+def resolve_plan(
+    source: str,
+    flags: Mapping[str, object],
+    settings: Sequence[str],
+    global_batch: int | None = None,
+) -> PlanSpec:
     """Build the plan of a command line.
 
     Args:
         source: a model preset's name, or the path of a plan file.
         flags: value by dotted field path, of the flags that were given.
         settings: ``path=value`` of every ``--set``, in order.
+        global_batch: sequences of the job's step, which then decide ``microbatches``.
 
     Raises:
-        SpecError: see :func:`read_plan`, and a setting that is no ``path=value`` or no field.
+        SpecError: see :func:`read_plan`, a setting that is no ``path=value`` or no field, and see
+            :func:`changed_plan`.
     """
-    data = _source_fields(source)
-    for path, value in flags.items():
-        _put(data, path, value)
+    changes = dict(flags)
     for setting in settings:
-        _put(data, *parse_setting(setting))
+        path, value = parse_setting(setting)
+        changes.pop(path, None)  # the last one counts, and is applied last
+        changes[path] = value
+    return changed_plan(source_fields(source), changes, global_batch)
+
+
+def changed_plan(
+    fields: Fields, changes: Mapping[str, object], global_batch: int | None = None
+) -> PlanSpec:
+    """The plan of ``fields``, which are left as they are, with ``changes`` (value by dotted path).
+
+    Raises:
+        SpecError: a field that is not valid; a ``global_batch`` beside ``microbatches``, or one
+            that the replicas' microbatches do not divide.
+    """
+    data = copy.copy(fields)
+    for path, value in changes.items():
+        _put(data, path, value)
+    if global_batch is not None:
+        if "microbatches" in changes:
+            raise SpecError(
+                f"global_batch={global_batch} and microbatches={changes['microbatches']} exclude"
+                " each other: one follows from the other"
+            )
+        _put(data, "microbatches", _share_of(global_batch, data))
     return make_plan(data)
+
+
+def _share_of(global_batch: int, data: Fields) -> object:
+    """Microbatches of one replica that make up ``global_batch`` sequences together."""
+    layout = data.get("layout")
+    tables = (data, cast("Fields", layout) if isinstance(layout, Mapping) else {})
+    names = {"micro_batch_size": PlanSpec, "ep": LayoutSpec, "dp": LayoutSpec}
+    sizes: dict[str, object] = {}
+    for name, spec in names.items():
+        default: object = spec.model_fields[name].default
+        sizes[name] = tables[spec is LayoutSpec].get(name, default)
+    factors = [size for size in sizes.values() if isinstance(size, int) and size > 0]
+    if len(factors) < len(sizes):
+        return data.get("microbatches", 1)  # a size is not valid: making the plan says which
+    if global_batch % prod(factors):
+        words = " x ".join(f"{name}={size}" for name, size in sizes.items())
+        raise SpecError(f"global_batch={global_batch} must be a multiple of {words}")
+    return global_batch // prod(factors)
 
 
 def parse_setting(text: str) -> tuple[str, object]:
@@ -97,7 +152,12 @@ def parse_setting(text: str) -> tuple[str, object]:
     return path, parsed["value"] if set(parsed) == {"value"} else value.strip()
 
 
-def _source_fields(source: str) -> Fields:
+def source_fields(source: str) -> Fields:
+    """The fields that a preset's name or a plan file gives, not yet validated.
+
+    Raises:
+        SpecError: no such preset or file, or see :func:`read_plan`.
+    """
     if source in MODELS:
         return {"model": source}
     path = Path(source)

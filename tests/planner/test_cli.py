@@ -122,6 +122,8 @@ def test_out_holds_report_plan_timeline_and_trace(run: Run, profile: str, tmp_pa
         (["--ep", "4"], "layout.ep", 4),
         (["--dp", "2"], "layout.dp", 2),
         (["--microbatches", "32"], "microbatches", 32),
+        (["--global-batch", "512"], "microbatches", 64),
+        (["--global-batch", "512", "--dp", "2", "--micro-batch-size", "2"], "microbatches", 16),
         (["--micro-batch-size", "2"], "micro_batch_size", 2),
         (["--seq-len", "2048"], "seq_len", 2048),
         (["--schedule", "zb1p"], "schedule", "zb1p"),
@@ -148,8 +150,8 @@ def test_flags_are_those_of_the_design() -> None:
     """The surface is frozen: daily questions have flags, everything else has --set."""
     flags = set(PlanFlags.__dataclass_fields__)
     assert flags == {
-        "n", "residual", "recompute_block", "pp", "ep", "dp", "microbatches", "micro_batch_size",
-        "seq_len", "schedule", "priority", "profile", "engine", "settings",
+        "n", "residual", "recompute_block", "pp", "ep", "dp", "microbatches", "global_batch",
+        "micro_batch_size", "seq_len", "schedule", "priority", "profile", "engine", "settings",
     }  # fmt: skip
 
 
@@ -177,6 +179,15 @@ def test_help_shows_the_defaults_of_the_plan(run: Run) -> None:
         (["predict", "mhc-27b", "--n", "0"], "residual.expansion_rate=0 must be 1, 2, 4, 8 or 16"),
         (["predict", "mhc-27b", "--ep", "7"], "layout.ep=7 must divide the 72 experts"),
         (["predict", "mhc-27b", "--microbatches", "4"], "microbatches=4 must be at least 16"),
+        (
+            ["predict", "mhc-27b", "--global-batch", "100"],
+            "global_batch=100 must be a multiple of micro_batch_size=1 x ep=8 x dp=1",
+        ),
+        (["predict", "mhc-27b", "--global-batch", "64", "--ep", "0"], "layout.ep=0 must be"),
+        (
+            ["predict", "mhc-27b", "--global-batch", "64", "--microbatches", "8"],
+            "global_batch=64 and microbatches=8 exclude each other",
+        ),
         (["predict", "mhc-27b", "--schedule", "gpipe"], 'Invalid value "gpipe" for --schedule'),
         (["predict", "mhc-27b", "--engine", "numpy"], 'Invalid value "numpy" for --engine'),
         (["predict", "mhc-27b", "--tp", "2"], "Unknown option: --tp"),
