@@ -82,7 +82,7 @@ def work_of(plan: PlanSpec, recompute_block: int | None) -> Work:
         ep=plan.layout.ep, expert_ranks_per_node=placement.ranks_per_node(placement.experts(0)),
         priority=plan.priority, recompute_block=recompute_block,
         overlap_recompute=plan.overlap_recompute,
-        pipe_ranks_per_node=placement.pipe_ranks_per_node,
+        pipe_ranks_per_node=placement.pipe_ranks_per_node, overlap_order=plan.overlap_order,
     )  # fmt: skip
 
 

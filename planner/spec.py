@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, ByteSize, Field, ValidationError, model_validator
 
+from mhcplan.planner.phase_orders import OverlapOrder
 from mhcplan.planner.schedules import Schedule, build_schedule
 from mhcplan.planner.spec_errors import describe
 from mhcplan.profiles.parameters import model_parameters
@@ -125,6 +126,13 @@ class PlanSpec(Spec):
         CommStreams,
         _about("expert and pipeline traffic: two have streams of their own, one shares a stream"),
     ] = "two"
+    overlap_order: Annotated[
+        OverlapOrder,
+        _about(
+            "order of an F beside a B: mhc as in figure 4 of the mHC paper, v3 as in DeepSeek-V3's,"
+            " where F_post,res of an FFN is issued with the attention after it"
+        ),
+    ] = "mhc"
     overlap_recompute: Annotated[
         bool, Field(strict=True, description="recompute may run before its gradient arrives")
     ] = True
@@ -155,6 +163,11 @@ class PlanSpec(Spec):
     def tokens(self) -> int:
         """T: tokens of one microbatch on one rank."""
         return self.micro_batch_size * self.seq_len
+
+    @property
+    def global_batch(self) -> int:
+        """Sequences that the whole job trains in one step, whatever the schedule."""
+        return self.microbatches * self.micro_batch_size * self.layout.replicas
 
     @property
     def tokens_per_step(self) -> int:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from mhcplan.planner.chunks import Chunk
+from mhcplan.planner.phase_orders import backward_layer, forward_layer, overlapped_layers
 from mhcplan.profiles.vocabulary import NO_COST
 from mhcplan.sim.build import (
     COMPUTE,
@@ -71,11 +71,9 @@ def pair_template(work: Work, forward: StageShape, backward: StageShape) -> Temp
     f = Chunk(work, forward, builder, 0)
     b = Chunk(work, backward, builder, 1)
     known = first.chunk.size, second.chunk.size
-    layers_f, layers_b = range(len(forward.moe)), reversed(range(len(backward.moe)))
     f.enter()
     b.enter_backward()
-    for k, m in zip_longest(layers_f, layers_b):
-        _overlapped_layer(f, k, b, m)
+    overlapped_layers(f, len(forward.moe), b, len(backward.moe), work.overlap_order)
     f.leave()
     b.leave_backward()
     b.enter_weights()
@@ -168,32 +166,19 @@ class _Recorder:
 def _forward(c: Chunk) -> None:
     c.enter()
     for k in range(len(c.shape.moe)):
-        c.attention_forward(k)
-        c.ffn_enter_forward(k)
-        c.dispatch_forward(k)
-        c.ffn_forward(k)
-        c.combine_forward(k)
-        c.ffn_leave_forward(k)
+        forward_layer(c, k)
     c.leave()
 
 
 def _backward(c: Chunk, *, weights: bool) -> None:
-    """B, or with ``weights`` False I. DISPATCH(B) runs beside MLP(W)."""
-    c.recompute(len(c.shape.moe) - 1, of_ffn=True)
+    """B, or with ``weights`` False I."""
+    blocks = range(len(c.shape.moe))
+    c.recompute(blocks[-1], of_ffn=True)
     c.enter_backward()
-    for k in reversed(range(len(c.shape.moe))):
-        c.recompute(k, of_ffn=True) if k < len(c.shape.moe) - 1 else None
-        c.ffn_leave_backward(k)
-        c.combine_backward(k)
-        c.ffn_backward(k)
-        c.dispatch_backward(k)
-        if weights:
-            c.ffn_weights(k)
-        c.ffn_enter_backward(k)
-        c.recompute(k, of_ffn=False)
-        c.attention_backward(k)
-        if weights:
-            c.attention_weights(k)
+    for k in reversed(blocks):
+        if k != blocks[-1]:
+            c.recompute(k, of_ffn=True)
+        backward_layer(c, k, weights=weights)
     c.leave_backward()
     if weights:
         c.enter_weights()
@@ -206,37 +191,3 @@ def _weights(c: Chunk) -> None:
         c.ffn_weights(k)
         c.attention_weights(k)
     c.leave_weights()
-
-
-def _overlapped_layer(f: Chunk, k: int | None, b: Chunk, m: int | None) -> None:
-    """Block k of the forward beside block m of the backward, in the order of figure 4; a chunk that
-    has no block left (None) sits out.
-
-    One period of the figure, from the recompute at its right end to ATTN(W): on the compute stream
-    Recompute(B) F_pre^A(F) ATTN(F) F_post^A(F) F_pre^M(F) MLP(B) MLP(W) MLP(F) F_pre^M(B)
-    F_post^A(B) ATTN(B) F_pre^A(B) ATTN(W); on the expert stream COMBINE(B) DISPATCH(F) DISPATCH(B)
-    COMBINE(F); F_post^M(B) and F_post^M(F) on the high-priority stream, each between two of these.
-    """
-    if m is not None:
-        b.recompute(m, of_ffn=True)
-        b.ffn_leave_backward(m)
-        b.combine_backward(m)
-    if k is not None:
-        f.attention_forward(k)
-        f.ffn_enter_forward(k)
-        f.dispatch_forward(k)
-    if m is not None:
-        b.ffn_backward(m)
-        b.dispatch_backward(m)
-        b.ffn_weights(m)
-    if k is not None:
-        f.ffn_forward(k)
-        f.combine_forward(k)
-    if m is not None:
-        b.ffn_enter_backward(m)
-        b.recompute(m, of_ffn=False)
-        b.attention_backward(m)
-    if k is not None:
-        f.ffn_leave_forward(k)
-    if m is not None:
-        b.attention_weights(m)

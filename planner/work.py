@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from mhcplan.profiles.specs import SITES_PER_BLOCK, ModelSpec, ResidualSpec
 from mhcplan.profiles.vocabulary import BF16, TransferKey
 from mhcplan.sim.build import COMPUTE, HIGH
+
+if TYPE_CHECKING:
+    from mhcplan.planner.phase_orders import OverlapOrder
 
 
 class StageShape(NamedTuple):
@@ -50,6 +53,7 @@ class Work:
     recompute_block: int | None
     overlap_recompute: bool
     pipe_ranks_per_node: int
+    overlap_order: OverlapOrder
 
     @cached_property
     def state_bytes(self) -> int:
