@@ -49,6 +49,10 @@ _COMMANDS = {
         "mhcplan.planner.check_commands:check",
         "Prove a stream program or a torch CSV sound: no hang, no race, nothing missing.",
     ),
+    "compare": (
+        "mhcplan.planner.compare_commands:compare",
+        "Lay two plans, reports or traces side by side: what changed, and what it did.",
+    ),
     "init": ("mhcplan.planner.commands:init", "Write a plan file with comments, to be edited."),
 }
 _PROFILE_COMMANDS = {

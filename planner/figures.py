@@ -97,25 +97,26 @@ def memory_figure(report: PlanReport) -> go.Figure:
     figure.update_layout(
         _plain_layout(height=320),
         barmode="stack",
-        shapes=[_limit_line(report, "y")],
-        annotations=[_limit_text(report, "y")],
+        shapes=[_limit_line(report.memory_limit_bytes, "y")],
+        annotations=[_limit_text(report.memory_limit_bytes, "y")],
     )
     figure.update_yaxes(title="GB", rangemode="tozero")
     return figure
 
 
-def timeline_figure(report: PlanReport, data: Mapping[str, Any]) -> go.Figure:
+def timeline_figure(data: Mapping[str, Any], limit_bytes: int | None) -> go.Figure:
     """Axes of the timeline: a lane for each rank and stream, memory beneath on the same time axis.
 
     Args:
-        report: for the memory limit.
         data: of :func:`mhcplan.planner.timeline_data.timeline_data`.
+        limit_bytes: the memory limit, None where it is not known.
     """
     lanes: list[dict[str, Any]] = data["lanes"]
     height = lanes[-1]["bottom"] if lanes else 1
     lane = min(max(_LANES_PIXELS / height, _LANE_PIXELS[0]), _LANE_PIXELS[1])
     drawn = round(lane * height) + _GAP_PIXELS + _MEMORY_PIXELS
     ticks = _lane_ticks(lanes)
+    limits = [] if limit_bytes is None else [limit_bytes]
     figure = go.Figure()
     figure.update_layout(
         _plain_layout(height=drawn + _MARGIN["t"] + _MARGIN["b"]),
@@ -124,8 +125,8 @@ def timeline_figure(report: PlanReport, data: Mapping[str, Any]) -> go.Figure:
         dragmode="pan",
         showlegend=False,
         margin=_MARGIN,
-        shapes=[*_rank_borders(lanes), _limit_line(report, "y2")],
-        annotations=[_limit_text(report, "y2")],
+        shapes=[*_rank_borders(lanes), *(_limit_line(limit, "y2") for limit in limits)],
+        annotations=[_limit_text(limit, "y2") for limit in limits],
         xaxis={
             "range": [0, data["step_ns"] / 1e6],
             "title": "ms since the step began",
@@ -175,8 +176,8 @@ def _marker(color: str, *, hatched: bool = False) -> dict[str, Any]:
     return marker
 
 
-def _limit_line(report: PlanReport, axis: str) -> dict[str, Any]:
-    limit = report.memory_limit_bytes / 1e9
+def _limit_line(limit_bytes: int, axis: str) -> dict[str, Any]:
+    limit = limit_bytes / 1e9
     return {
         "type": "line",
         "xref": "paper",
@@ -189,8 +190,8 @@ def _limit_line(report: PlanReport, axis: str) -> dict[str, Any]:
     }
 
 
-def _limit_text(report: PlanReport, axis: str) -> dict[str, Any]:
-    limit = report.memory_limit_bytes / 1e9
+def _limit_text(limit_bytes: int, axis: str) -> dict[str, Any]:
+    limit = limit_bytes / 1e9
     return {
         "text": f"limit {limit:,.1f} GB",
         "xref": "paper",

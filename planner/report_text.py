@@ -173,23 +173,27 @@ def _sources(report: PlanReport) -> Section:
 
 def print_report(report: PlanReport, console: Console) -> None:
     """Write the report to a terminal, or as plain text to a file."""
-    from rich.table import Table
     from rich.text import Text
 
     style = "bold green" if report.fits else "bold red"
     console.print(Text(headline(report), style=style), soft_wrap=True)
     for section in sections(report):
-        table = Table(title=section.title, title_justify="left", show_header=any(section.columns))
-        for number, column in enumerate(section.columns):
-            text = number == 0 or section.title == "Run"
-            table.add_column(column, justify="left" if text else "right")
-        for row in section.rows:
-            last = row is section.rows[-1] and section.title.startswith("Where the step")
-            table.add_row(*row, style="bold" if last else None)
-        console.print()
-        console.print(table)
+        print_section(section, console)
     if report.warnings:
         console.print(Text("\nAssumed and simplified:"))
         for warning in report.warnings:
             console.print(Text(f"- {warning}"), soft_wrap=True)
     console.print(Text(f"\nAgain: {report.command}"), soft_wrap=True)
+
+
+def print_section(section: Section, console: Console) -> None:
+    """Write one table; a row named "step" is the total, columns without a name hold words."""
+    from rich.table import Table
+
+    table = Table(title=section.title, title_justify="left", show_header=any(section.columns))
+    for number, column in enumerate(section.columns):
+        table.add_column(column, justify="right" if number and column else "left")
+    for row in section.rows:
+        table.add_row(*row, style="bold" if row[0] == "step" else None)
+    console.print()
+    console.print(table)

@@ -164,7 +164,7 @@ def _labels(
             {
                 "name": f"{program.kinds[kind]} {letter}",
                 "paint": _paint(program.categories[category], letter),
-                "source": costs[cost].source,
+                "source": costs[cost].source if costs else "not priced",  # of a trace
                 "cost": program.cost_keys[cost],
             }
         )

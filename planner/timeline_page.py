@@ -30,45 +30,49 @@ def timeline_page(prediction: Prediction, report: PlanReport) -> str:
     ops = timeline_data(prediction.step)
     data = {
         "ops": ops,
-        "timeline": _json(timeline_figure(report, ops)),
-        "breakdown": _json(breakdown_figure(report)),
-        "memory": _json(memory_figure(report)),
+        "timeline": figure_json(timeline_figure(ops, report.memory_limit_bytes)),
+        "breakdown": figure_json(breakdown_figure(report)),
+        "memory": figure_json(memory_figure(report)),
     }
-    return Template(_static("page.html")).substitute(
+    return Template(static_text("page.html")).substitute(
         title=escape(f"{report.plan.model.name}, {residual_name(report.plan)}: a predicted step"),
-        style=_static("page.css"),
+        style=static_text("page.css"),
         verdict="fits" if report.fits else "over",
         answer=escape(headline(report)),
-        tables="\n".join(_table(section) for section in sections(report)),
+        tables="\n".join(table_html(section) for section in sections(report)),
         warnings=_warnings(report),
         command=escape(report.command),
         version=escape(report.mhcplan_version),
         plan_digest=report.plan_digest[:12],
         profile_digest=report.profile_digest[:12],
-        plotly=_plotly_js(),
-        data=_script_json(data),
-        script=_static("timeline.js") + "\n" + _static("page.js"),
+        plotly=plotly_js(),
+        data=script_json(data),
+        script="\n".join(map(static_text, ("timeline.js", "toolbar.js", "page.js"))),
     )
 
 
-def _static(name: str) -> str:
+def static_text(name: str) -> str:
+    """A file of ``static``, which becomes part of a page."""
     return files("mhcplan.planner").joinpath("static", name).read_text(encoding="utf-8")
 
 
-def _plotly_js() -> str:
+def plotly_js() -> str:
+    """plotly.js of the installed plotly package."""
     return files("plotly").joinpath("package_data", "plotly.min.js").read_text(encoding="utf-8")
 
 
-def _json(figure: go.Figure) -> dict[str, Any]:
+def figure_json(figure: go.Figure) -> dict[str, Any]:
+    """A figure as plotly.js takes it."""
     return cast("dict[str, Any]", figure.to_plotly_json())  # pyright: ignore[reportUnknownMemberType]
 
 
-def _script_json(data: object) -> str:
+def script_json(data: object) -> str:
     """JSON that cannot end the script element it stands in."""
     return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def _table(section: Section) -> str:
+def table_html(section: Section) -> str:
+    """A section as an HTML table; it also stands in notebooks."""
     words = "" if any(section.columns) else ' class="words"'
     head = "".join(f"<th>{escape(column)}</th>" for column in section.columns)
     lines = [f"<table{words}><caption>{escape(section.title)}</caption>"]

@@ -144,7 +144,7 @@ def test_colours_differ_and_mhc_has_its_own() -> None:
 
 
 def test_timeline_figure_has_lanes_above_memory_on_one_time_axis() -> None:
-    layout = timeline_figure(make_report(small(), ""), drawn()).to_plotly_json()["layout"]
+    layout = timeline_figure(drawn(), 80 * 10**9).to_plotly_json()["layout"]
     assert layout["xaxis"]["anchor"] == "y2"
     assert layout["yaxis"]["domain"][0] > layout["yaxis2"]["domain"][1]
     assert layout["xaxis"]["range"] == [0, small().step.timeline.step_ns / 1e6]
