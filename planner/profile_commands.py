@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
@@ -72,18 +71,24 @@ def show(profile: NameOrFile, /, *, json: Json = False) -> None:
     )
 
 
-def validate(file: Path, /) -> int:
-    """Check a profile file; prints every problem, one a line, and exits 2 if there is one.
+def validate(
+    profile: NameOrFile, /, *, holdout: Annotated[bool, Parameter(negative=())] = False
+) -> int:
+    """Check a profile; prints every problem, one a line, and exits 2 if there is one.
 
     Args:
-        file: the profile file
+        profile: the profile file, or a shipped profile's name
+        holdout: also leave out a fifth of what was measured and say how well the rest predicts it
     """
-    problems = store.validate(file)
+    problems = store.validate(profile)
     for problem in problems:
         print(problem)
-    if not problems:
-        print(f"{file}: no problem")
-    return 2 if problems else 0
+    if problems:
+        return 2
+    print(f"{profile}: no problem")
+    if holdout:
+        _print_holdout(store.find_profile(profile))
+    return 0
 
 
 def diff(first: NameOrFile, second: NameOrFile, /, *, json: Json = False) -> None:
@@ -131,6 +136,21 @@ def measure(
     capture = import_module("mhcplan.profiles.capture.__main__")
     code: int = capture.main(list(words))
     return code
+
+
+def _print_holdout(profile: Profile) -> None:
+    from mhcplan.profiles.holdout import holdout
+
+    rows = (
+        (row.family, str(row.shapes), str(row.held_out), str(row.missing),
+         f"{row.median_percent:.1f}", f"{row.p90_percent:.1f}", f"{row.worst_percent:+.1f}",
+         row.worst)
+        for row in holdout(profile)
+    )  # fmt: skip
+    columns = (
+        "family", "shapes", "held out", "no price", "median %", "90th %", "worst %", "worst at"
+    )  # fmt: skip
+    _table(_console(), "Error of shapes left out, predicted from the rest", columns, rows)
 
 
 def _summary(profile: Profile) -> dict[str, str | int]:

@@ -3,7 +3,7 @@
 Shapes are points on logarithmic axes. Neighbours are chosen among the rows that differ from the
 target in the fewest axes: those that bracket it on every such axis vote, multilinearly; several
 such groups are averaged, tight brackets counting more. What is asked of the rows is a slowdown
-against the roofline (:mod:`mhcplan.profiles.op_costs`), which varies slowly: work itself is not
+against a physical form (:mod:`mhcplan.profiles.op_fit`), which varies slowly: work itself is not
 interpolated. Everything here is deterministic and independent of the order of rows.
 """
 
@@ -62,7 +62,7 @@ class Grid:
 
         0 stands for "without" (no query compression, say): asked for where only sizes were
         measured, or the other way round, it is outside, by a factor of 1 that never refuses: the
-        roofline counts the work that is there or not.
+        form counts the work that is there or not.
         """
         found: list[Outside] = []
         for axis, value, values in zip(self.axes, target, self._values, strict=True):

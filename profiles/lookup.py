@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 from mhcplan.profiles.costs import Cost, CostMissing, cost_table
 from mhcplan.profiles.op_costs import (
     OpCosts,
-    Roofline,
     deferred_bytes,
     measure_command,
     saved_bytes,
     scale_segments,
 )
+from mhcplan.profiles.op_fit import Roofline
 from mhcplan.profiles.transfer_costs import TransferCosts
 from mhcplan.profiles.vocabulary import VOCABULARY, OpKey, TransferKey, op_key, parse_key
 

@@ -2,11 +2,10 @@
 
 An op that was measured at this shape costs what was measured, verbatim. Any other shape costs
 
-    time = roofline(shape) x slowdown(shape),
-    roofline = launch + max(flops / GEMM rate, bytes / copy rate),
+    time = form(shape) x slowdown(shape),
 
-with the vocabulary's flops and bytes, the profile's own rates and launch floor, and a slowdown
-interpolated in log space between measured shapes of the same kind and pass
+with launch, arithmetic and bytes as fitted to the kind and pass (:mod:`mhcplan.profiles.op_fit`)
+and a slowdown against that form, interpolated in log space between measured shapes
 (:mod:`mhcplan.profiles.interpolation`). Outside the measured range the slowdown of the edge is
 held, up to 4x on each axis; beyond that the look-up refuses and says what to measure.
 """
@@ -18,15 +17,14 @@ from typing import TYPE_CHECKING
 
 from mhcplan.profiles.costs import Cost, CostMissing, Source, worst
 from mhcplan.profiles.interpolation import MAX_EXTRAPOLATION, Grid, Outside
-from mhcplan.profiles.schema import ProfileError
+from mhcplan.profiles.op_fit import FittedTime
 from mhcplan.profiles.vocabulary import VOCABULARY, OpKey
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mhcplan.profiles.schema import OpTiming, Profile, Segment
-
-SECOND_NS = 1_000_000_000
+    from mhcplan.profiles.op_fit import Roofline
+    from mhcplan.profiles.schema import OpTiming, Segment
 
 # Elementwise ops over one long array: a longer one is a train of measured ones, a shorter one takes
 # no longer than the shortest measured. So no length of these is too far.
@@ -36,32 +34,6 @@ _TRAIN_AXES = frozenset({"parameters"})
 def measure_command(key: OpKey) -> str:
     """How to get the missing measurement, as the end of an error line."""
     return f"measure it: mhcplan profile measure --op '{key}'"
-
-
-class Roofline:
-    """Least time of an op on the profiled machine, in ns, by the profile's own rates."""
-
-    def __init__(self, profile: Profile) -> None:
-        """Take the rates and the launch floor of ``profile``.
-
-        Raises:
-            ProfileError: a rate is missing.
-        """
-        rates = {rate.name: rate.per_second for rate in profile.rates}
-        for name in ("gemm_bf16_flops", "copy_bytes"):
-            if name not in rates:
-                raise ProfileError(f"profile {profile.name}: rates: {name} is missing")
-        self._flops, self._bytes = rates["gemm_bf16_flops"], rates["copy_bytes"]
-        self._launch_ns = profile.overheads.launch_ns
-
-    def __call__(self, key: OpKey) -> float:
-        """Launch floor plus the longer of computing and moving bytes, in ns, at least 1."""
-        kind, shape = VOCABULARY[key.kind], dict(key.shape)
-        work_s = max(
-            kind.flops(shape, key.pass_) / self._flops, kind.bytes(shape, key.pass_) / self._bytes
-        )
-        # an empty op on a machine without a launch floor still has a logarithm
-        return max(self._launch_ns + work_s * SECOND_NS, 1.0)
 
 
 class OpCosts:
@@ -76,6 +48,7 @@ class OpCosts:
         self._keys = [key for key, _ in rows]
         self._rows = [row for _, row in rows]
         self._roofline = roofline
+        self._form: FittedTime | None = None
         self._grid: Grid | None = None
         self._log_slowdowns: dict[int, float] = {}
 
@@ -84,18 +57,21 @@ class OpCosts:
         row = self._exact.get(key)
         if row is not None:
             return _as_measured(key, row)
-        if self._grid is None:
+        if self._grid is None or self._form is None:
+            self._form = FittedTime(
+                self._keys, [row.duration_ns for row in self._rows], self._roofline
+            )
             axes = [axis for axis, _ in key.shape]
             self._grid = Grid(axes, [[v for _, v in k.shape] for k in self._keys])
         target = [value for _, value in key.shape]
         outside = self._grid.outside(target)
         self._refuse_beyond_reach(key, outside)
-        return self._interpolate(key, self._grid.neighbours(target), outside)
+        return self._interpolate(key, self._form, self._grid.neighbours(target), outside)
 
-    def _log_slowdown(self, i: int) -> float:
+    def _log_slowdown(self, i: int, form: FittedTime) -> float:
         if i not in self._log_slowdowns:
-            least_ns = self._roofline(self._keys[i])
-            self._log_slowdowns[i] = math.log(self._rows[i].duration_ns / least_ns)
+            expected_ns = form(self._keys[i])
+            self._log_slowdowns[i] = math.log(self._rows[i].duration_ns / expected_ns)
         return self._log_slowdowns[i]
 
     def _refuse_beyond_reach(self, key: OpKey, outside: list[Outside]) -> None:
@@ -109,11 +85,15 @@ class OpCosts:
                 )
 
     def _interpolate(
-        self, key: OpKey, votes: list[tuple[int, float]], outside: list[Outside]
+        self,
+        key: OpKey,
+        form: FittedTime,
+        votes: list[tuple[int, float]],
+        outside: list[Outside],
     ) -> Cost:
         rows = [self._rows[i] for i, _ in votes]
-        slowdown = math.exp(sum(weight * self._log_slowdown(i) for i, weight in votes))
-        duration_ns = max(round(self._roofline(key) * slowdown), 1)
+        slowdown = math.exp(sum(weight * self._log_slowdown(i, form) for i, weight in votes))
+        duration_ns = max(round(form(key) * slowdown), 1)
         nearest_key, nearest = self._keys[votes[0][0]], rows[0]
         how: Source = "extrapolated" if outside else "interpolated"
         work = _bytes_ratio(key, nearest_key)
@@ -154,7 +134,7 @@ def _explain(how: str, keys: list[OpKey], outside: list[Outside], rows: list[OpT
         f"; {axis}={value}, measured {low} to {high}" for axis, value, low, high, _ in outside
     )
     cited = "".join(f"; {text}" for text in dict.fromkeys(r.citation for r in rows) if text)
-    return f"{how} from {shapes}{more} by roofline{beyond}{cited}"
+    return f"{how} from {shapes}{more} by launch, arithmetic and bytes{beyond}{cited}"
 
 
 def saved_bytes(key: OpKey) -> int:

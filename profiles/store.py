@@ -20,7 +20,6 @@ from mhcplan.profiles.schema import (
     Profile,
     ProfileError,
     parse_profile,
-    read_profile,
 )
 
 if TYPE_CHECKING:
@@ -74,13 +73,18 @@ def list_profiles() -> list[Profile]:
     return [find_profile(name) for name in shipped_profiles()]
 
 
-def validate(path: Path) -> list[str]:
-    """Every problem of the profile at ``path``, one line each, field first; empty if it is sound.
+def validate(name_or_path: str | Path) -> list[str]:
+    """Every problem of a profile, one line each, field first; empty if it is sound.
 
     A file that is no JSON, of another format, or of a newer version has that one problem.
+
+    Raises:
+        ProfileError: no such profile.
     """
+    name = str(name_or_path)
+    text = profile_file_text(name)
     try:
-        profile = read_profile(path)
+        profile = parse_profile(text, name)
     except ProfileError as error:
         return list(error.problems) or [str(error)]
     return list(implausible(profile))

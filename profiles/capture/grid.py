@@ -21,7 +21,7 @@ EXPANSION_RATES = (4, 2, 8)
 RECOMPUTE_SITES = (1, 2, 4, 8)
 EXPERT_PARALLEL = (8, 4, 2, 1)
 SEQ = 4096
-OPTIMIZER_SIZES = (4 * 1024**2, 64 * 1024**2, 1024**3)
+OPTIMIZER_SIZES = tuple(2**20 * 4**power for power in range(6))  # 1 Mi to 1 Gi parameters
 TIERS = (1, 2, 3)
 
 TINY: dict[str, dict[str, int]] = {

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from mhcplan.profiles.costs import CostMissing
 from mhcplan.profiles.lookup import CostModel
+from mhcplan.profiles.op_fit import Roofline
 from mhcplan.profiles.schema import Profile, ProfileError
 from mhcplan.profiles.vocabulary import (
     TRANSFER_PATTERNS,
@@ -91,21 +92,44 @@ def power_law(row: OpTiming) -> OpTiming:
     return row.model_copy(update={"duration_ns": round(row.duration_ns * slower)})
 
 
-def test_power_law_slowdown_is_reproduced_where_a_grid_point_is_missing(profile: Profile) -> None:
+def test_power_law_slowdown_is_followed_where_a_grid_point_is_missing(profile: Profile) -> None:
     rows = tuple(power_law(row) for row in profile.ops if row.kind == "mhc_post")
     held_out = next(r for r in rows if r.key == post(hidden=1920, tokens=2048))
     bent = profile.model_copy(update={"ops": tuple(r for r in rows if r is not held_out)})
     cost = CostModel(bent).op(held_out.key)
     assert cost.source == "interpolated"
-    assert cost.duration_ns == pytest.approx(held_out.duration_ns, rel=1e-3)
+    assert cost.duration_ns == pytest.approx(held_out.duration_ns, rel=0.02)
 
 
-def test_power_law_slowdown_is_reproduced_off_the_grid(profile: Profile) -> None:
+def test_power_law_slowdown_is_followed_off_the_grid(profile: Profile) -> None:
     rows = tuple(power_law(row) for row in profile.ops if row.kind == "mhc_post")
     bent = CostModel(profile.model_copy(update={"ops": rows}))
     key = post(hidden=2240, tokens=3000)
     expected = power_law(timing(key)).duration_ns
-    assert bent.op(key).duration_ns == pytest.approx(expected, rel=1e-3)
+    assert bent.op(key).duration_ns == pytest.approx(expected, rel=0.02)
+
+
+@given(
+    n=st.sampled_from([2, 4, 8]),
+    hidden=st.integers(20, 40).map(lambda i: 64 * i),
+    tokens=st.integers(1024, 8192),
+)
+def test_launch_arithmetic_and_bytes_of_each_n_are_found(n: int, hidden: int, tokens: int) -> None:
+    """Kernels that pay 9 us a launch and miss the copy rate by a factor of their own."""
+    profile = synthetic_profile()
+    roofline = Roofline(profile)
+
+    def time_ns(key: OpKey) -> int:
+        return round(9_000 + dict(key.shape)["n"] * roofline.work_ns(key)[1])
+
+    rows = tuple(
+        row.model_copy(update={"duration_ns": time_ns(row.key)})
+        for row in profile.ops
+        if row.kind == "mhc_post"
+    )
+    key = post(n=n, hidden=hidden, tokens=tokens)
+    cost = CostModel(profile.model_copy(update={"ops": rows})).op(key)
+    assert cost.duration_ns == pytest.approx(time_ns(key), rel=1e-3)
 
 
 def test_one_missing_corner_falls_back_on_its_nearest_rows(profile: Profile) -> None:
