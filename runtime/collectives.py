@@ -10,16 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
+from mhcplan.runtime.groups import ALL_GATHER, REDUCE_SCATTER
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from mhcplan.runtime.groups import Handle
     from mhcplan.runtime.parameters import Section, StageParameters
-
-# torch 2.13 renamed both
-_REDUCE_SCATTER: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
-_ALL_GATHER: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-PART_OF_GROUP = {"dp": "dense", "dp_experts": "experts"}  # by the part of a group's name before ":"
 
 
 class StageReduction:
@@ -46,11 +43,11 @@ def _reduce(section: Section, group: Any) -> Any:  # noqa: ANN401 - process grou
     if not section.grad.is_cuda:
         return dist.all_reduce(section.grad, group=group, async_op=True)
     own = section.own_of(section.grad)
-    return _REDUCE_SCATTER(own, section.grad, group=group, async_op=True)
+    return REDUCE_SCATTER(own, section.grad, group=group, async_op=True)
 
 
 def _gather(section: Section, group: Any) -> Any:  # noqa: ANN401
     own = section.own_of(section.data)
     if not own.is_cuda:
         own = own.clone()
-    return _ALL_GATHER(section.data, own, group=group, async_op=True)
+    return ALL_GATHER(section.data, own, group=group, async_op=True)

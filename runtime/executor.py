@@ -12,7 +12,9 @@ the buffer has been issued. ``record_stream`` is never needed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -21,13 +23,14 @@ from torch import Tensor
 from mhcplan.runtime.spec import RunError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from mhcplan.runtime.streams import CpuStreams, CudaStreams
     from mhcplan.sim.program import Op, Program
 
 Value = Tensor | tuple[Tensor, ...]
 COMPUTE = 0  # number of the compute stream among a rank's
+_ON_PARAMETERS = "O"  # pass of what works on parameters, once a step
 
 
 class TensorLayout(NamedTuple):
@@ -38,14 +41,15 @@ class TensorLayout(NamedTuple):
 
 
 Layout = tuple[TensorLayout, ...]  # of a buffer; one entry: the value is a tensor, else a tuple
+Run = Callable[[list[Any], list[Any]], "Sequence[Any]"]  # see Bound
 
 
-def allocate(layout: Layout, device: torch.device, poison: bool = False) -> Value:
-    """Memory for a buffer; ``poison`` fills it with NaN, so that a read before the write shows."""
+def allocate(layout: Layout, device: torch.device, fill: float | None = None) -> Value:
+    """Memory for a buffer; ``fill`` sets all of it (NaN is -1 in integers)."""
     made = tuple(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in layout)
-    if poison:
+    if fill is not None:
         for x in made:
-            x.fill_(float("nan") if x.is_floating_point() else -1)
+            x.fill_(fill if x.is_floating_point() or not math.isnan(fill) else -1)
     return made[0] if len(made) == 1 else made
 
 
@@ -60,7 +64,7 @@ class Bound:
         layouts: of the buffers written; needed where another op allocates them.
     """
 
-    run: Callable[[list[Any], list[Any]], Sequence[Any]]
+    run: Run
     layouts: tuple[Layout, ...] = ()
 
 
@@ -120,13 +124,18 @@ class Instruction:
     stream: int
     waits: tuple[int, ...]
     records: tuple[int, ...]
-    run: Callable[[list[Any], list[Any]], Sequence[Any]] | None
+    run: Run | None
     reads: tuple[int, ...]
     writes: tuple[int, ...]
     place: list[tuple[int, Layout]] = field(default_factory=list)
     frees: tuple[int, ...] = ()
     is_transfer: bool = False
     host_sync: bool = False
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it needs neither another process nor gradients that mean something."""
+        return not self.is_transfer and self.ops[0].pass_ != _ON_PARAMETERS
 
 
 class Executor:
@@ -140,7 +149,7 @@ class Executor:
         order: order of issue as positions in the rank's ops (of a batched call its first); None is
             the Program's. Another one is for tests, on a CPU: any order that respects streams and
             events must give equal results.
-        poison: fill preallocated memory with NaN.
+        poison: fill preallocated memory with NaN, so that a read before the write shows.
 
     Raises:
         RunError: an op writes a buffer that another op allocates, and its layout is not known.
@@ -157,8 +166,9 @@ class Executor:
         order: Sequence[int] | None = None,
         poison: bool = False,
     ) -> None:
-        self.streams, self.attached, self._poison = streams, Attachments(), poison
+        self.streams, self.attached = streams, Attachments()
         self.binding = binding
+        self._fill = float("nan") if poison else None
         self._transfers = transfers
         ops = rank_ops(program, rank)
         bound = [binding.bind(op, self.attached) for op in ops]
@@ -169,21 +179,37 @@ class Executor:
 
     def step(self, observer: Observer | None = None) -> None:
         """Issue all ops. Returns when they are issued; on a CPU, when they are done."""
+        self._run(self.instructions, observer, self._fill)
+
+    def rehearse(self) -> None:
+        """Run what needs no other process, on zeros where a message should be; leaves gradients.
+
+        The first launch of a GPU kernel compiles and loads it, which may wait for all that runs on
+        the device: for ever, if that is a transfer whose peer waits for this process.
+        """
+        alone = [it if it.is_local else replace(it, run=None) for it in self.instructions]
+        self._run(alone, None, 0.0)
+
+    def _run(
+        self, instructions: list[Instruction], observer: Observer | None, fill: float | None
+    ) -> None:
         self.streams.begin()
         with torch.no_grad():
-            for index, instruction in enumerate(self.instructions):
-                self._issue(index, instruction, observer)
+            for index, instruction in enumerate(instructions):
+                self._issue(index, instruction, observer, fill)
         self.streams.join()
         if self._values:
             left = sorted(self._values)[:5]
             raise RunError(f"{len(self._values)} buffers are never freed, such as {left}")
 
-    def _issue(self, index: int, it: Instruction, observer: Observer | None) -> None:
+    def _issue(
+        self, index: int, it: Instruction, observer: Observer | None, fill: float | None
+    ) -> None:
         streams, values = self.streams, self._values
         if it.place:
             streams.enter(COMPUTE, ())
             for buffer, layout in it.place:
-                values[buffer] = allocate(layout, streams.device, self._poison)
+                values[buffer] = allocate(layout, streams.device, fill)
         streams.enter(it.stream, it.waits)
         if observer is not None:
             observer.before(index)
@@ -230,7 +256,7 @@ class Executor:
         self._place(ops, bound, at, local)
         return found
 
-    def _messages(self, it: Instruction) -> Callable[[list[Any], list[Any]], Sequence[Any]]:
+    def _messages(self, it: Instruction) -> Run:
         """The run of a send, a receive or a batch of both."""
         sends = [bool(op.reads) for op in it.ops]
         start, ops = self._transfers.start, it.ops

@@ -26,6 +26,13 @@ if TYPE_CHECKING:
     from mhcplan.sim.program import Group, Op, Program
 
 
+# torch 2.13 renamed both
+REDUCE_SCATTER: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+ALL_GATHER: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+PART_OF_GROUP = {"dp": "dense", "dp_experts": "experts"}  # by the part of a group's name before ":"
+_OPENING_ELEMENTS = 1 << 16  # fp32 for each member: enough for every channel to be used
+
+
 class Place(NamedTuple):
     """Which of the processes this is: a rank of the Program in one of its replicas."""
 
@@ -123,42 +130,43 @@ class Groups:
                 if place.process in processes:
                     own[number] = Handle(self._made[key], key[1])
         if self._device.type == "cuda":
-            _warm_up(program, own, sorted(set(new)), self._device)
+            for number in sorted(set(new)):
+                if number in own:
+                    _open(program, number, own[number], self._device)
         return own
 
     def _create(self, processes: list[int], *, urgent: bool) -> Any:  # noqa: ANN401
         options = None
-        if self._device.type == "cuda" and urgent:
-            options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        if self._device.type == "cuda":
+            options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=urgent)
+            options._timeout = self._timeout
         return dist.new_group(processes, timeout=self._timeout, pg_options=options)
 
 
-def _warm_up(
-    program: Program, own: dict[int, Handle], numbers: Sequence[int], device: torch.device
-) -> None:
-    """Open every communicator in the same order on all processes.
+def _open(program: Program, number: int, handle: Handle, device: torch.device) -> None:
+    """Open a communicator, and the connections of every kind of call that the Program makes in it.
 
-    NCCL opens one at its first call and blocks the host until all members are there; left to the
+    NCCL does both at a first call and blocks the host until all members are there; left to the
     step, two processes could each wait for the other in a different one.
     """
-    batched = {int(g) for g in program.group[program.batch >= 0]}
-    for number in numbers:
-        handle = own.get(number)
-        if handle is None:
-            continue
-        x = torch.zeros(2 * len(handle.processes), device=device)
-        if program.groups[number].name.startswith("pp") and number not in batched:
-            source, target = handle.processes
-            first = dist.get_rank() == source
-            start = dist.isend if first else dist.irecv
-            work = start(x, target if first else source, group=handle.group)
-            assert work is not None
-            work.wait()
-        elif number in batched:
-            _ring(x, handle)
-        else:
-            dist.all_reduce(x, group=handle.group)
-        torch.cuda.synchronize(device)
+    size = len(handle.processes)
+    x = torch.zeros(size * _OPENING_ELEMENTS, device=device)
+    kind = program.groups[number].name.partition(":")[0]
+    if kind == "ep":
+        dist.all_to_all_single(torch.empty_like(x), x, group=handle.group)
+    elif kind in PART_OF_GROUP:
+        own = x.chunk(size)[handle.index]
+        REDUCE_SCATTER(own, x, group=handle.group)
+        ALL_GATHER(x, own, group=handle.group)
+    elif (program.batch[program.group == number] >= 0).any():
+        _ring(x, handle)
+    else:
+        source, target = handle.processes
+        call, peer = (dist.isend, target) if dist.get_rank() == source else (dist.irecv, source)
+        work = call(x, peer, group=handle.group)
+        assert work is not None
+        work.wait()
+    torch.cuda.synchronize(device)
 
 
 def _ring(x: Tensor, handle: Handle) -> None:

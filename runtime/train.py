@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 
 from mhcplan.runtime.binding import ModelBinding
-from mhcplan.runtime.collectives import PART_OF_GROUP, StageReduction
+from mhcplan.runtime.collectives import StageReduction
 from mhcplan.runtime.data import Batches, TextBatches
 from mhcplan.runtime.executor import Executor, rank_ops, streams_of
-from mhcplan.runtime.groups import Groups, GroupTransfers, Handle, Place
+from mhcplan.runtime.groups import PART_OF_GROUP, Groups, GroupTransfers, Handle, Place
 from mhcplan.runtime.model import Stage, build_stage
 from mhcplan.runtime.parameters import PARTS
 from mhcplan.runtime.spec import (
@@ -95,6 +95,14 @@ class Trainer:
         pairs = [self.text.microbatch(step, first + b) for b in range(self.num_microbatches)]
         self.batches.inputs.copy_(torch.stack([x for x, _ in pairs]))
         self.batches.targets.copy_(torch.stack([y for _, y in pairs]))
+
+    def rehearse(self) -> None:
+        """Compile and load every kernel, without another process; weights stay as they are."""
+        self.executor.rehearse()
+        for stage in self.stages.values():
+            for section in stage.parameters.all_sections():
+                section.grad.zero_()
+        self.batches.losses.zero_()
 
     def step(self, observer: Observer | None = None) -> None:
         """Train one step on what :meth:`load` brought; on a GPU it returns once it is issued."""
