@@ -19,7 +19,15 @@ import json
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, ByteSize, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ByteSize,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
 from mhcplan.planner.phase_orders import OverlapOrder
 from mhcplan.planner.schedules import Schedule, build_schedule
@@ -91,6 +99,14 @@ class LayoutSpec(Spec):
         return self.ep * self.dp
 
 
+def _unsplit_without_experts(layout: LayoutSpec, info: ValidationInfo) -> LayoutSpec:
+    """A dense model has nothing to split: there, ep is 1 unless somebody asked for more."""
+    model: ModelSpec | None = info.data.get("model")
+    if model is None or model.moe is not None or "ep" in layout.model_fields_set:
+        return layout
+    return layout.model_copy(update={"ep": 1})
+
+
 class PlanSpec(Spec):
     """A training step to predict; every field says in its description what it decides."""
 
@@ -102,7 +118,11 @@ class PlanSpec(Spec):
     residual: Annotated[
         ResidualSpec, _about("how sublayers are joined, and mHC's recompute block")
     ] = ResidualSpec()
-    layout: Annotated[LayoutSpec, _about("how the GPUs are used")] = LayoutSpec()
+    layout: Annotated[
+        LayoutSpec,
+        AfterValidator(_unsplit_without_experts),
+        Field(description="how the GPUs are used", validate_default=True),
+    ] = LayoutSpec()
     microbatches: Annotated[
         int, _count(MAX_CELLS, "M of one replica, of both DualPipe directions together")
     ] = 64

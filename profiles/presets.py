@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from typing import TYPE_CHECKING, TypeVar
 
-from mhcplan.profiles.specs import HardwareSpec, Link, Mla, ModelSpec, Moe
+from mhcplan.profiles.specs import Gqa, HardwareSpec, Link, Mla, ModelSpec, Moe
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -86,6 +86,28 @@ def _v4(
     )
 
 
+_LLAMA_3_8B = ModelSpec(
+    name="llama-3-8b",
+    num_blocks=32,
+    hidden_size=4096,
+    vocab_size=128_256,
+    attention=Gqa(num_heads=32, num_kv_heads=8),
+    dense_ffn_dim=14_336,
+    source="arXiv 2407.21783 (Llama 3), table 3; vocabulary: config.json of its checkpoint",
+)
+
+_QWEN3_30B_A3B = ModelSpec(
+    name="qwen3-30b-a3b",
+    num_blocks=48,
+    hidden_size=2048,
+    vocab_size=151_936,
+    attention=Gqa(num_heads=32, num_kv_heads=4),
+    moe=Moe(num_experts=128, top_k=8, ffn_dim=768),
+    source="arXiv 2505.09388 (Qwen3), table 2; widths and vocabulary: config.json of its"
+    " checkpoint",
+    assumed=("norms of queries and keys a head are left out: 256 weights a block",),
+)
+
 MODELS: Mapping[str, ModelSpec] = {
     model.name: model
     for model in (
@@ -111,6 +133,8 @@ MODELS: Mapping[str, ModelSpec] = {
             published_heads=128,
             moe=Moe(num_experts=384, top_k=6, num_shared_experts=1, ffn_dim=3072),
         ),
+        _LLAMA_3_8B,
+        _QWEN3_30B_A3B,
     )
 }
 

@@ -2,7 +2,7 @@
 
 Tier 1 is what predicting the mHC paper's 9B and 27B models needs, tier 2 brackets it (more token
 counts, the 3B model, widths of larger models for the residual), tier 3 adds the layers of
-DeepSeek-V3's shape. ``TINY`` is a shape of every kind that a CPU can run in no time.
+DeepSeek-V3, Llama 3 and Qwen3. ``TINY`` is a shape of every kind that a CPU can run in no time.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mhcplan.profiles.presets import MODELS
-from mhcplan.profiles.specs import Mla, ModelSpec
+from mhcplan.profiles.specs import Attention, Mla, ModelSpec
 from mhcplan.profiles.vocabulary import VOCABULARY, OpKey, op_key
 
 if TYPE_CHECKING:
@@ -78,24 +78,34 @@ def residual_keys(n: int, hidden: int, tokens: int) -> Iterator[OpKey]:
 
 
 def block_keys(model: ModelSpec, tokens: int, seq: int) -> Iterator[OpKey]:
-    """Layer ops of an MoE model's blocks, whatever its expert parallelism."""
-    hidden, moe, mla = model.hidden_size, model.moe, model.attention
-    if moe is None or not isinstance(mla, Mla):
-        raise ValueError(f"{model.name}: only MLA models with experts are in the grid")
+    """Layer ops of a model's blocks, whatever its expert parallelism."""
+    hidden, moe = model.hidden_size, model.moe
     here = {"tokens": tokens, "hidden": hidden}
-    yield from _all_passes(
-        "attention_mla", **here, seq=seq, heads=mla.num_heads, nope=mla.qk_nope_head_dim,
-        rope=mla.qk_rope_head_dim, v=mla.v_head_dim, kv_rank=mla.kv_lora_rank,
-        q_rank=mla.q_lora_rank or 0,
-    )  # fmt: skip
+    yield from _attention_keys(model.attention, seq=seq, **here)
     yield from _all_passes("norm", **here)
     yield from _all_passes("residual", **here)
-    yield from _all_passes("router", **here, experts=moe.num_experts, top_k=moe.top_k)
-    if moe.num_shared_experts:
-        yield from _all_passes("shared_experts", **here, ffn=moe.num_shared_experts * moe.ffn_dim)
-    yield from _all_passes("unpermute", **here, top_k=moe.top_k)
+    if moe is not None:
+        yield from _all_passes("router", **here, experts=moe.num_experts, top_k=moe.top_k)
+        yield from _all_passes("unpermute", **here, top_k=moe.top_k)
+        if moe.num_shared_experts:
+            ffn = moe.num_shared_experts * moe.ffn_dim
+            yield from _all_passes("shared_experts", **here, ffn=ffn)
     if model.dense_ffn_dim:
         yield from _all_passes("dense_ffn", **here, ffn=model.dense_ffn_dim)
+
+
+def _attention_keys(attention: Attention, **shape: int) -> Iterator[OpKey]:
+    if isinstance(attention, Mla):
+        yield from _all_passes(
+            "attention_mla", **shape, heads=attention.num_heads, nope=attention.qk_nope_head_dim,
+            rope=attention.qk_rope_head_dim, v=attention.v_head_dim,
+            kv_rank=attention.kv_lora_rank, q_rank=attention.q_lora_rank or 0,
+        )  # fmt: skip
+    else:
+        yield from _all_passes(
+            "attention_gqa", **shape, heads=attention.num_heads,
+            kv_heads=attention.num_kv_heads, head_dim=attention.head_dim,
+        )  # fmt: skip
 
 
 def expert_keys(model: ModelSpec, tokens: int, ranks: Iterable[int]) -> Iterator[OpKey]:
@@ -157,6 +167,8 @@ def _third_tier() -> Iterator[OpKey]:
     for tokens in (4096, 2048):
         # all 256 experts on one GPU do not fit with their gradients; V3 trains on 64 ranks
         yield from _model_keys("deepseek-v3", tokens, min(tokens, SEQ), (64, 32, 8))
+        for name in ("llama-3-8b", "qwen3-30b-a3b"):
+            yield from _model_keys(name, tokens, min(tokens, SEQ))
 
 
 def keys(tiers: Iterable[int] = TIERS) -> list[OpKey]:

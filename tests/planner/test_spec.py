@@ -94,8 +94,9 @@ def test_dense_model_has_no_experts_to_split() -> None:
         "dense_ffn_dim": 4096, "attention": {"kind": "gqa", "num_heads": 8, "num_kv_heads": 8},
     }  # fmt: skip
     with pytest.raises(SpecError, match=r"layout\.ep=8 must be 1: dense has no experts"):
-        make_plan({"model": dense})
-    assert make_plan({"model": dense, "layout": {"ep": 1, "dp": 8}}).layout.gpus == 64
+        make_plan({"model": dense, "layout": {"ep": 8}})
+    assert make_plan({"model": dense}).layout.ep == 1
+    assert make_plan({"model": dense, "layout": {"dp": 8}}).layout.gpus == 64
 
 
 def test_model_too_large_to_count_is_refused() -> None:

@@ -44,7 +44,7 @@ def plans(draw: st.DrawFn) -> PlanSpec:
         },
         "layout": {
             "pp": pp,
-            "ep": draw(st.sampled_from([1, 2, 4, 8])),
+            "ep": draw(st.sampled_from([1, 2, 4, 8])) if MODELS[model].moe else 1,
             "dp": draw(st.integers(1, 9)),
         },
         "microbatches": 2 * draw(st.integers(pp, 64)),
