@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, assert_never
+from typing import TYPE_CHECKING, Literal, assert_never
 
 import networkx as nx
 
@@ -18,8 +18,9 @@ from mhcplan.planner.schedule_table import deadlock
 
 if TYPE_CHECKING:
     from mhcplan.planner.actions import Action
-    from mhcplan.planner.schedule_p2p import P2P
     from mhcplan.planner.schedule_table import Schedule
+
+Waits = Literal["eager", "buffered", "grouped"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +57,14 @@ class ChunkTimes:
         assert_never(action.kind)
 
 
-def chunk_graph(schedule: Schedule, p2p: P2P = "eager") -> nx.DiGraph[Action]:
+def chunk_graph(schedule: Schedule, p2p: Waits = "eager") -> nx.DiGraph[Action]:
     """What must end before what starts.
 
     Nodes are actions, with their ``rank``. An edge's ``messages`` is 1 if a message passes between
     the end of the one action and the start of the other, else 0. With ``eager`` an action waits for
     the one before it and for its own inputs; with ``grouped`` it waits for every message posted
-    before it, hence for whatever the peers do before they post the other ends.
+    before it, hence for whatever the peers do before they post the other ends. ``buffered`` is
+    between the two: an action waits for every receive posted before it, but for no send.
     """
     graph: nx.DiGraph[Action] = nx.DiGraph()
     producer: dict[Output | None, tuple[Action, int]] = {}  # None: W, which nothing needs
@@ -76,19 +78,23 @@ def chunk_graph(schedule: Schedule, p2p: P2P = "eager") -> nx.DiGraph[Action]:
                 if need is not None:
                     source, source_rank = producer[need]
                     graph.add_edge(source, action, messages=int(source_rank != rank))
-    if p2p == "grouped":
-        graph.add_edges_from(_group_edges(schedule), messages=1)
+    if p2p != "eager":
+        graph.add_edges_from(_group_edges(schedule, p2p), messages=1)
     return graph
 
 
-def _group_edges(schedule: Schedule) -> set[tuple[Action, Action]]:
+def _group_edges(schedule: Schedule, p2p: Waits) -> set[tuple[Action, Action]]:
     """From the action after which one end of a message is posted to the one that waits for it."""
     ends: dict[Output, list[tuple[Action | None, Action | None]]] = {}
     table = place_messages(schedule, "grouped")
     for row, slots in zip(schedule.actions, table, strict=True):
         # The first batch is posted at time 0, and no action waits for the last.
-        for messages, border in zip(slots, pairwise((None, *row, None)), strict=True):
+        for messages, (posted, waiting) in zip(slots, pairwise((None, *row, None)), strict=True):
             for message in messages:
+                border = posted, waiting
+                if p2p == "buffered":
+                    sends = message.kind.startswith("SEND")
+                    border = (posted, None) if sends else (None, waiting)
                 ends.setdefault(message.carries, []).append(border)
     return {
         (posted, waiting)
@@ -99,7 +105,7 @@ def _group_edges(schedule: Schedule) -> set[tuple[Action, Action]]:
     }
 
 
-def end_times_ns(schedule: Schedule, times: ChunkTimes, p2p: P2P = "eager") -> dict[Action, int]:
+def end_times_ns(schedule: Schedule, times: ChunkTimes, p2p: Waits = "eager") -> dict[Action, int]:
     """When every action ends, in ns after the first one starts, if each starts as it can.
 
     Raises:
@@ -120,7 +126,7 @@ def end_times_ns(schedule: Schedule, times: ChunkTimes, p2p: P2P = "eager") -> d
     return end_ns
 
 
-def bubbles_ns(schedule: Schedule, times: ChunkTimes, p2p: P2P = "eager") -> tuple[int, ...]:
+def bubbles_ns(schedule: Schedule, times: ChunkTimes, p2p: Waits = "eager") -> tuple[int, ...]:
     """Per rank, the part of the makespan in which it runs no action, in ns.
 
     Published (DeepSeek-V3, table 2, for F = I = W): (P-1)(F+B) for 1F1B, (P-1)(F+B-2W) for ZB1P,
