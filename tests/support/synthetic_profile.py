@@ -21,7 +21,7 @@ from mhcplan.profiles.schema import (
     Segment,
     TransferTiming,
 )
-from mhcplan.profiles.specs import Mla, ModelSpec
+from mhcplan.profiles.specs import Gqa, Mla, ModelSpec
 from mhcplan.profiles.vocabulary import VOCABULARY, OpKey, op_key
 
 if TYPE_CHECKING:
@@ -136,9 +136,16 @@ def _shapes(model: ModelSpec, tokens: int) -> Iterator[tuple[str, dict[str, int]
             yield "mhc_recompute", {**state, "sites": sites}
     yield "residual", flat
     yield "norm", flat
-    yield "attention_mla", _mla(model, tokens)
+    attention = model.attention
+    if isinstance(attention, Mla):
+        yield "attention_mla", _mla(attention, flat)
+    heads, kv_heads = (
+        (attention.num_heads, attention.num_kv_heads)
+        if isinstance(attention, Gqa)
+        else (hidden // 128, 8)
+    )
     yield "attention_gqa", {
-        **flat, "seq": min(tokens, 4096), "heads": hidden // 128, "kv_heads": 8, "head_dim": 128,
+        **flat, "seq": min(tokens, 4096), "heads": heads, "kv_heads": kv_heads, "head_dim": 128,
     }  # fmt: skip
     yield "embedding", {**flat, "vocab": vocab}
     yield "head", {**flat, "vocab": vocab}
@@ -148,13 +155,10 @@ def _shapes(model: ModelSpec, tokens: int) -> Iterator[tuple[str, dict[str, int]
         yield "zero_gradients", {"parameters": parameters}
 
 
-def _mla(model: ModelSpec, tokens: int) -> dict[str, int]:
-    attention = model.attention
-    assert isinstance(attention, Mla)
+def _mla(attention: Mla, flat: dict[str, int]) -> dict[str, int]:
     return {
-        "tokens": tokens,
-        "seq": min(tokens, 4096),
-        "hidden": model.hidden_size,
+        **flat,
+        "seq": min(flat["tokens"], 4096),
         "heads": attention.num_heads,
         "nope": attention.qk_nope_head_dim,
         "rope": attention.qk_rope_head_dim,
@@ -171,7 +175,8 @@ def _ffn_shapes(model: ModelSpec, tokens: int) -> Iterator[tuple[str, dict[str, 
     if moe is None:
         return
     rows = tokens * moe.top_k
-    yield "shared_experts", {**flat, "ffn": moe.num_shared_experts * moe.ffn_dim}
+    if moe.num_shared_experts:
+        yield "shared_experts", {**flat, "ffn": moe.num_shared_experts * moe.ffn_dim}
     yield "router", {**flat, "experts": moe.num_experts, "top_k": moe.top_k}
     yield "regroup", {"rows": rows, "hidden": model.hidden_size}
     yield "unpermute", {**flat, "top_k": moe.top_k}
