@@ -55,6 +55,35 @@ def compare(a: SideText, b: SideText, /, *, json: Json = False, out: Path | None
         print_comparison(comparison, output())
 
 
+def explain(
+    source: Annotated[str, Parameter(name="MODEL|PLAN", allow_leading_hyphen=False)],
+    /,
+    *,
+    flags: PlanFlags | None = None,
+    json: Json = False,
+) -> None:
+    """Say in words why a step takes as long as it does, and simulate what would help.
+
+    Args:
+        source: a model preset, or a plan file (.toml)
+        flags: what to change in it
+        json: print one JSON object instead of text
+    """
+    from mhcplan.planner.explain import explain as explain_step
+    from mhcplan.planner.explain_text import print_explanation
+    from mhcplan.planner.predict import predict
+
+    flags = flags or PlanFlags()
+    plan = flags.plan(source)
+    command = shlex.join(["mhcplan", "explain", source, *flags.arguments()])
+    with progress(f"simulating {plan.model.name} and what would help it"):
+        explanation = explain_step(predict(plan), command)
+    if json:
+        print(explanation.to_json())
+    else:
+        print_explanation(explanation, output())
+
+
 def plan_of_words(words: list[str]) -> PlanSpec:
     """The plan that a command line's words say: a source and flags.
 
