@@ -23,12 +23,7 @@ BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 
-_EXTRAS = {  # of the modules that only some commands need
-    **dict.fromkeys(("torch", "triton"), "gpu"),
-    **dict.fromkeys(("optuna", "pyarrow"), "sweep"),
-    **dict.fromkeys(("dask", "distributed", "ray"), "cluster"),
-    **dict.fromkeys(("fastapi", "starlette", "uvicorn", "pebble"), "web"),
-}
+_GPU_MODULES = {"torch", "triton"}
 
 _HELP = """\
 What does mHC cost in this training run, and which schedule makes it cost least?
@@ -46,10 +41,6 @@ _COMMANDS = {
         "mhcplan.planner.commands:predict",
         "Predict a step: overhead, time, memory, and whether it fits.",
     ),
-    "sweep": (
-        "mhcplan.planner.sweep_commands:sweep",
-        "Predict every combination of lists of values: any field, a table, resumable.",
-    ),
     "export": (
         "mhcplan.planner.commands:export",
         "Write a predicted step in another tool's format.",
@@ -65,14 +56,6 @@ _COMMANDS = {
     "explain": (
         "mhcplan.planner.compare_commands:explain",
         "Say in words why a step takes as long as it does, and what would help.",
-    ),
-    "diagnose": (
-        "mhcplan.planner.diagnose_commands:diagnose",
-        "Say what mHC or HC did in a training run: gains, mixing, collapse, alarms.",
-    ),
-    "web": (
-        "mhcplan.web.commands:web",
-        "Open the what-if page: sliders, and the answer as they move. Works offline.",
     ),
     "init": ("mhcplan.planner.commands:init", "Write a plan file with comments, to be edited."),
 }
@@ -139,8 +122,6 @@ def _run(arguments: list[str]) -> int:
         return 0
     from cyclopts import CycloptsError
 
-    from mhcplan.planner.diagnose_file import RecordingError
-    from mhcplan.planner.farm import FarmError
     from mhcplan.planner.output import OutputError
     from mhcplan.planner.spec import SpecError
     from mhcplan.profiles.schema import ProfileError
@@ -152,13 +133,13 @@ def _run(arguments: list[str]) -> int:
             print_error=False,
             result_action="return_value",
         )
-    except (CycloptsError, SpecError, ProfileError, OutputError, RecordingError, FarmError) as error:
+    except (CycloptsError, SpecError, ProfileError, OutputError) as error:
         return _refuse(str(error))
     except ImportError as error:
         missing = _missing_module(error)
-        if missing not in _EXTRAS:
+        if missing not in _GPU_MODULES:
             raise
-        return _refuse(f"{missing} is not installed: pip install 'mhcplan[{_EXTRAS[missing]}]'")
+        return _refuse(f"{missing} is not installed: pip install 'mhcplan[gpu]'")
     return result if isinstance(result, int) else 0
 
 
