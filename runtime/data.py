@@ -1,17 +1,20 @@
 """Real tokens for training runs: Python's own language reference, which ships with every Python.
 
-``pydoc_data.topics`` is about 0.7 MB of English and code. Its pieces (words with the blank before
-them, numbers, signs) are numbered by how often they occur; a piece beyond the vocabulary is spelled
-in bytes. Small, fixed and real enough for a loss that falls.
+``pydoc_data.topics`` is about 0.7 MB of English and code (a Python that was packed without it has
+its library's sources instead). Its pieces (words with the blank before them, numbers, signs) are
+numbered by how often they occur; a piece beyond the vocabulary is spelled in bytes. Small, fixed
+and real enough for a loss that falls.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
+import sysconfig
 from collections import Counter
 from functools import lru_cache
 from itertools import chain
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,8 +25,11 @@ _PIECE = re.compile(r" ?[A-Za-z_]+|\d+| +|\n+|[^\sA-Za-z_\d]")
 
 def corpus() -> str:
     """The text, topic by topic in alphabetical order."""
-    from pydoc_data.topics import topics
-
+    try:
+        from pydoc_data.topics import topics
+    except ModuleNotFoundError:
+        sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+        return "\n\n".join(path.read_text(encoding="utf-8", errors="replace") for path in sources)
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 

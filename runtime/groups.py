@@ -116,16 +116,22 @@ class Groups:
         self._device, self._timeout = device, timedelta(seconds=timeout_s)
         self._made: dict[tuple[str, tuple[int, ...]], Any] = {}
 
-    def add(self, program: Program, place: Place) -> dict[int, Handle]:
-        """Create (or find) the groups of a Program; returns those of this process by number."""
+    def add(self, program: Program, place: Place, ctas: int | None = None) -> dict[int, Handle]:
+        """Create (or find) the groups of a Program; returns those of this process by number.
+
+        Args:
+            program: whose groups; ``place``: which of its processes this is.
+            ctas: of every NCCL kernel; None leaves it to NCCL.
+        """
         urgent = {s.group for s in program.streams if s.priority <= HIGH_PRIORITY}
         own: dict[int, Handle] = {}
         new: list[int] = []
         for number, group in enumerate(program.groups):
             for processes in instances(group, place.ep, place.dp):
-                key = f"{group.name}{'!' if number in urgent else ''}", tuple(processes)
+                name = f"{group.name}{'!' if number in urgent else ''}/{ctas or ''}"
+                key = name, tuple(processes)
                 if key not in self._made:
-                    self._made[key] = self._create(processes, urgent=number in urgent)
+                    self._made[key] = self._create(processes, ctas, urgent=number in urgent)
                     new.append(number)
                 if place.process in processes:
                     own[number] = Handle(self._made[key], key[1])
@@ -135,11 +141,13 @@ class Groups:
                     _open(program, number, own[number], self._device)
         return own
 
-    def _create(self, processes: list[int], *, urgent: bool) -> Any:  # noqa: ANN401
+    def _create(self, processes: list[int], ctas: int | None, *, urgent: bool) -> Any:  # noqa: ANN401
         options = None
         if self._device.type == "cuda":
             options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=urgent)
             options._timeout = self._timeout
+            if ctas is not None:
+                options.config.min_ctas = options.config.max_ctas = ctas
         return dist.new_group(processes, timeout=self._timeout, pg_options=options)
 
 

@@ -33,6 +33,15 @@ SILENCE_S = 60.0  # a process may hold the interpreter's lock for long while it 
 _GRACE_S = 10.0  # between telling processes to end and killing them
 _FAILED = "mhcplan/failed"
 FAILED_EXIT_CODE = 3
+# What GPU processes need before CUDA starts; what is set already stays.
+_ENVIRONMENT = {
+    # a queue for every stream: with fewer, one that waits for a peer holds up another's kernels
+    "CUDA_DEVICE_MAX_CONNECTIONS": "32",
+    # as the profile's allocator margin was measured
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    # captured transfers then run as issued ones do
+    "NCCL_GRAPH_REGISTER": "0",
+}
 
 
 class ProcessFailed(RuntimeError):
@@ -149,6 +158,9 @@ def launch(
     Raises:
         ProcessFailed: a process failed or died. All have ended by then.
     """
+    if device == "cuda":
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = mp.get_context("spawn")
     processes = [

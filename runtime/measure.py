@@ -1,10 +1,10 @@
 """Step times, traces and memory of real runs.
 
-Times come from steps that nothing watches, with Python's garbage collector off. Traces come from
-other steps, in which an event is recorded before and after every op: their step is longer, by how
-much is part of a measurement. Clocks: a GPU's events are placed on the host's monotonic clock by an
-event whose time on both is known to within ``ClockBase.uncertainty_ns``; processes of one machine
-share that clock.
+Times come from steps that nothing watches, with Python's garbage collector off: issued op by op
+(from the hosts' begin), or captured (from where the device begins). Traces come from other steps,
+in which an event is recorded before and after every op: their step is longer, by how much is part
+of a measurement. Clocks: a GPU's events are placed on the host's monotonic clock by an event whose
+time on both is known to within ``uncertainty_ns``; processes of one machine share that clock.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from mhcplan.runtime.captured import CapturedStep
 from mhcplan.runtime.trace import measured_timeline
 from mhcplan.sim.files import Trace
 
@@ -52,7 +53,7 @@ class StepTimes:
     """Steps of one Trainer.
 
     Attributes:
-        step_ns: each step, from the hosts' begin to the end of the last process.
+        step_ns: each step, of the process that took longest.
         issue_ns: for each step, how long the slowest host took to issue it.
     """
 
@@ -70,6 +71,11 @@ class StepTimes:
         low, _, high = statistics.quantiles(self.step_ns, n=4)
         return 100 * (high - low) / self.median_ns
 
+    @property
+    def median_issue_ns(self) -> int:
+        """Host time of a step: where it nears the step's, the host decides how long that takes."""
+        return int(statistics.median(self.issue_ns))
+
 
 @contextmanager
 def quiet() -> Iterator[None]:
@@ -84,7 +90,9 @@ def quiet() -> Iterator[None]:
         gc.unfreeze()
 
 
-def time_steps(trainers: Mapping[str, Trainer], steps: int, warm_up: int) -> dict[str, StepTimes]:
+def time_steps(
+    trainers: Mapping[str, Trainer] | Mapping[str, CapturedStep], steps: int, warm_up: int
+) -> dict[str, StepTimes]:
     """Time steps of several Trainers in turns, so that drift of the machine hits all alike.
 
     Every process must call it with equal arguments; all get the times of the slowest.
@@ -106,26 +114,29 @@ def time_steps(trainers: Mapping[str, Trainer], steps: int, warm_up: int) -> dic
     return found
 
 
-def _timed_step(trainer: Trainer) -> tuple[int, int]:
+def _timed_step(trainer: Trainer | CapturedStep) -> tuple[int, int]:
     """(ns until the host had issued the step, ns until it was done)."""
-    _together(trainer)
+    device = trainer.session.device
+    _together(device)
     begin = time.perf_counter_ns()
     trainer.step()
     issued = time.perf_counter_ns()
-    _synchronize(trainer)
+    _synchronize(device)
+    if isinstance(trainer, CapturedStep):
+        return issued - begin, trainer.elapsed_ns()
     return issued - begin, time.perf_counter_ns() - begin
 
 
-def _together(trainer: Trainer) -> None:
+def _together(device: torch.device) -> None:
     """Start all processes at one time, with idle devices."""
-    _synchronize(trainer)
+    _synchronize(device)
     dist.barrier()
-    _synchronize(trainer)
+    _synchronize(device)
 
 
-def _synchronize(trainer: Trainer) -> None:
-    if trainer.session.device.type == "cuda":
-        torch.cuda.synchronize(trainer.session.device)
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def peak_memory(trainer: Trainer, steps: int = 2) -> PeakBytes:
@@ -135,14 +146,14 @@ def peak_memory(trainer: Trainer, steps: int = 2) -> PeakBytes:
             trainer.load(step)
             trainer.step()
         return PeakBytes(0, 0, 0)
-    _synchronize(trainer)
+    _synchronize(trainer.session.device)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     static = torch.cuda.memory_allocated()
     for step in range(steps):
         trainer.load(step)
         trainer.step()
-    _synchronize(trainer)
+    _synchronize(trainer.session.device)
     return PeakBytes(static, torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
 
 
@@ -156,11 +167,17 @@ class _HostEvent:
         self.ns = time.perf_counter_ns()
 
 
+def _cuda_event(*, external: bool = False) -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True, external=external)
+
+
 class _Recorder:
     """Observer of a step: when the host issued each instruction, when its stream ran it."""
 
-    def __init__(self, instructions: list[Instruction], device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+    def __init__(
+        self, instructions: list[Instruction], device: torch.device, *, external: bool
+    ) -> None:
+        self._cuda, self._external = device.type == "cuda", external
         count = len(instructions)
         self.issued = np.zeros(count, np.int64)
         self.begins = [self._event() for _ in range(count)]
@@ -168,7 +185,8 @@ class _Recorder:
         self._base = self._event()
 
     def _event(self) -> Any:  # noqa: ANN401 - torch's event or ours
-        return torch.cuda.Event(enable_timing=True) if self._cuda else _HostEvent()
+        # within a graph, an internal event is an edge and has no time
+        return _cuda_event(external=self._external) if self._cuda else _HostEvent()
 
     def before(self, index: int) -> None:
         self.begins[index].record()
@@ -182,7 +200,7 @@ class _Recorder:
         self.base_ns, self.uncertainty_ns = 0, 0
         best = None
         for _ in range(_CLOCK_TRIES if self._cuda else 0):
-            event, begin = self._event(), time.perf_counter_ns()
+            event, begin = _cuda_event(), time.perf_counter_ns()
             event.record()
             event.synchronize()
             end = time.perf_counter_ns()
@@ -199,21 +217,19 @@ class _Recorder:
         return self.base_ns + np.array(elapsed, np.int64)
 
 
-def trace_step(trainer: Trainer, step: int) -> Trace | None:
+def trace_step(trainer: Trainer, step: int, *, captured: bool = False) -> Trace | None:
     """Run a step with events around every op; process 0 gets the trace of its replica.
 
     Every process must call it. Times of a batched call are those of all its ops.
+
+    Args:
+        trainer: whose step.
+        step: whose microbatches.
+        captured: as one CUDA graph; all its ops count as issued when it begins.
     """
     instructions = trainer.executor.instructions
-    recorder = _Recorder(instructions, trainer.session.device)
-    trainer.load(step)
-    with quiet():
-        _together(trainer)
-        recorder.set_clock()
-        _together(trainer)
-        begin = time.perf_counter_ns()
-        trainer.step(recorder)
-        _synchronize(trainer)
+    recorder = _Recorder(instructions, trainer.session.device, external=captured)
+    begin = _watched_step(trainer, step, recorder, captured)
     ops = np.array([op.index for it in instructions for op in it.ops])
     of = np.repeat(np.arange(len(instructions)), [len(it.ops) for it in instructions])
     columns = np.stack(
@@ -230,10 +246,31 @@ def trace_step(trainer: Trainer, step: int) -> Trace | None:
     dist.all_gather_object(parts, mine)
     if trainer.session.process != 0:
         return None
-    return _assemble(trainer, [part for part in parts if part["replica"] == 0])
+    return _assemble(trainer, [part for part in parts if part["replica"] == 0], captured)
 
 
-def _assemble(trainer: Trainer, parts: list[dict[str, Any]]) -> Trace:
+def _watched_step(trainer: Trainer, step: int, recorder: _Recorder, captured: bool) -> int:
+    """Run a step for ``recorder``; returns when it began, on the host's clock."""
+    device = trainer.session.device
+    graph = CapturedStep(trainer, recorder) if captured else None
+    trainer.load(step)
+    with quiet():
+        _together(device)
+        recorder.set_clock()
+        _together(device)
+        begin = time.perf_counter_ns()
+        if graph is None:
+            trainer.step(recorder)
+        else:
+            graph.step()
+        _synchronize(device)
+    if graph is not None:
+        begin = int(recorder.times_ns([graph.begin])[0])
+        recorder.issued[:] = begin
+    return begin
+
+
+def _assemble(trainer: Trainer, parts: list[dict[str, Any]], captured: bool) -> Trace:
     """One trace from the parts of a replica's processes."""
     program = trainer.program
     table = np.zeros((3, program.num_ops), np.int64)
@@ -245,6 +282,7 @@ def _assemble(trainer: Trainer, parts: list[dict[str, Any]]) -> Trace:
     meta = {
         "plan_digest": program.meta.get("plan_digest"),
         "clock_uncertainty_ns": max(part["uncertainty_ns"] for part in parts),
+        "captured": captured,
         "device": _device_name(trainer.session.device),
         "torch": torch.__version__,
     }

@@ -266,7 +266,8 @@ def _named(weights: Mapping[str, Weight], prefix: str) -> dict[str, Weight]:
 def _bind_attention(spec: RunSpec, stage: Stage, block: int) -> None:
     a, site = spec.model.attention, SITES_PER_BLOCK * block
     weights = _named(stage.parameters.weights, f"blocks.{block}.attention")
-    common = {"seq": spec.seq_len, "heads": a.num_heads, "backend": spec.attention}
+    backend = spec.attention if weights["out"].data.is_cuda else None
+    common = {"seq": spec.seq_len, "heads": a.num_heads, "backend": backend}
     if isinstance(a, Mla):
         op: Op = AttentionMla(**common, rope=a.qk_rope_head_dim, **weights)  # type: ignore[arg-type]
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from mhcplan.sim.program import Program
 
 Routing = Literal["forced", "learned"]
+# cuDNN's kernels keep their SMs to the end, flash-attention's CTAs are short
+_BACKENDS = {"persistent": "cudnn", "preemptible": "flash"}
 
 
 class RunError(ValueError):
@@ -33,7 +35,9 @@ class RunSpec:
         routing: ``forced`` sends every expert its equal share (nothing waits for counts);
             ``learned`` takes the gate's choice.
         dtype: of weights and activations. The residual's own parameters are at least fp32.
-        attention: backend of the scores; None is the device's default.
+        attention: a GPU's backend of the scores; None is the default. CPUs have one only.
+        comm_ctas: CTAs of every NCCL kernel; None leaves it to NCCL.
+        compute_sms: SMs that compute streams may use; None is all.
         seed: of weights and of the order of the data.
     """
 
@@ -46,6 +50,8 @@ class RunSpec:
     routing: Routing = "forced"
     dtype: torch.dtype = torch.bfloat16
     attention: str | None = None
+    comm_ctas: int | None = None
+    compute_sms: int | None = None
     seed: int = 0
 
     @classmethod
@@ -54,7 +60,7 @@ class RunSpec:
 
         Args:
             plan: the resolved plan; ``model`` holds all sizes.
-            choices: fields that a plan does not have: routing, dtype, attention, seed.
+            choices: fields that a plan does not have (routing, dtype, seed), or instead of it.
 
         Raises:
             RunError: the plan asks for what the runtime lacks.
@@ -67,10 +73,12 @@ class RunSpec:
         assert isinstance(layout, dict)
         assert isinstance(seq_len, int)
         tokens = seq_len * int(plan.get("micro_batch_size", 1))  # type: ignore[call-overload]
+        asked: dict[str, Any] = {name: plan.get(name) for name in ("comm_ctas", "compute_sms")}
+        asked["attention"] = _BACKENDS.get(str(plan.get("attention")))
+        asked |= choices
         spec = cls(
-            model, residual, tokens, seq_len, ep=int(layout["ep"]), dp=int(layout["dp"]),
-            **choices,  # type: ignore[arg-type]
-        )  # fmt: skip
+            model, residual, tokens, seq_len, ep=int(layout["ep"]), dp=int(layout["dp"]), **asked
+        )
         spec.check()
         return spec
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from mhcplan.sim.program import Stream
 
@@ -51,8 +51,24 @@ class Streams(Protocol):
 class CudaStreams:
     """CUDA streams and events. Index 0 is the compute stream."""
 
-    def __init__(self, streams: Sequence[Stream], num_events: int, device: torch.device) -> None:
-        """Make streams of the Program's priorities; raises ValueError for too many of one."""
+    def __init__(
+        self,
+        streams: Sequence[Stream],
+        num_events: int,
+        device: torch.device,
+        compute_sms: int | None = None,
+    ) -> None:
+        """Make streams of the Program's priorities.
+
+        Args:
+            streams: of a rank, its compute stream first.
+            num_events: that its ops record.
+            device: where they are.
+            compute_sms: SMs for streams that belong to no group, which then have no priority.
+
+        Raises:
+            ValueError: too many streams of one priority.
+        """
         self.device = device
         counts: dict[int, int] = {}
         for stream in streams:
@@ -61,7 +77,13 @@ class CudaStreams:
             raise ValueError(
                 f"{counts} streams by priority: torch has {MAX_STREAMS_PER_PRIORITY} of each"
             )
-        self.streams = [torch.cuda.Stream(device, priority=s.priority) for s in streams]
+        capped = _capped_stream(device, compute_sms) if compute_sms is not None else None
+        self.streams = [
+            capped()
+            if capped is not None and s.group < 0
+            else torch.cuda.Stream(device, priority=s.priority)
+            for s in streams
+        ]
         self._events = [torch.cuda.Event() for _ in range(num_events)]
         self._current = self.streams[0]
 
@@ -102,6 +124,14 @@ class CudaStreams:
             self.streams[0].wait_stream(stream)
         self._caller.wait_stream(self.streams[0])
         torch.cuda.set_stream(self._caller)
+
+
+def _capped_stream(device: torch.device, sms: int) -> Callable[[], torch.cuda.Stream]:
+    """Makes streams whose kernels share ``sms`` SMs (CUDA's green contexts, torch >= 2.11)."""
+    from torch.cuda.green_contexts import GreenContext
+
+    context: Any = GreenContext.create(num_sms=sms, device_id=device.index)
+    return context.Stream
 
 
 class CpuStreams:

@@ -83,7 +83,7 @@ class Trainer:
                 f" x dp {spec.dp}), this run has {dist.get_world_size()}"
             )
         self.num_microbatches = num_microbatches(program)
-        self.groups = session.groups.add(program, self.place)
+        self.groups = session.groups.add(program, self.place, spec.comm_ctas)
         self.stages = self._build_stages(optimizer or {})
         self.batches = Batches(self.num_microbatches, spec.tokens, session.device)
         self.text = TextBatches(spec.model.vocab_size, spec.tokens, spec.seq_len, spec.seed)
@@ -155,8 +155,12 @@ class Trainer:
         )
         own = [program.streams[i] for i in streams_of(program, rank)]
         events = sum(op.record >= 0 for op in ops)
+        if self.spec.compute_sms and any(op.group < 0 and op.stream.priority for op in ops):
+            raise RunError("compute_sms goes with priority=none: capped streams have no priority")
         streams = (
-            CudaStreams(own, events, device) if device.type == "cuda" else CpuStreams(own, events)
+            CudaStreams(own, events, device, self.spec.compute_sms)
+            if device.type == "cuda"
+            else CpuStreams(own, events)
         )
         transfers = GroupTransfers(self.groups, self.place)
         return Executor(program, rank, binding, transfers, streams, order=order, poison=poison)
