@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from mhcplan.profiles import store
+from mhcplan.profiles.derive import DERIVED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -22,7 +23,7 @@ Json = Annotated[bool, Parameter(negative=(), help="print JSON instead of text")
 
 
 def list_(*, json: Json = False) -> None:
-    """List the shipped profiles: what each measured, and when."""
+    """List the profiles that come with mhcplan: what each measured, or is scaled from, and when."""
     profiles = store.list_profiles()
     if json:
         from json import dumps
@@ -155,9 +156,10 @@ def _print_holdout(profile: Profile) -> None:
 
 def _summary(profile: Profile) -> dict[str, str | int]:
     run = profile.provenance[0] if profile.provenance else None
+    device = run.device if run else ""
     return {
         "name": profile.name,
-        "device": run.device if run else "",
+        "device": f"{DERIVED[profile.name]}, scaled" if profile.name in DERIVED else device,
         "measured_on": run.measured_on if run else "",
         "ops": len(profile.ops),
         "transfers": len(profile.transfers),

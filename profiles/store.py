@@ -1,8 +1,9 @@
 """Profiles on disk: find, list, show, validate and compare them.
 
-Shipped profiles live in ``profiles/data``, one JSON file each, and are found by name; any other
-profile is found by its path. Reading one refuses what no machine can have
-(:mod:`mhcplan.profiles.plausibility`), so that a wrong unit is an error and not a prediction.
+Shipped profiles live in ``profiles/data``, one JSON file each, and are found by name, as are those
+derived from them (:mod:`mhcplan.profiles.derive`); any other profile is found by its path. Reading
+one refuses what no machine can have (:mod:`mhcplan.profiles.plausibility`), so that a wrong unit is
+an error and not a prediction.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mhcplan.profiles.derive import DERIVED, derive
 from mhcplan.profiles.plausibility import implausible
 from mhcplan.profiles.presets import unknown_name
 from mhcplan.profiles.schema import (
@@ -20,6 +22,7 @@ from mhcplan.profiles.schema import (
     Profile,
     ProfileError,
     parse_profile,
+    profile_text,
 )
 
 if TYPE_CHECKING:
@@ -38,7 +41,7 @@ def shipped_profiles() -> dict[str, Traversable]:
 
 
 def profile_file_text(name_or_path: str) -> str:
-    """The very text that ``--profile NAME_OR_PATH`` reads.
+    """The very text that ``--profile NAME_OR_PATH`` reads; of a derived one, as it would be stored.
 
     Raises:
         ProfileError: no such profile, with close names, or an unreadable file.
@@ -46,9 +49,11 @@ def profile_file_text(name_or_path: str) -> str:
     shipped = shipped_profiles()
     if name_or_path in shipped:
         return shipped[name_or_path].read_text(encoding="utf-8")
+    if name_or_path in DERIVED:
+        return profile_text(find_profile(name_or_path))
     path = Path(name_or_path)
     if not path.is_file() and not _looks_like_a_path(name_or_path):
-        known = unknown_name("profile", name_or_path, shipped)
+        known = unknown_name("profile", name_or_path, dict.fromkeys(profile_names()))
         raise ProfileError(f"{known}; or give the path of a {SUFFIX} file")
     try:
         return path.read_text(encoding="utf-8")
@@ -57,20 +62,29 @@ def profile_file_text(name_or_path: str) -> str:
 
 
 def find_profile(name_or_path: str) -> Profile:
-    """The shipped profile of this name, or the one in this file.
+    """The shipped or derived profile of this name, or the one in this file.
 
     Raises:
         ProfileError: no such profile, or one that cannot be used; one line that names the field.
     """
+    if name_or_path in DERIVED and name_or_path not in shipped_profiles():
+        return derive(find_profile(DERIVED[name_or_path]), name_or_path)
     profile = parse_profile(profile_file_text(name_or_path), name_or_path)
     for problem in implausible(profile):
         raise ProfileError(f"{name_or_path}: {problem}")
     return profile
 
 
+def profile_names() -> tuple[str, ...]:
+    """Names that :func:`find_profile` knows: measured profiles, and those derived from them."""
+    shipped = shipped_profiles()
+    derived = (name for name, base in DERIVED.items() if base in shipped)
+    return tuple(sorted({*shipped, *derived}))
+
+
 def list_profiles() -> list[Profile]:
-    """All shipped profiles, by name."""
-    return [find_profile(name) for name in shipped_profiles()]
+    """All profiles that come with mhcplan, by name."""
+    return [find_profile(name) for name in profile_names()]
 
 
 def validate(name_or_path: str | Path) -> list[str]:
