@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from benchmarks.results import replay
+from benchmarks.results import bubbles, plans, replay
 from mhcplan.profiles.store import find_profile
 
 if TYPE_CHECKING:
@@ -18,6 +18,13 @@ SECTIONS: Mapping[str, Callable[[Profile], Section]] = MappingProxyType(
     {
         "replay": lambda _: replay.validation(),
         "replay-measures": replay.measures,
+        "measures": plans.measures,
+        "fields": plans.fields,
+        "recompute": plans.recompute,
+        "in-flight": plans.in_flight,
+        "rows": plans.state_rows,
+        "bubbles": lambda _: bubbles.bubbles(),
+        "latency": lambda _: bubbles.latency(),
     }
 )
 
