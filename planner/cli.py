@@ -57,6 +57,10 @@ _COMMANDS = {
         "mhcplan.planner.compare_commands:explain",
         "Say in words why a step takes as long as it does, and what would help.",
     ),
+    "diagnose": (
+        "mhcplan.planner.diagnose_commands:diagnose",
+        "Say what mHC or HC did in a training run: gains, mixing, collapse, alarms.",
+    ),
     "init": ("mhcplan.planner.commands:init", "Write a plan file with comments, to be edited."),
 }
 _PROFILE_COMMANDS = {
@@ -122,6 +126,7 @@ def _run(arguments: list[str]) -> int:
         return 0
     from cyclopts import CycloptsError
 
+    from mhcplan.planner.diagnose_file import RecordingError
     from mhcplan.planner.output import OutputError
     from mhcplan.planner.spec import SpecError
     from mhcplan.profiles.schema import ProfileError
@@ -133,7 +138,7 @@ def _run(arguments: list[str]) -> int:
             print_error=False,
             result_action="return_value",
         )
-    except (CycloptsError, SpecError, ProfileError, OutputError) as error:
+    except (CycloptsError, SpecError, ProfileError, OutputError, RecordingError) as error:
         return _refuse(str(error))
     except ImportError as error:
         missing = _missing_module(error)
