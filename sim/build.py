@@ -13,7 +13,9 @@ overlapped pair has two chunks, slot 0 (the forward's) and slot 1 (the backward'
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -31,6 +33,9 @@ COMPUTE, HIGH, EXPERT, PIPE, DATA, DATA_EXPERTS = range(6)
 NUM_ROLES = 6
 OUT, GRAD_OUT = "out", "grad_out"  # what a chunk hands to the next and to the previous stage
 _RESERVED = (OUT, GRAD_OUT)
+_KIND, _CATEGORY, _COST, _BYTES = map(
+    OP_COLUMNS.index, ("kind", "category", "cost", "payload_bytes")
+)
 
 
 class New(NamedTuple):
@@ -132,6 +137,21 @@ class Template:
     buffers: dict[str, NDArray[np.int64]]
     symbols: NDArray[np.int64]
     tail: int
+
+    @cached_property
+    def digest(self) -> bytes:
+        """Of all but what its ops cost and how many bytes they move."""
+        kinds, categories = list(self.labels.kinds), list(self.labels.categories)
+        names = (
+            [kinds[kind] for kind in self.ops[:, _KIND].tolist()],
+            [categories[category] for category in self.ops[:, _CATEGORY].tolist()],
+        )
+        digest = hashlib.blake2b(repr((names, self.tail)).encode())
+        kept = [i for i in range(len(OP_COLUMNS)) if i not in (_KIND, _CATEGORY, _COST, _BYTES)]
+        for table in (self.ops[:, kept], self.waits, *self.buffers.values(), self.symbols):
+            digest.update(repr(table.shape).encode())
+            digest.update(table.tobytes())
+        return digest.digest()
 
 
 class TemplateBuilder:
@@ -382,13 +402,12 @@ class Labels:
             for label in theirs:
                 mine.setdefault(label, len(mine))
 
-    def numbers_of(self, others: Labels, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """[op, table] numbers here of labels that ``others`` has numbered."""
-        translated = np.empty_like(numbers)
-        for i, (mine, theirs) in enumerate(zip(self._tables, others._tables, strict=True)):
-            here = np.array([mine[label] for label in theirs], np.int64)
-            translated[:, i] = here[numbers[:, i]]
-        return translated
+    def numbers_of(self, others: Labels) -> tuple[NDArray[np.int64], ...]:
+        """Numbers here of the kinds, categories and costs of ``others``, by their numbers there."""
+        return tuple(
+            np.array([mine[label] for label in theirs], np.int64)
+            for mine, theirs in zip(self._tables, others._tables, strict=True)
+        )
 
     @property
     def _tables(self) -> tuple[dict[str, int], ...]:

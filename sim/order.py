@@ -50,6 +50,10 @@ def order_of(program: Program) -> Order:
     Raises:
         MeetError: a transfer that lacks an end or a member.
     """
+    return program.shared(_order_of)
+
+
+def _order_of(program: Program) -> Order:
     first = batch_first(program)
     return Order(
         first,

@@ -28,20 +28,22 @@ models.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from mhcplan.sim.jit import compiled, ints
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
     Ints = NDArray[np.int64]
+
+T = TypeVar("T")
 
 # What a buffer is for; memory reports have one figure for each. Order is the report's.
 COMPONENTS = (
@@ -218,6 +220,29 @@ class Program:
     frees: Csr
     meta: dict[str, object] = field(default_factory=dict[str, object])
 
+    @cached_property
+    def _shared(self) -> dict[object, Any]:
+        return {}
+
+    def shared(self, make: Callable[[Program], T]) -> T:
+        """``make(self)``, worked out once for all Programs that :meth:`renumbered` made of one.
+
+        It must not depend on what that changes, and nobody may change it.
+        """
+        if make not in self._shared:
+            self._shared[make] = make(self)
+        return self._shared[make]
+
+    def renumbered(self, **numbers: Any) -> Program:  # noqa: ANN401 - fields of any type
+        """The same ops with other costs, sizes or labels: whatever decides no order.
+
+        ``numbers`` are fields among cost, cost_keys, cells, payload_bytes, buffer_bytes,
+        static_bytes, streams' and groups' names and sizes, and meta.
+        """
+        other = replace(self, **numbers)
+        other.__dict__["_shared"] = self._shared
+        return other
+
     @property
     def num_ops(self) -> int:
         """Ops on all ranks."""
@@ -228,32 +253,25 @@ class Program:
         """Buffers on all ranks."""
         return len(self.buffer_bytes)
 
-    @cached_property
+    @property
     def rank_offsets(self) -> Ints:
         """Ops of rank r are ``rank_offsets[r] : rank_offsets[r + 1]``, in host issue order."""
-        return np.searchsorted(self.rank, np.arange(self.num_ranks + 1))
+        return self.shared(_rank_offsets)
 
-    @cached_property
+    @property
     def recorder(self) -> Ints:
         """For every event, the op that records it, or -1."""
-        recorder = np.full(self.num_events, -1, np.int64)
-        recording = np.flatnonzero(self.record >= 0)
-        recorder[self.record[recording]] = recording
-        return recorder
+        return self.shared(_recorder)
 
-    @cached_property
+    @property
     def by_stream(self) -> Csr:
         """Ops of each stream, in issue order."""
-        return Csr.grouped(self.stream, len(self.streams))
+        return self.shared(_by_stream)
 
-    @cached_property
+    @property
     def previous_on_stream(self) -> Ints:
         """For every op, the op before it on the same stream, or -1."""
-        order = self.by_stream.values
-        previous = np.full(self.num_ops, -1, np.int64)
-        same = self.stream[order[1:]] == self.stream[order[:-1]]
-        previous[order[1:][same]] = order[:-1][same]
-        return previous
+        return self.shared(_previous_on_stream)
 
     def __getitem__(self, i: int) -> Op:
         """Op ``i`` as a readable view."""
@@ -285,6 +303,29 @@ class Program:
     def __iter__(self) -> Iterator[Op]:
         """All ops, rank by rank, in host issue order."""
         return (self[i] for i in range(self.num_ops))
+
+
+def _rank_offsets(program: Program) -> Ints:
+    return np.searchsorted(program.rank, np.arange(program.num_ranks + 1))
+
+
+def _recorder(program: Program) -> Ints:
+    recorder = np.full(program.num_events, -1, np.int64)
+    recording = np.flatnonzero(program.record >= 0)
+    recorder[program.record[recording]] = recording
+    return recorder
+
+
+def _by_stream(program: Program) -> Csr:
+    return Csr.grouped(program.stream, len(program.streams))
+
+
+def _previous_on_stream(program: Program) -> Ints:
+    order = program.by_stream.values
+    previous = np.full(program.num_ops, -1, np.int64)
+    same = program.stream[order[1:]] == program.stream[order[:-1]]
+    previous[order[1:][same]] = order[:-1][same]
+    return previous
 
 
 @dataclass(frozen=True)

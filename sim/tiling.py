@@ -3,10 +3,16 @@
 :mod:`mhcplan.sim.build` says what templates and chunks are. Symbols (ops that others wait for) and
 buffers are numbered through: stage by stage, within it microbatch by microbatch, within that as the
 chunk's shape numbers them.
+
+Programs that differ only in what their ops cost and how large their buffers are (another n, other
+sizes of the model) have one *skeleton*: it is kept, and the next of them takes its arrays over.
 """
 
 from __future__ import annotations
 
+import hashlib
+import threading
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,7 +22,7 @@ from mhcplan.sim.jit import Ints, compiled, ints, usable_in_compiled
 from mhcplan.sim.program import Csr, Program
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -31,7 +37,6 @@ OP_COLUMNS = ("slot", "kind", "category", "pass_", "cost", "role", "site", "hop"
 _SLOT, _KIND, _CATEGORY, _PASS, _COST, _ROLE, _SITE, _HOP, _IS_SEND, _BYTES, _GROUP, _SYNC = range(
     len(OP_COLUMNS)
 )
-_LABELS = (_KIND, _CATEGORY, _COST)
 TAIL_SLOT = -1  # stands for the last op of the compute stream before the stamp
 _FORWARD = ord("F")
 
@@ -93,21 +98,46 @@ def tile(
 ) -> Program:
     """Stamp templates out into a Program; ``labels`` must know the labels of all of them."""
     tiling = _Tiling(templates, stamps, places, labels)
-    columns = tiling.columns()
-    waits = tiling.waits()
-    record, num_events = _record(waits, tiling.num_ops)
-    shapes, m = places.shapes, places.num_microbatches
-    component = [np.tile(np.array(shape.buffer_component, np.int8), m) for shape in shapes]
-    return Program(
-        num_ranks=len(static_bytes), streams=streams, groups=groups, kinds=tuple(labels.kinds),
-        categories=tuple(labels.categories), cells=cells, cost_keys=tuple(labels.costs),
-        buffer_bytes=np.concatenate([np.tile(ints(shape.buffer_bytes), m) for shape in shapes]),
-        buffer_component=np.concatenate(component),
-        static_bytes=static_bytes, num_events=num_events, record=record,
-        waits=Csr(waits.offsets, record[waits.values]), reads=tiling.buffers("reads"),
-        writes=tiling.buffers("writes"), allocs=tiling.buffers("allocs"),
-        frees=tiling.buffers("frees"), meta=meta, **columns,
+    skeleton = _kept.find(tiling.digest(streams, groups), lambda: tiling.skeleton(streams, groups))
+    return skeleton.renumbered(
+        streams=streams, groups=groups, cells=cells, cost_keys=tuple(labels.costs),
+        cost=tiling.cost_of_rows()[skeleton.cost],
+        payload_bytes=tiling.rows(_BYTES)[skeleton.cost],
+        buffer_bytes=tiling.buffer_bytes(), static_bytes=static_bytes, meta=meta,
     )  # fmt: skip
+
+
+class _Kept:
+    """Skeletons by digest; those unused for longest go when all have more than ``max_ops`` ops."""
+
+    def __init__(self, max_ops: int) -> None:
+        self._max_ops = max_ops
+        self._programs: OrderedDict[bytes, Program] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def find(self, digest: bytes, make: Callable[[], Program]) -> Program:
+        with self._lock:
+            if digest in self._programs:
+                self._programs.move_to_end(digest)
+                return self._programs[digest]
+        made = make()
+        with self._lock:
+            self._programs[digest] = made
+            while sum(p.num_ops for p in self._programs.values()) > self._max_ops:
+                self._programs.popitem(last=False)
+        return made
+
+    def forget(self) -> None:
+        with self._lock:
+            self._programs.clear()
+
+
+_kept = _Kept(max_ops=1 << 19)  # an op takes about 300 bytes with what is worked out from it
+
+
+def forget() -> None:
+    """Keep no skeleton."""
+    _kept.forget()
 
 
 class _Rows(NamedTuple):
@@ -158,22 +188,94 @@ class _Columns(NamedTuple):
     group: NDArray[np.int32]
     peer: NDArray[np.int32]
     is_send: NDArray[np.bool_]
-    payload_bytes: Array
     batch: NDArray[np.int32]
 
 
-_DTYPES = {"pass_": np.uint8, "host_sync": np.bool_, "is_send": np.bool_, "payload_bytes": np.int64}
+_DTYPES = {"pass_": np.uint8, "host_sync": np.bool_, "is_send": np.bool_}
 
 
 class _Tiling:
-    """Arrays that the passes over the stamps share."""
+    """One call of :func:`tile`."""
 
     def __init__(
         self, templates: Sequence[Template], stamps: Stamps, places: Places, labels: Labels
     ) -> None:
+        self._templates, self._stamps, self._places = templates, stamps, places
+        self._labels = labels
+        owners = {id(template.labels): template.labels for template in templates}
+        # kinds, categories and costs as ``labels`` numbers them, by the numbers of each owner
+        self._numbers = {key: labels.numbers_of(owner) for key, owner in owners.items()}
+
+    def digest(self, streams: tuple[Stream, ...], groups: tuple[Group, ...]) -> bytes:
+        """Of all that decides the skeleton."""
+        places, labels = self._places, self._labels
+        arrays = [*self._stamps, *(getattr(places, name) for name in _Map._fields)]
+        shapes = [(len(shape.symbols), bytes(shape.buffer_component)) for shape in places.shapes]
+        members = [group.members for group in groups]
+        small = (places.num_microbatches, shapes, [array.shape for array in arrays], streams,
+                 members, list(labels.kinds), list(labels.categories))  # fmt: skip
+        digest = hashlib.blake2b(repr(small).encode())
+        for template in self._templates:
+            digest.update(template.digest)
+        for array in arrays:
+            digest.update(ints(array).tobytes())
+        return digest.digest()
+
+    def cost_of_rows(self) -> NDArray[np.int32]:
+        """Cost key of every op of every template, one template after the other."""
+        costs = [self._numbers[id(t.labels)][2][t.ops[:, _COST]] for t in self._templates]
+        return np.concatenate(costs).astype(np.int32)
+
+    def rows(self, column: int) -> Array:
+        """A column of the ops of all templates, one template after the other."""
+        return np.concatenate([template.ops[:, column] for template in self._templates])
+
+    def buffer_bytes(self) -> Array:
+        """Sizes of all buffers."""
+        m = self._places.num_microbatches
+        return np.concatenate([np.tile(ints(s.buffer_bytes), m) for s in self._places.shapes])
+
+    def skeleton(self, streams: tuple[Stream, ...], groups: tuple[Group, ...]) -> Program:
+        """The Program without what it costs: its cost keys are the rows of the templates."""
+        labels, shapes = self._labels, self._places.shapes
+        passes = _Passes(self._templates, self._stamps, self._places, self._ops())
+        columns = passes.columns()
+        waits = passes.waits()
+        record, num_events = _record(waits, passes.num_ops)
+        m = self._places.num_microbatches
+        component = [np.tile(np.array(shape.buffer_component, np.int8), m) for shape in shapes]
+        none = np.zeros(0, np.int64)
+        return Program(
+            num_ranks=len(self._places.role_stream), streams=streams, groups=groups,
+            kinds=tuple(labels.kinds), categories=tuple(labels.categories), cells=(), cost_keys=(),
+            buffer_bytes=none, buffer_component=np.concatenate(component), static_bytes=none,
+            num_events=num_events, record=record, waits=Csr(waits.offsets, record[waits.values]),
+            reads=passes.buffers("reads"), writes=passes.buffers("writes"),
+            allocs=passes.buffers("allocs"), frees=passes.buffers("frees"),
+            payload_bytes=none, **columns,
+        )  # fmt: skip
+
+    def _ops(self) -> _Rows:
+        """Ops of all templates: kinds and categories numbered as in the Program, costs by row."""
+        tables = _Rows.of([template.ops for template in self._templates])
+        for i, template in enumerate(self._templates):
+            numbers = self._numbers[id(template.labels)]
+            mine = tables.rows[tables.begin[i] : tables.begin[i + 1]]
+            for column, here in zip((_KIND, _CATEGORY), numbers, strict=False):
+                mine[:, column] = here[mine[:, column]]
+        tables.rows[:, _COST] = np.arange(len(tables.rows))
+        return tables
+
+
+class _Passes:
+    """Arrays that the passes over the stamps share."""
+
+    def __init__(
+        self, templates: Sequence[Template], stamps: Stamps, places: Places, ops: _Rows
+    ) -> None:
         self._templates, self._stamps = templates, Stamps(*map(ints, stamps))
         self._map = _Map(*(ints(getattr(places, name)) for name in _Map._fields))
-        self._ops = _Rows.of([_with_labels(template, labels) for template in templates])
+        self._ops = ops
         lengths = np.diff(self._ops.begin)[stamps.template]
         self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
         self.num_ops = int(self._starts[-1])
@@ -223,15 +325,6 @@ class _Tiling:
         return Csr(np.zeros(self.num_ops + 1, np.int64), np.empty(count, np.int64))
 
 
-def _with_labels(template: Template, labels: Labels) -> Array:
-    """The template's ops, numbered by the Program's labels."""
-    if template.labels is labels:
-        return template.ops
-    ops = template.ops.copy()
-    ops[:, _LABELS] = labels.numbers_of(template.labels, ops[:, _LABELS])
-    return ops
-
-
 def _numbering(counts: list[int]) -> _Numbering:
     stride = ints(counts)
     return _Numbering(np.cumsum(stride) - stride, stride)
@@ -272,7 +365,6 @@ def _stamp_ops(ops: _Rows, stamps: Stamps, places: _Map, starts: Array, columns:
             columns.site[at] = places.first_site[stage] + row[_SITE] if row[_SITE] >= 0 else -1
             columns.host_sync[at] = row[_SYNC] != 0
             columns.is_send[at] = row[_IS_SEND] != 0
-            columns.payload_bytes[at] = row[_BYTES]
             _place_op(row, rank, stage, microbatch, stamps.batch[s], at, places, columns)
             at += 1
 
