@@ -141,11 +141,8 @@ class Template:
     @cached_property
     def digest(self) -> bytes:
         """Of all but what its ops cost and how many bytes they move."""
-        kinds, categories = list(self.labels.kinds), list(self.labels.categories)
-        names = (
-            [kinds[kind] for kind in self.ops[:, _KIND].tolist()],
-            [categories[category] for category in self.ops[:, _CATEGORY].tolist()],
-        )
+        columns = (self.labels.kinds, _KIND), (self.labels.categories, _CATEGORY)
+        names = [np.array(list(labels))[self.ops[:, column]].tolist() for labels, column in columns]
         digest = hashlib.blake2b(repr((names, self.tail)).encode())
         kept = [i for i in range(len(OP_COLUMNS)) if i not in (_KIND, _CATEGORY, _COST, _BYTES)]
         for table in (self.ops[:, kept], self.waits, *self.buffers.values(), self.symbols):

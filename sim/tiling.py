@@ -252,7 +252,7 @@ class _Tiling:
             num_events=num_events, record=record, waits=Csr(waits.offsets, record[waits.values]),
             reads=passes.buffers("reads"), writes=passes.buffers("writes"),
             allocs=passes.buffers("allocs"), frees=passes.buffers("frees"),
-            payload_bytes=none, **columns,
+            payload_bytes=none, meta={}, **columns,
         )  # fmt: skip
 
     def _ops(self) -> _Rows:
