@@ -34,6 +34,7 @@ def predict(
     /,
     *,
     flags: PlanFlags | None = None,
+    intervals: Annotated[bool, Parameter(negative="--no-intervals")] = True,
     json: Annotated[bool, Parameter(negative=())] = False,
     out: Path | None = None,
 ) -> None:
@@ -44,11 +45,12 @@ def predict(
     Args:
         source: a model preset, or a plan file (.toml)
         flags: what to change in it
+        intervals: how sure the figures are, from the measured spread of ops
         json: print one JSON object instead of text
         out: folder for report.json, plan.toml, timeline.html and trace.json.gz
     """
     flags = flags or PlanFlags()
-    prediction, report = _predict(source, flags)
+    prediction, report = _predict(source, flags, intervals=intervals)
     if out is not None:
         with progress("writing the timeline"):
             write_files(out, _files(prediction, report))
@@ -114,15 +116,19 @@ def init(
     note(f"wrote {file}; now: mhcplan predict {shlex.quote(str(file))}")
 
 
-def _predict(source: str, flags: PlanFlags) -> tuple[Prediction, PlanReport]:
+def _predict(
+    source: str, flags: PlanFlags, *, intervals: bool = False
+) -> tuple[Prediction, PlanReport]:
     from mhcplan.planner.predict import predict as predict_step
     from mhcplan.planner.report_make import make_report
+    from mhcplan.planner.uncertainty import intervals as intervals_of
 
     plan = flags.plan(source)
     with progress(f"simulating {plan.model.name}"):
         prediction = predict_step(plan)
         command = shlex.join(["mhcplan", "predict", source, *flags.arguments()])
-        return prediction, make_report(prediction, command)
+        sure = intervals_of(prediction) if intervals else None
+        return prediction, make_report(prediction, command, sure)
 
 
 def _files(prediction: Prediction, report: PlanReport) -> dict[str, str | bytes]:

@@ -87,6 +87,27 @@ class SourcesPercent(Spec):
         return self
 
 
+class Intervals(Spec):
+    """How sure the figures are: the middle of drawn runs, [low, high]."""
+
+    coverage_percent: Annotated[Percent, Field(description="of the drawn runs are inside")]
+    num_samples: Annotated[PositiveInt, Field(description="runs drawn")]
+    num_measured_runs: Annotated[
+        NonNegativeInt,
+        Field(description="measured runs that give the model's own error; 0: it is not in it"),
+    ]
+    step_time_ns: tuple[PositiveInt, PositiveInt]
+    overhead_percent: tuple[float, float]
+    device_memory_bytes: Annotated[
+        tuple[PositiveInt, PositiveInt] | None,
+        Field(description="of the fullest rank; null: no memory was predicted and then measured"),
+    ]
+    out_of_memory_percent: Annotated[
+        Percent | None, Field(description="probability; null as device_memory_bytes")
+    ]
+    notes: Annotated[tuple[str, ...], Field(description="what is assumed, and what is missing")]
+
+
 class PlanReport(Spec):
     """What a plan takes: time and memory of a step, and what mHC adds to it."""
 
@@ -123,6 +144,9 @@ class PlanReport(Spec):
     baseline_peak_memory_bytes: NonNegativeInt
     memory: Annotated[tuple[RankMemory, ...], Field(min_length=1, description="per rank")]
     sources_percent: SourcesPercent
+    intervals: Annotated[
+        Intervals | None, Field(description="how sure the figures are; null: not asked for")
+    ] = None
     num_ops: Annotated[NonNegativeInt, Field(description="ops on all ranks of one replica")]
     engine: str
     warnings: Annotated[

@@ -22,13 +22,20 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from mhcplan.planner.predict import Prediction, Step
+    from mhcplan.planner.report import Intervals
     from mhcplan.profiles.costs import Source
 
 _BALANCED = "routing is balanced, every expert gets the same number of tokens"
 
 
-def make_report(prediction: Prediction, command: str) -> PlanReport:
-    """Report a prediction; ``command`` is what a person types to get it again."""
+def make_report(
+    prediction: Prediction, command: str, intervals: Intervals | None = None
+) -> PlanReport:
+    """Report a prediction; ``command`` is what a person types to get it again.
+
+    ``intervals`` are those of :mod:`mhcplan.planner.uncertainty`, which take about as long as the
+    prediction; None for those who do not need them.
+    """
     plan, profile, step = prediction.plan, prediction.profile, prediction.step
     limit = plan.memory_limit_bytes or profile.hardware.memory_bytes
     memory = _memory(step)
@@ -54,6 +61,7 @@ def make_report(prediction: Prediction, command: str) -> PlanReport:
         baseline_peak_memory_bytes=max(rank.peak_bytes for rank in _memory(prediction.baseline)),
         memory=memory,
         sources_percent=SourcesPercent(**sources_percent(_shares(step))),
+        intervals=intervals,
         num_ops=step.program.num_ops,
         engine=plan.engine,
         warnings=tuple(dict.fromkeys(_warnings(prediction))),

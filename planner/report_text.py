@@ -92,6 +92,33 @@ def _time_line(report: PlanReport) -> str:
     )
 
 
+def certainty(report: PlanReport) -> str:
+    """How sure the answer is, in one line; empty where nobody asked."""
+    found = report.intervals
+    if found is None:
+        return ""
+    low, high = found.step_time_ns
+    parts = [f"{ms(low)} to {ms(high)} ms a step"]
+    if not report.plan.residual.is_plain:
+        parts.append("{:+.2f} to {:+.2f} %".format(*found.overhead_percent))
+    if found.device_memory_bytes is not None and found.out_of_memory_percent is not None:
+        least, most = found.device_memory_bytes
+        risk = f"{found.out_of_memory_percent:.0f} % risk of running out of memory"
+        parts.append(f"{gb(least)} to {gb(most)} GB, {risk}")
+    of_what = (
+        f"op times' spread and the model's error in {found.num_measured_runs} measured runs"
+        if found.num_measured_runs
+        else "op times' spread only, the model's own error is not measured yet"
+    )
+    return f"{found.coverage_percent:.0f} % of drawn runs: {', '.join(parts)} ({of_what})"
+
+
+def remarks(report: PlanReport) -> tuple[str, ...]:
+    """What is assumed, simplified and missing."""
+    notes = report.intervals.notes if report.intervals else ()
+    return (*report.warnings, *(f"intervals: {note}" for note in notes))
+
+
 def sections(report: PlanReport) -> tuple[Section, ...]:
     """The tables below the headline."""
     return (_run(report), _time(report), _memory(report), _sources(report))
@@ -177,12 +204,15 @@ def print_report(report: PlanReport, console: Console) -> None:
 
     style = "bold green" if report.fits else "bold red"
     console.print(Text(headline(report), style=style), soft_wrap=True)
+    if report.intervals:
+        console.print(Text(certainty(report)), soft_wrap=True)
     for section in sections(report):
         print_section(section, console)
-    if report.warnings:
+    said = remarks(report)
+    if said:
         console.print(Text("\nAssumed and simplified:"))
-        for warning in report.warnings:
-            console.print(Text(f"- {warning}"), soft_wrap=True)
+        for remark in said:
+            console.print(Text(f"- {remark}"), soft_wrap=True)
     console.print(Text(f"\nAgain: {report.command}"), soft_wrap=True)
 
 

@@ -14,7 +14,7 @@ from string import Template
 from typing import TYPE_CHECKING, Any, cast
 
 from mhcplan.planner.figures import breakdown_figure, memory_figure, timeline_figure
-from mhcplan.planner.report_text import headline, residual_name, sections
+from mhcplan.planner.report_text import certainty, headline, remarks, residual_name, sections
 from mhcplan.planner.timeline_data import timeline_data
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def timeline_page(prediction: Prediction, report: PlanReport) -> str:
         style=static_text("page.css"),
         verdict="fits" if report.fits else "over",
         answer=escape(headline(report)),
+        certainty=escape(certainty(report)),
         tables="\n".join(table_html(section) for section in sections(report)),
         warnings=_warnings(report),
         command=escape(report.command),
@@ -86,7 +87,8 @@ def table_html(section: Section) -> str:
 
 
 def _warnings(report: PlanReport) -> str:
-    if not report.warnings:
+    said = remarks(report)
+    if not said:
         return ""
-    items = "".join(f"<li>{escape(warning)}</li>" for warning in report.warnings)
+    items = "".join(f"<li>{escape(remark)}</li>" for remark in said)
     return f"<section><h2>Assumed and simplified</h2><ul>{items}</ul></section>"
