@@ -1,91 +1,152 @@
-"""Run the rows of the closed loop on GPUs and put what was measured beside what was predicted.
+"""Run the rows of the closed loop that were predicted, and keep what they measure.
 
-    python benchmarks/closed_loop.py ROWS --out OUT --gpus 2 --minutes 7.5
+    python benchmarks/closed_loop.py --gpus 2 --out OUT
+    python benchmarks/closed_loop.py --gpus 2 --set ablation --out OUT
+    python benchmarks/closed_loop.py --gpus 4 --out OUT
+    python benchmarks/closed_loop.py --gpus 8 --out OUT
 
-ROWS is what ``closed_loop_predict.py`` wrote. Anchors come first (copy, GEMM, one F and one B block
-of a shape in no row). Then every row, in one set of processes: peak memory of its Program alone,
-un-instrumented step times with its plain baseline in turns, a traced step of both. Each finished
-row is a line of ``OUT/results.jsonl`` with its traces in ``OUT/ROW.*.trace.json``; a row that is
-there is not run again. A row that fails or outlasts ``--row-seconds`` ends the processes; the
-script starts new ones for the rows after it. ``--device cpu`` runs tiny rows on gloo (a dry run).
+Plans and claims are those of ``profiles/data/predictions.jsonl``; a row whose program is not the
+one that was predicted is refused. Kernels are compiled first, then anchors are measured (copy,
+matrix product, a block of a shape in no row), then each row in one set of processes: memory, steps
+issued by the hosts, steps captured as CUDA graphs, a traced step; mHC and baseline in turns.
+
+Every finished stage of a row is a line of ``OUT/measured.jsonl``, with traces beside it: a run that
+is cut off keeps them, and the next one goes on. A row that fails or outlasts ``--row-seconds`` ends
+its processes, and new ones run the rows after it; if it was the captured part that failed, later
+rows are issued only. Needs torch, triton, numpy and pydantic; ``--device cpu`` runs tiny rows on
+gloo. ``closed_loop_report.py OUT`` puts the lines beside their claims.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import gc
 import json
 import os
-import statistics
+import platform
+import shlex
+import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 import torch
-import torch.distributed as dist
 
+from benchmarks.closed_loop_predict import PREDICTIONS
+from benchmarks.closed_loop_rows import BLIND, GPUS, SETS
+from mhcplan.planner.claim import figures_of, program_digest, programs_of
+from mhcplan.planner.spec import make_plan
+from mhcplan.profiles.accuracy import (
+    BASELINE,
+    BLOCK,
+    MHC,
+    Claim,
+    Measurement,
+    Mode,
+    ProgramMeasured,
+    Times,
+    append_lines,
+    latest,
+    read_lines,
+    resource_of,
+)
+from mhcplan.profiles.store import find_profile
+from mhcplan.runtime.job import Measured, Subject, measure
 from mhcplan.runtime.launch import ProcessFailed, launch
-from mhcplan.runtime.measure import peak_memory, time_steps, trace_step
 from mhcplan.runtime.spec import RunSpec
-from mhcplan.runtime.train import Session, Trainer
-from mhcplan.sim.files import read_program, read_trace, write_trace
+from mhcplan.runtime.train import Session
+from mhcplan.sim.files import write_trace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from mhcplan.sim.files import Trace
+    from mhcplan.runtime.measure import StepTimes
 
-COPY_BYTES, GEMM = 1 << 30, 8192
-LEAST_S = 20.0  # a row is not begun with less time left
+LEAST_S = 25.0  # a row is not begun with less time left
+ISSUED_STEPS = 8  # that are timed where captured ones follow
+ANCHOR_MODEL, ANCHOR_TOKENS, ANCHOR_N = "mhc-3b", 2048, 4
+MEASURED, ANCHORS, RUNNING = "measured.jsonl", "anchors.json", "running.json"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("rows", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--gpus", type=int, default=2)
-    parser.add_argument("--minutes", type=float, default=7.5)
-    parser.add_argument("--row-seconds", type=float, default=60.0)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--warm-up", type=int, default=3)
-    parser.add_argument("--only", nargs="*", help="rows to run; default: all of rows.json")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    options = parser.parse_args()
+    options = parse()
     options.until = time.monotonic() + 60 * options.minutes
     options.out.mkdir(parents=True, exist_ok=True)
-    rows = options.only or json.loads((options.rows / "rows.json").read_text())
-    if not (options.out / "anchors.json").exists():
-        with contextlib.suppress(ProcessFailed):
-            launch(run_anchors, 1, options, device=options.device)
+    claims = wanted_claims(options)
+    if options.compile_only:
+        compile_kernels(options, claims)
+        return
+    if options.device == "cuda":
+        before_rows(options, claims)
     failed: set[str] = set()
-    while pending := [r for r in rows if r not in failed and not is_done(options.out, r)]:
+    while pending := [c for c in claims if c.row not in failed and not is_done(options, c)]:
         if time.monotonic() + LEAST_S > options.until:
             break
         try:
             launch(run_rows, options.gpus, options, pending, device=options.device)
         except ProcessFailed as error:
-            name = (options.out / "running").read_text()
-            failed.add(name)
-            keep(options.out, {"row": name, "failed": str(error)[-2000:]})
-            print(f"{name}: failed: {str(error)[-500:]}", flush=True)
-    left = [r for r in rows if not is_done(options.out, r)]
-    print(f"{len(rows) - len(left)} of {len(rows)} rows done; left: {left}")
+            stage = json.loads((options.out / RUNNING).read_text())
+            failed.add(stage["row"])
+            options.capture = options.capture and stage["stage"] != "captured"
+            print(f"{stage['row']} failed while {stage['stage']}: {str(error)[-1500:]}", flush=True)
+    left = [c.row for c in claims if not is_done(options, c)]
+    print(f"{len(claims) - len(left)} of {len(claims)} rows done; left: {' '.join(left) or 'none'}")
 
 
-def is_done(out: Path, name: str) -> bool:
-    """Whether a row has its line of results."""
-    path = out / "results.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return any(r["row"] == name and "failed" not in r for r in map(json.loads, lines))
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--gpus", type=int, choices=sorted(set(GPUS.values())), default=2)
+    parser.add_argument("--set", nargs="+", choices=SETS, help="default: all blind ones of --gpus")
+    parser.add_argument("--only", nargs="*", help="rows to run")
+    parser.add_argument("--predictions", type=Path, default=PREDICTIONS)
+    parser.add_argument("--minutes", type=float, default=7.7)
+    parser.add_argument("--row-seconds", type=float, default=75.0)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--warm-up", type=int, default=3)
+    parser.add_argument("--compile-workers", type=int, default=max((os.cpu_count() or 2) // 2, 1))
+    parser.add_argument("--compile-seconds", type=float, default=100.0)
+    parser.add_argument("--compile-only", action="store_true", help="compile the rows' kernels")
+    parser.add_argument("--issued-only", dest="capture", action="store_false")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    options = parser.parse_args()
+    options.capture = options.capture and options.device == "cuda"
+    return options
 
 
-def keep(out: Path, result: dict[str, Any]) -> None:
-    """Append a row's line."""
-    with (out / "results.jsonl").open("a") as file:
-        file.write(json.dumps(result) + "\n")
+def wanted_claims(options: argparse.Namespace) -> list[Claim]:
+    """The claims of the rows to run, in order; refused ones are named."""
+    sets = options.set or [s for s, n in GPUS.items() if n == options.gpus and s in BLIND]
+    claims = latest(read_lines(options.predictions, Claim))
+    found: list[Claim] = []
+    for claim in claims.values():
+        if claim.set not in sets or (options.only and claim.row not in options.only):
+            continue
+        programs = programs_of(make_plan(claim.plan))
+        digests = {name: program_digest(program) for name, program in programs.items()}
+        if digests == {name: p.program_digest for name, p in claim.programs.items()}:
+            found.append(claim)
+        else:
+            print(f"{claim.row}: its prediction is of another program; predict it again")
+    return found
+
+
+def is_done(options: argparse.Namespace, claim: Claim) -> bool:
+    """Whether a row has all its stages, as this run would have them."""
+    lines = read_lines(options.out / MEASURED, Measurement)
+    modes = [
+        line.programs[MHC].times
+        for line in lines
+        if (line.row, line.prediction) == (claim.row, claim.digest)
+    ]
+    return any("captured" in times for times in modes) or (bool(modes) and not options.capture)
 
 
 @contextlib.contextmanager
@@ -103,219 +164,190 @@ def time_limit(seconds: float, what: str) -> Iterator[None]:
     timer.cancel()
 
 
+# -- before the rows -------------------------------------------------------------------------------
+
+
+def before_rows(options: argparse.Namespace, claims: list[Claim]) -> None:
+    """Compile the rows' kernels and measure the anchors; the rows run without either."""
+    begin = time.monotonic()
+    compiling = subprocess.Popen(
+        [sys.executable, *sys.argv, "--compile-only"], start_new_session=True
+    )
+    try:
+        compiling.wait(options.compile_seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(compiling.pid, signal.SIGKILL)
+    print(f"compiling: {time.monotonic() - begin:.0f} s", flush=True)
+    if not (options.out / ANCHORS).exists():
+        with contextlib.suppress(ProcessFailed):
+            launch(run_anchors, 1, options, claims, device=options.device)
+        print(f"compiling and anchors: {time.monotonic() - begin:.0f} s", flush=True)
+
+
+def compile_kernels(options: argparse.Namespace, claims: list[Claim]) -> None:
+    """Run every op of the rows once, in many processes, so that the rows find compiled kernels."""
+    from mhcplan.profiles.capture.measure import warm_compilers
+    from mhcplan.profiles.vocabulary import OpKey, parse_key
+
+    keys = dict.fromkeys(
+        key
+        for claim in claims
+        for program in claim.programs.values()
+        for text in program.timeline.ops_ns
+        if isinstance(key := parse_key(text), OpKey)
+    )
+    warm_compilers(list(keys), options.compile_workers)
+
+
+def run_anchors(
+    _process: int, _world: int, options: argparse.Namespace, claims: list[Claim]
+) -> None:
+    """How much longer than in the profile a copy, a matrix product and a block take here."""
+    from mhcplan.kernels.layers import Env
+    from mhcplan.profiles.capture.block import Block, compare
+    from mhcplan.profiles.capture.machine import measure_rates
+    from mhcplan.profiles.capture.timing import GpuTimer
+    from mhcplan.profiles.presets import MODELS
+
+    with time_limit(options.row_seconds, "anchors"):
+        profile = find_profile(claims[0].profile)
+        claimed = {rate.name: rate.per_second for rate in profile.rates}
+        timer = GpuTimer(torch.device("cuda", 0))
+        timer.heat(1.0)
+        here = {rate.name: rate.per_second for rate in measure_rates(timer)}
+        memory = claimed["copy_bytes"] / here["copy_bytes"]
+        matrix = claimed["gemm_bf16_flops"] / here["gemm_bf16_flops"]
+        block = Block(
+            MODELS[ANCHOR_MODEL], ANCHOR_N, ANCHOR_TOKENS, ANCHOR_TOKENS, Env(timer.device)
+        )
+        rows = {str(row.key): row for row in profile.ops}
+        found = compare(block, rows)
+        both = {"memory": memory, "matrix": matrix}
+        scaled_ns = sum(
+            rows[str(key)].duration_ns * both[resource_of(rows[str(key)], profile)]
+            for key in block.op_keys()
+        )
+        anchors = both | {BLOCK: found.measured_ns / scaled_ns}
+    (options.out / ANCHORS).write_text(json.dumps(anchors, indent=1))
+    print(f"{found}; anchors {anchors}", flush=True)
+
+
 # -- rows ------------------------------------------------------------------------------------------
 
 
-def run_rows(process: int, world: int, options: argparse.Namespace, names: list[str]) -> None:
+def run_rows(process: int, _world: int, options: argparse.Namespace, claims: list[Claim]) -> None:
     """One process of the set."""
-    device = torch.device(options.device, process if options.device == "cuda" else None)
+    if options.device == "cpu":
+        torch.set_num_threads(1)
+    device = torch.device("cuda", process) if options.device == "cuda" else torch.device("cpu")
     session = Session(device, timeout_s=options.row_seconds)
-    for name in names:
-        go_on = torch.tensor(int(time.monotonic() + LEAST_S < options.until), device=device)
-        dist.all_reduce(go_on, dist.ReduceOp.MIN)
-        if not go_on:
+    for claim in claims:
+        # hosts may disagree on the time: the first decides for all
+        go = [time.monotonic() + LEAST_S < options.until]
+        torch.distributed.broadcast_object_list(go, src=0, device=device)
+        if not go[0]:
             break
-        if process == 0:
-            (options.out / "running").write_text(name)
-        with time_limit(options.row_seconds, name):
-            result = run_row(options.rows / name, session, options)
-        if process == 0:
-            keep(options.out, {"row": name} | result)
-            print(f"{name}: {summary(result)}", flush=True)
+        with time_limit(options.row_seconds, claim.row):
+            run_row(claim, session, options)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
-def run_row(folder: Path, session: Session, options: argparse.Namespace) -> dict[str, Any]:
-    """Everything of one row; the result is process 0's."""
+def run_row(claim: Claim, session: Session, options: argparse.Namespace) -> None:
+    """Measure a row; process 0 keeps it stage by stage."""
     begin = time.monotonic()
-    plan = json.loads((folder / "plan.json").read_text())
-    plain = plan["residual"] | {"kind": "plain", "expansion_rate": 1, "recompute_block": "none"}
-    plans = {"mhc": plan, "plain": plan | {"residual": plain}}
-    files = {"mhc": "program.json", "plain": "baseline.json"}
-    if plan["residual"]["expansion_rate"] == 1:
-        del plans["plain"]
-    trainers: dict[str, Trainer] = {}
-    memory: dict[str, Any] = {}
+    plan = make_plan(claim.plan)
+    plans = {MHC: plan} if len(claim.programs) == 1 else {MHC: plan, BASELINE: plan.baseline()}
     dtype = torch.bfloat16 if session.device.type == "cuda" else torch.float32
-    for name, its_plan in plans.items():
-        program = read_program(folder / files[name])
-        spec = RunSpec.from_plan(its_plan, dtype=dtype)
-        held = allocated(session)
-        trainers[name] = Trainer(program, spec, session)
-        memory[name] = all_memory(trainers[name], held)
-    seconds = {"build": time.monotonic() - begin}
-    times = time_steps(trainers, options.steps, options.warm_up)
-    seconds["steps"] = time.monotonic() - begin
-    traces = {name: trace_step(trainer, 0) for name, trainer in trainers.items()}
-    seconds["traces"] = time.monotonic() - begin
-    losses = {name: mean_loss(trainer) for name, trainer in trainers.items()}
-    trainers.clear()
-    gc.collect()
-    if session.device.type == "cuda":
-        torch.cuda.empty_cache()
-    if session.process != 0:
-        return {}
-    measured = {
-        name: {
-            "step_ns": t.median_ns, "spread_percent": round(t.spread_percent, 2),
-            "all_step_ns": t.step_ns, "issue_ns": int(statistics.median(t.issue_ns)),
-        }
-        for name, t in times.items()
-    }  # fmt: skip
-    result: dict[str, Any] = {
-        "measured": measured, "memory": memory, "losses": losses, "seconds": seconds,
-        "device": torch.cuda.get_device_name() if session.device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
-    }  # fmt: skip
-    for name, trace in traces.items():
-        assert trace is not None
-        write_trace(trace, options.out / f"{folder.name}.{name}.trace.json")
-        measured[name]["traced_step_ns"] = trace.timeline.step_ns
-        result.setdefault("ops", {})[name] = by_kind(trace)
-    result |= compare(folder, measured, traces)
-    return result
+    subjects = {
+        name: Subject(program, RunSpec.from_plan(plans[name].model_dump(mode="json"), dtype=dtype))
+        for name, program in programs_of(plan).items()
+    }
+
+    def running(stage: str) -> None:
+        note = json.dumps({"row": claim.row, "stage": stage})
+        (options.out / RUNNING).write_text(note)
+
+    def keep(found: dict[str, Measured]) -> None:
+        line = measurement(claim, found, options)
+        append_lines(options.out / MEASURED, [line])
+        for name, of in found.items():
+            assert of.trace is not None
+            meta = {"plan": plans[name].model_dump(mode="json"), "prediction": claim.digest}
+            path = options.out / f"{claim.row}.{name}.{of.mode}.trace.json"
+            write_trace(of.trace._replace(meta=of.trace.meta | meta), path)
+        print(f"{summary(line)}, {time.monotonic() - begin:.0f} s", flush=True)
+        running("captured")
+
+    if session.process == 0:
+        running("issued")
+    measure(
+        subjects, session, steps=options.steps, warm_up=options.warm_up, capture=options.capture,
+        issued_steps=ISSUED_STEPS if options.capture else options.steps, keep=keep,
+    )  # fmt: skip
 
 
-def allocated(session: Session) -> int:
-    """Bytes that tensors hold on this device."""
-    return torch.cuda.memory_allocated() if session.device.type == "cuda" else 0
+def measurement(
+    claim: Claim, found: dict[str, Measured], options: argparse.Namespace
+) -> Measurement:
+    """What process 0 has of a row, as a line."""
+    anchors = options.out / ANCHORS
+    device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
+    return Measurement(
+        row=claim.row, prediction=claim.digest,
+        measured=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        command=shlex.join(["python", "benchmarks/closed_loop.py", *sys.argv[1:]]),
+        device=device, versions=versions(options.device),
+        anchors=json.loads(anchors.read_text()) if anchors.exists() else {},
+        programs={name: of_program(of) for name, of in found.items()},
+    )  # fmt: skip
 
 
-def all_memory(trainer: Trainer, held: int) -> list[dict[str, int]]:
-    """Peak memory of every process, less what was held before the Trainer was built."""
-    peak = peak_memory(trainer)
-    mine = {"static": peak.static - held, "allocated": peak.allocated - held,
-            "reserved": peak.reserved - held}  # fmt: skip
-    every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, mine)
-    return every
+def of_program(found: Measured) -> ProgramMeasured:
+    assert found.trace is not None
+    times: dict[Mode, Times] = {"issued": times_of(found.issued)}
+    if found.captured is not None:
+        times["captured"] = times_of(found.captured)
+    program, line = found.trace.program, found.trace.timeline
+    return ProgramMeasured(
+        times=times, losses=tuple(found.losses),
+        allocated_bytes=tuple(peak.allocated for peak in found.memory),
+        reserved_bytes=tuple(peak.reserved for peak in found.memory),
+        traced_step_ns=line.step_ns, timeline=figures_of(program, line),
+    )  # fmt: skip
 
 
-def mean_loss(trainer: Trainer) -> float:
-    """Over all microbatches of the last step, wherever they ended."""
-    every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, list(trainer.losses().values()))
-    return statistics.fmean(loss for losses in every for loss in losses)
+def times_of(times: StepTimes) -> Times:
+    return Times(
+        step_ns=times.median_ns, spread_percent=round(times.spread_percent, 3),
+        steps=len(times.step_ns), issue_ns=times.median_issue_ns,
+    )  # fmt: skip
 
 
-def by_kind(trace: Trace) -> dict[str, dict[str, int]]:
-    """Median duration of each cost key's ops in a trace, with their number and sum."""
-    program, line = trace.program, trace.timeline
-    duration = line.end_ns - line.start_ns
-    found: dict[str, dict[str, int]] = {}
-    for number, key in enumerate(program.cost_keys):
-        ops = np.flatnonzero(program.cost == number)
-        if key != "none" and len(ops):
-            of = duration[ops]
-            found[key] = {
-                "num": len(ops), "median_ns": int(np.median(of)), "sum_ns": int(of.sum())
-            }  # fmt: skip
+def versions(device: str) -> dict[str, str]:
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    if device == "cuda":
+        found["cuda"] = str(torch.version.cuda)
+        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
     return found
 
 
-def compare(folder: Path, measured: dict[str, Any], traces: dict[str, Any]) -> dict[str, Any]:
-    """Errors against the row's prediction, if it has one."""
-    path = folder / "prediction.json"
-    if not path.exists():
-        return {}
-    claim = json.loads(path.read_text())
-    step = measured["mhc"]["step_ns"]
-    found: dict[str, Any] = {
-        "predicted": claim,
-        "step_error_percent": 100 * (claim["step_time_ns"] / step - 1),
-    }
-    if "plain" in measured:
-        plain = measured["plain"]["step_ns"]
-        found["overhead_percent"] = 100 * (step / plain - 1)
-        error = claim["overhead_percent"] - found["overhead_percent"]
-        found["overhead_error_points"] = error
-    predicted = by_kind(read_trace(folder / "predicted.trace.json"))
-    found["op_error_percent"] = {
-        key: 100 * (predicted[key]["median_ns"] / row["median_ns"] - 1)
-        for key, row in by_kind(traces["mhc"]).items()
-        if row["median_ns"]
-    }
-    return found
-
-
-def summary(result: dict[str, Any]) -> str:
+def summary(line: Measurement) -> str:
     """A row in a line."""
-    words = []
-    for name, m in result["measured"].items():
+    words: list[str] = []
+    for name, found in line.programs.items():
+        modes = (
+            f"{mode} {times.step_ns / 1e6:.2f} ms ±{times.spread_percent:.1f} %"
+            f" (host {times.issue_ns / 1e6:.1f})"
+            for mode, times in found.times.items()
+        )
+        peak = max(found.allocated_bytes, default=0) / 1e9
         words.append(
-            f"{name} {m['step_ns'] / 1e6:.2f} ms ±{m['spread_percent']:.1f} % (host"
-            f" {m['issue_ns'] / 1e6:.1f}, traced {m['traced_step_ns'] / 1e6:.1f})"
+            f"{name} {', '.join(modes)}, traced {found.traced_step_ns / 1e6:.2f} ms,"
+            f" {peak:.2f} GB, losses {' '.join(f'{x:.3f}' for x in found.losses)}"
         )
-        peaks = [
-            f"{p['allocated'] / 1e9:.2f}/{p['reserved'] / 1e9:.2f}" for p in result["memory"][name]
-        ]
-        words.append("GB " + " ".join(peaks))
-    if "step_error_percent" in result:
-        words.append(f"predicted {result['step_error_percent']:+.1f} %")
-    words.append(f"loss {result['losses']['mhc']:.3f}, {result['seconds']['traces']:.0f} s")
-    return ", ".join(words)
-
-
-# -- anchors ---------------------------------------------------------------------------------------
-
-
-def run_anchors(process: int, _world: int, options: argparse.Namespace) -> None:
-    """Copy, GEMM, and F and B of one block on one GPU."""
-    device = torch.device(options.device, process if options.device == "cuda" else None)
-    found: dict[str, Any] = {}
-    with time_limit(options.row_seconds, "anchors"):
-        if options.device == "cuda":
-            found |= rates(device)
-        session = Session(device)
-        folder = options.rows / "anchor"
-        plan = json.loads((folder / "plan.json").read_text())
-        dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
-        trainer = Trainer(
-            read_program(folder / "program.json"), RunSpec.from_plan(plan, dtype=dtype), session
-        )
-        times = time_steps({"anchor": trainer}, options.steps, options.warm_up)["anchor"]
-        trace = trace_step(trainer, 0)
-        assert trace is not None
-        write_trace(trace, options.out / "anchor.trace.json")
-        found |= {"step_ns": times.median_ns, "issue_ns": statistics.median(times.issue_ns)}
-        found |= {"ops": by_kind(trace), **block_times(trace)}
-    (options.out / "anchors.json").write_text(json.dumps(found, indent=1))
-    print({k: v for k, v in found.items() if k != "ops"}, flush=True)
-
-
-def rates(device: torch.device) -> dict[str, float]:
-    """Bytes read and written a second by a copy, operations a second by a bf16 GEMM."""
-    source = torch.randint(0, 255, (COPY_BYTES,), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    a, b = (torch.randn(GEMM, GEMM, device=device, dtype=torch.bfloat16) for _ in range(2))
-    copy_s = seconds_of(lambda: target.copy_(source))
-    gemm_s = seconds_of(lambda: torch.mm(a, b))
-    return {
-        "copy_bytes_per_second": 2 * COPY_BYTES / copy_s,
-        "gemm_flops_per_second": 2 * GEMM**3 / gemm_s,
-    }
-
-
-def seconds_of(call: Any, repeats: int = 20) -> float:  # noqa: ANN401
-    """Median time on the device."""
-    times = []
-    for _ in range(repeats + 3):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return statistics.median(times[3:])
-
-
-def block_times(trace: Trace) -> dict[str, int]:
-    """Summed op durations of the second microbatch's F and B."""
-    program, line = trace.program, trace.timeline
-    found = {}
-    for name, cell in (("f_block_ns", "0F1"), ("b_block_ns", "0B1")):
-        ops = program.cell == program.cells.index(cell)
-        found[name] = int((line.end_ns - line.start_ns)[ops].sum())
-    return found
+    return f"{line.row}: " + "; ".join(words)
 
 
 if __name__ == "__main__":

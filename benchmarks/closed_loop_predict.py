@@ -1,139 +1,103 @@
-"""Write the rows of the closed loop: plan, Programs and predicted traces, before anything runs.
+"""Predict the rows of the closed loop, before anything runs.
 
-    python benchmarks/closed_loop_predict.py ROWS --set pair --profile h100-sxm
+    python benchmarks/closed_loop_predict.py
+    python benchmarks/closed_loop_predict.py --keys closed_loop.keys
 
-Each row is a folder: ``plan.json``, ``program.json`` and ``baseline.json`` (what runs),
-``predicted.trace.json`` and ``predicted_baseline.trace.json`` and ``prediction.json`` (what is
-claimed; its time stamp and the profile's digest make a row blind). ``anchor`` is a row of another
-shape, which sets the scale of this machine against the profile's. Needs no GPU and no torch;
-``--no-prediction`` writes only what is needed to run.
+The first adds a line for every row to ``profiles/data/predictions.jsonl``, to be committed before
+``closed_loop.py`` runs it; a row whose figures are as in its last line is left as it is. The second
+writes the op keys of the rows that the profile has not measured at their very shape; one GPU fills
+them with ``python -m mhcplan.profiles.capture --part ops --keys closed_loop.keys --base h100-sxm``.
+Needs no GPU and no torch.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mhcplan.planner.lowering import lower
-from mhcplan.planner.recompute import resolve_recompute_block
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.closed_loop_rows import BLIND, SETS, missing_fields
+from mhcplan.planner.claim import claim, programs_of
 from mhcplan.planner.spec import PlanSpec, make_plan
-from mhcplan.sim.files import Trace, write_program, write_trace
+from mhcplan.profiles.accuracy import BASELINE, MHC, Claim, append_lines, latest, read_lines
+from mhcplan.profiles.store import find_profile
+from mhcplan.profiles.vocabulary import OpKey, parse_key
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from mhcplan.profiles.schema import Profile
+
+PREDICTIONS = Path(__file__).parents[1] / "profiles" / "data" / "predictions.jsonl"
 
 
-def model(hidden: int, top_k: int = 4) -> dict[str, object]:
-    """Eight blocks of the paper's kind, small enough for two copies beside their optimizers."""
-    return {
-        "name": f"closed-loop-{hidden}",
-        "num_blocks": 8,
-        "hidden_size": hidden,
-        "vocab_size": 32_768,
-        "attention": {"kind": "mla", "num_heads": hidden // 80},
-        "moe": {
-            "num_experts": 16, "top_k": top_k, "num_shared_experts": 2,
-            "ffn_dim": 2 * hidden // 3 // 64 * 64,
-        },
-    }  # fmt: skip
+def plans_of(sets: Iterable[str], profile: str) -> dict[tuple[str, str], PlanSpec]:
+    """Plans by (set, row); rows that this version cannot express are named and left out."""
+    found: dict[tuple[str, str], PlanSpec] = {}
+    for set_ in sets:
+        for name, fields in SETS[set_].items():
+            if missing := missing_fields(fields):
+                print(f"{name}: left out, plans have no {', '.join(missing)} yet")
+                continue
+            found[set_, name] = make_plan({**fields, "profile": profile})
+    return found
 
 
-def row(
-    schedule: str, n: int, recompute: object, *, hidden: int = 1920, tokens: int = 2048,
-    pp: int = 2, ep: int = 1, microbatches: int = 8, **fields: object,
-) -> dict[str, object]:  # fmt: skip
-    """A plan as ``make_plan`` takes it."""
-    return {
-        "model": model(hidden), "residual": {"expansion_rate": n, "recompute_block": recompute},
-        "layout": {"pp": pp, "ep": ep}, "microbatches": microbatches, "seq_len": tokens,
-        "schedule": schedule,
-    } | fields  # fmt: skip
+def unmeasured(plans: Iterable[PlanSpec], profile: Profile) -> list[OpKey]:
+    """Op keys of the plans' programs that the profile lacks, in the order of their first use."""
+    measured = {row.key for row in profile.ops}
+    keys: dict[OpKey, None] = {}
+    for plan in plans:
+        for program in programs_of(plan).values():
+            for text in program.cost_keys:
+                key = parse_key(text)
+                if isinstance(key, OpKey) and key not in measured:
+                    keys[key] = None
+    return list(keys)
 
 
-ANCHOR = row("1f1b", 4, 2, hidden=1536, tokens=3072, pp=1, microbatches=2) | {
-    "model": model(1536) | {"num_blocks": 1}
-}
-# PP = 1 has no transfers: what one GPU can check of the runtime itself
-SETS: dict[str, dict[str, dict[str, object]]] = {
-    "one": {"pp1-n4": row("1f1b", 4, 2, pp=1, microbatches=4)},
-    "pair": {
-        "1f1b-n1": row("1f1b", 1, "none"),
-        "1f1b-n4": row("1f1b", 4, "none"),
-    },
-    "two": {
-        "1f1b-n2-L4": row("1f1b", 2, 4),
-        "1f1b-n4-L2": row("1f1b", 4, 2, priority="none"),
-        "zb1p-n4-L2": row("zb1p", 4, 2),
-        "zb1p-n4-Lstage-2560": row("zb1p", 4, "stage", hidden=2560),
-        "dualpipe-n4-L2": row("dualpipe", 4, 2, p2p="grouped"),
-        "dualpipe-n4-Lstage-none": row("dualpipe", 4, "stage", priority="none"),
-        "dualpipe-n2-L1-4096": row("dualpipe", 2, 1, tokens=4096, p2p="grouped"),
-        "dualpipev-n4-L2": row("dualpipev", 4, 2, p2p="grouped"),
-        "dualpipev-n1": row("dualpipev", 1, "none", p2p="grouped"),
-        "dualpipev-n4-L4-2560": row("dualpipev", 4, 4, hidden=2560),
-        "ep2-n1-none": row("dualpipev", 1, "none", pp=1, ep=2, priority="none"),
-        "ep2-n1-post": row("dualpipev", 1, "none", pp=1, ep=2),
-        "ep2-n4-none": row("dualpipev", 4, 2, pp=1, ep=2, priority="none"),
-        "ep2-n4-post": row("dualpipev", 4, 2, pp=1, ep=2),
-        "ep2-n4-all": row("dualpipev", 4, 2, pp=1, ep=2, priority="all"),
-        "ep2-n4-recompute": row("dualpipev", 4, "stage", pp=1, ep=2, priority="recompute"),
-    },
-    "four": {
-        f"{schedule}-n{n}-L{block}-M{m}": row(
-            schedule, n, block, pp=4, microbatches=m, p2p="grouped" if m > 8 else "eager"
-        )
-        for schedule, n, block, m in (
-            ("1f1b", 1, "none", 8), ("1f1b", 4, 2, 8), ("dualpipe", 1, "none", 8),
-            ("dualpipe", 4, 1, 8), ("dualpipe", 4, "stage", 16), ("dualpipev", 4, 2, 8),
-            ("dualpipev", 1, "none", 16),
-        )
-    } | {
-        f"dualpipe-ep2-n{n}-{priority}": row("dualpipe", n, 2, ep=2, priority=priority)
-        for n, priority in ((1, "post"), (4, "none"), (4, "post"))
-    },
-}  # fmt: skip
+def is_same(old: Claim | None, new: Claim) -> bool:
+    """Whether two claims say the same, whenever they were written."""
+    return old is not None and old.model_copy(update={"written": new.written}) == new
 
 
-def write_row(folder: Path, plan: PlanSpec, *, predicted: bool) -> None:
-    """Write one row's files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    block = resolve_recompute_block(plan)
-    (folder / "plan.json").write_text(json.dumps(plan.model_dump(mode="json"), indent=1))
-    write_program(lower(plan, block), folder / "program.json")
-    write_program(lower(plan.baseline(), None), folder / "baseline.json")
-    if not predicted:
-        return
-    from mhcplan.planner.predict import predict
-
-    found = predict(plan)
-    meta = {"plan_digest": plan.digest(), "profile": found.profile.digest}
-    for name, step in (("predicted", found.step), ("predicted_baseline", found.baseline)):
-        trace = Trace(step.program, step.timeline, "predicted", meta)
-        write_trace(trace, folder / f"{name}.trace.json")
-    claim = meta | {
-        "step_time_ns": found.step.timeline.step_ns,
-        "baseline_step_time_ns": found.baseline.timeline.step_ns,
-        "overhead_percent": found.overhead_percent,
-        "peak_bytes": found.step.memory.peak_bytes.sum(axis=1).tolist(),
-        "baseline_peak_bytes": found.baseline.memory.peak_bytes.sum(axis=1).tolist(),
-        "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-    (folder / "prediction.json").write_text(json.dumps(claim, indent=1))
+def summary(found: Claim) -> str:
+    """A claim in a line."""
+    words = [f"{found.row:32s} plan {found.plan_digest[:12]}"]
+    for mode in ("captured", "issued"):
+        step_ns = found.programs[MHC].steps[mode].step_ns
+        over = 0.0
+        if BASELINE in found.programs:
+            over = 100 * (step_ns / found.programs[BASELINE].steps[mode].step_ns - 1)
+        words.append(f"{mode} {step_ns / 1e6:8.2f} ms ({over:+5.1f} %)")
+    words.append(f"{max(found.programs[MHC].peak_bytes) / 1e9:.2f} GB")
+    return ", ".join(words)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("rows", type=Path)
-    parser.add_argument("--set", nargs="+", choices=SETS, default=["pair"])
+    parser.add_argument("--set", nargs="+", choices=SETS, default=[*BLIND, "ablation"])
     parser.add_argument("--profile", default="h100-sxm")
-    parser.add_argument("--no-prediction", action="store_true")
+    parser.add_argument("--out", type=Path, default=PREDICTIONS)
+    parser.add_argument("--keys", type=Path, help="write unmeasured op keys instead")
     wanted = parser.parse_args()
-    chosen = {"anchor": ANCHOR} | {k: v for name in wanted.set for k, v in SETS[name].items()}
-    for name, fields in chosen.items():
-        plan = make_plan({**fields, "profile": wanted.profile})
-        write_row(wanted.rows / name, plan, predicted=not wanted.no_prediction)
-        print(f"{name}: {plan.digest()[:12]}")
-    order = [name for name in chosen if name != "anchor"]
-    (wanted.rows / "rows.json").write_text(json.dumps(order, indent=1))
+    profile = find_profile(wanted.profile)
+    plans = plans_of(wanted.set, wanted.profile)
+    if wanted.keys:
+        keys = unmeasured(plans.values(), profile)
+        wanted.keys.write_text("".join(f"{key}\n" for key in keys), encoding="utf-8")
+        print(f"{len(keys)} op keys of {len(plans)} rows are not in {profile.name}")
+        return
+    known = latest(read_lines(wanted.out, Claim))
+    for (set_, name), plan in plans.items():
+        made = claim(plan, name, set_, profile)
+        same = is_same(known.get(name), made)
+        if not same:
+            append_lines(wanted.out, [made])
+        print(summary(made) + (", as before" if same else ""))
 
 
 if __name__ == "__main__":

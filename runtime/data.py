@@ -35,9 +35,15 @@ def corpus() -> str:
 
 @lru_cache(maxsize=4)
 def tokens_of_corpus(vocab_size: int) -> Tensor:
-    """The text as token numbers [length], int64.
+    """The corpus as token numbers [length]; see :func:`tokens_of`."""
+    return tokens_of(corpus(), vocab_size)
+
+
+def tokens_of(text: str, vocab_size: int) -> Tensor:
+    """A text as token numbers [length], int64.
 
     Args:
+        text: anything.
         vocab_size: numbers below 256 are bytes, the others pieces, most frequent first.
 
     Raises:
@@ -45,7 +51,7 @@ def tokens_of_corpus(vocab_size: int) -> Tensor:
     """
     if vocab_size < _BYTES:
         raise ValueError(f"vocab_size={vocab_size} must be at least {_BYTES}, one for every byte")
-    pieces = _PIECE.findall(corpus())
+    pieces = _PIECE.findall(text)
     common = Counter(pieces).most_common(vocab_size - _BYTES)
     number = {piece: (_BYTES + i,) for i, (piece, _) in enumerate(common)}
     spelled = (number.get(piece) or tuple(piece.encode()) for piece in pieces)
@@ -55,9 +61,14 @@ def tokens_of_corpus(vocab_size: int) -> Tensor:
 class TextBatches:
     """Inputs and targets of every microbatch, the same for equal (seed, step, number)."""
 
-    def __init__(self, vocab_size: int, tokens: int, seq_len: int, seed: int = 0) -> None:
-        """Sequences of ``seq_len``, ``tokens`` of them in a microbatch; see the module."""
-        self.text = tokens_of_corpus(vocab_size)
+    def __init__(
+        self, vocab_size: int, tokens: int, seq_len: int, seed: int = 0, text: Tensor | None = None
+    ) -> None:
+        """Sequences of ``seq_len``, ``tokens`` of them in a microbatch; see the module.
+
+        ``text``: token numbers [length] in place of the corpus.
+        """
+        self.text = tokens_of_corpus(vocab_size) if text is None else text
         self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
         while len(self.text) <= seq_len + 1:
             self.text = self.text.repeat(2)

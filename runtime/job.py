@@ -54,9 +54,9 @@ class Measured:
     trace: Trace | None = None
 
     @property
-    def best(self) -> StepTimes:
-        """The step times to compare: without the host's share if they are there."""
-        return self.captured or self.issued
+    def mode(self) -> str:
+        """What the trace is of."""
+        return "issued" if self.captured is None else "captured"
 
 
 def measure(
@@ -66,6 +66,7 @@ def measure(
     steps: int = LEAST_STEPS,
     warm_up: int = 3,
     capture: bool = False,
+    issued_steps: int | None = None,
     keep: Callable[[dict[str, Measured]], None] = lambda _: None,
 ) -> dict[str, Measured]:
     """Measure Programs, their steps in turns; results are whole on process 0 only.
@@ -74,7 +75,8 @@ def measure(
         subjects: by name; memory is reported best for the first.
         session: of this process.
         steps: that are timed, at least two; ``warm_up``: before those.
-        capture: also time captured steps (CUDA graphs), and trace those.
+        capture: also time captured steps (CUDA graphs), and trace one.
+        issued_steps: that are issued by the host and timed; None: ``steps``.
         keep: told on process 0 after each stage what is there so far.
     """
     trainers, found = dict[str, Trainer](), dict[str, Measured]()
@@ -86,7 +88,7 @@ def measure(
         trainer.rehearse()
         losses[name] = [_trained(trainer, step) for step in range(2)]
         memory[name] = _gathered(_without(peak_memory(trainer), held))
-    for name, times in time_steps(trainers, steps, warm_up).items():
+    for name, times in time_steps(trainers, issued_steps or steps, warm_up).items():
         found[name] = Measured(memory[name], losses[name], times)
     _add_traces(found, trainers, captured=False)
     _tell(session, keep, found)

@@ -1,0 +1,139 @@
+"""What is claimed of a plan before it runs: the figures that a measured run is held against.
+
+A claim has both programs of a plan (mHC and baseline), each played with the hosts' time and without
+(``issued`` and ``captured``, see :mod:`mhcplan.profiles.accuracy`), and the elasticities of its
+step times, found by playing once more with the profile's durations a little longer.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+import mhcplan
+from mhcplan.planner.lowering import lower
+from mhcplan.planner.predict import simulate
+from mhcplan.planner.recompute import resolve_recompute_block
+from mhcplan.profiles.accuracy import (
+    BASELINE,
+    MHC,
+    RESOURCES,
+    Claim,
+    Mode,
+    ProgramClaim,
+    Resource,
+    StepClaim,
+    TimelineFigures,
+    scaled,
+)
+from mhcplan.profiles.lookup import CostModel
+from mhcplan.profiles.store import find_profile
+from mhcplan.profiles.vocabulary import NO_COST
+from mhcplan.sim.breakdown import CLASSES, TRAFFIC, breakdown, overlap
+from mhcplan.sim.files import program_json
+from mhcplan.sim.memory import memory_of, memory_report
+
+if TYPE_CHECKING:
+    from mhcplan.planner.spec import PlanSpec
+    from mhcplan.profiles.schema import Profile
+    from mhcplan.sim.program import CostTable, Program
+    from mhcplan.sim.timeline import Timeline
+
+_NUDGE = 1.02  # factor on durations that elasticities are taken over
+MODES: tuple[Mode, ...] = ("issued", "captured")
+
+
+def programs_of(plan: PlanSpec) -> dict[str, Program]:
+    """The programs of a row: the plan's, and its baseline's where that is another."""
+    found = {MHC: lower(plan, resolve_recompute_block(plan))}
+    if not plan.residual.is_plain:
+        found[BASELINE] = lower(plan.baseline(), None)
+    return found
+
+
+def program_digest(program: Program) -> str:
+    """sha256 of the program's file."""
+    return hashlib.sha256(program_json(program).encode()).hexdigest()
+
+
+def claim(plan: PlanSpec, row: str, set_: str, profile: Profile | None = None) -> Claim:
+    """Predict a row.
+
+    Args:
+        plan: what will run.
+        row: its name; ``set_``: of the rows it belongs to.
+        profile: what ops cost; None is the one that the plan names.
+
+    Raises:
+        ProfileError: an op cannot be priced.
+    """
+    profile = profile or find_profile(plan.profile)
+    models: dict[Resource | None, CostModel] = {None: CostModel(profile)}
+    models |= {r: CostModel(scaled(profile, r, _NUDGE)) for r in RESOURCES}
+    return Claim(
+        row=row, set=set_, gpus=plan.layout.gpus, plan=plan.model_dump(mode="json"),
+        plan_digest=plan.digest(), profile=profile.name, profile_digest=profile.digest,
+        mhcplan_version=mhcplan.__version__,
+        written=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        programs={
+            name: _program_claim(program, plan, models)
+            for name, program in programs_of(plan).items()
+        },
+    )  # fmt: skip
+
+
+def _program_claim(
+    program: Program, plan: PlanSpec, models: dict[Resource | None, CostModel]
+) -> ProgramClaim:
+    tables = {name: model.table(program.cost_keys) for name, model in models.items()}
+    steps: dict[Mode, StepClaim] = {}
+    lines: dict[Mode, Timeline] = {}
+    for mode in MODES:
+        played = {
+            name: simulate(program, _as_run(table, mode), plan.engine)
+            for name, table in tables.items()
+        }
+        lines[mode] = line = played[None]
+        elasticity: dict[Resource, float] = {
+            resource: math.log(played[resource].step_ns / line.step_ns) / math.log(_NUDGE)
+            for resource in RESOURCES
+        }
+        steps[mode] = StepClaim(step_ns=line.step_ns, elasticity=elasticity)
+    memory = memory_report(program, tables[None], memory_of(program, tables[None]))
+    return ProgramClaim(
+        program_digest=program_digest(program),
+        steps=steps,
+        peak_bytes=tuple(rank["peak_bytes"] for rank in memory),
+        reserved_bytes=tuple(rank["reserved_bytes"] for rank in memory),
+        timeline=figures_of(program, lines["captured"]),
+    )
+
+
+def _as_run(table: CostTable, mode: Mode) -> CostTable:
+    """A captured step has no host."""
+    return table if mode == "issued" else replace(table, host_ns=np.zeros_like(table.host_ns))
+
+
+def figures_of(program: Program, line: Timeline) -> TimelineFigures:
+    """A timeline, predicted or measured, in the figures that rows are compared by."""
+    ns, traffic = breakdown(program, line).ns, overlap(program, line)
+    duration = line.end_ns - line.start_ns
+    hidden = 100 * traffic.hidden_ns / np.maximum(traffic.traffic_ns, 1)
+    return TimelineFigures(
+        breakdown_ns={name: tuple(ns[:, i].tolist()) for i, name in enumerate(CLASSES)},
+        hidden_percent={
+            name: tuple(hidden[:, i].round(2).tolist())
+            for i, name in enumerate(TRAFFIC)
+            if traffic.traffic_ns[:, i].any()
+        },
+        ops_ns={
+            key: int(np.median(duration[ops]))
+            for number, key in enumerate(program.cost_keys)
+            if key != NO_COST and len(ops := np.flatnonzero(program.cost == number))
+        },
+    )
