@@ -26,71 +26,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mhcplan.sim.device_kernels import Kernel, Parameters, hbm_share, units
+
 _TAIL_STEPS = 7
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """What is fitted or measured once for a machine; the rest of the model is counted.
-
-    The defaults were fitted to 100 of the pairs in ``data/raw/h100-sxm-contention.jsonl``.
-
-    Attributes:
-        num_sms: of the GPU.
-        hbm_bytes_per_ns: what a copy reaches, bytes read plus bytes written.
-        busy_delay: b: how much longer a communication CTA takes for its bytes beside any kernel, as
-            a share.
-        memory_delay: k: what is added beside kernels that use all of the memory bandwidth.
-        memory_power: p: how steeply that grows.
-        link_delay: as memory_delay, for a link that is full.
-        compute_delay: how much longer a compute-bound CTA lives for each share of the memory
-            bandwidth that traffic takes.
-        crowding: how much longer CTAs live for each CTA more that shares their SM, as a share of
-            what an SM without any slack would make them.
-        drain_lives: lives of a kernel's CTAs that an urgent communication CTA waits for a whole SM
-            where several CTAs share one and end at different times.
-        bound_from: share of the memory bandwidth from which a kernel begins to be bound by it.
-        least_life: shortest life of a memory-bound CTA, as a share of its life beside all others.
-    """
-
-    num_sms: int = 132
-    hbm_bytes_per_ns: float = 3000.0
-    busy_delay: float = 0.55
-    memory_delay: float = 1.7
-    memory_power: float = 14.0
-    link_delay: float = 0.5
-    compute_delay: float = 0.9
-    crowding: float = 0.5
-    drain_lives: float = 3.0
-    bound_from: float = 0.6
-    least_life: float = 0.5
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A kernel of an op, as the SMs see it.
-
-    Attributes:
-        duration_ns: alone.
-        ctas: of its grid.
-        ctas_per_sm: that fit on one SM.
-        hbm_bytes: moved at least.
-        persistent: its CTAs stay to its end.
-        pieces: of work (tiles) that a persistent kernel's CTAs do one after another; 0: one each.
-        dealt: whether pieces are dealt out at the start; else others do what a late CTA misses.
-        tail_share: share of the duration, at its end, in which no CTA waits and SMs fall idle one
-            after another (causal attention: the CTAs' work is unequal); 0: as the waves have it.
-            Measured by when a CTA of equal priority gets in.
-    """
-
-    duration_ns: float
-    ctas: int
-    ctas_per_sm: int
-    hbm_bytes: int = 0
-    persistent: bool = False
-    pieces: int = 0
-    dealt: bool = True
-    tail_share: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -133,17 +71,6 @@ class Slowdowns:
     traffic: float
     queue_ns: float
     kernel_ns: float
-
-
-def units(kernel: Kernel) -> int:
-    """What is placed on SMs one by one: CTAs, or the pieces of work of a persistent kernel that
-    any CTA may fetch."""
-    return kernel.ctas if kernel.dealt else max(kernel.ctas, kernel.pieces)
-
-
-def hbm_share(kernel: Kernel, parameters: Parameters) -> float:
-    """Share of the memory bandwidth that a kernel uses alone."""
-    return min(1.0, kernel.hbm_bytes / kernel.duration_ns / parameters.hbm_bytes_per_ns)
 
 
 def message_ns(message: Message, share: float, parameters: Parameters, active: int = 0) -> float:

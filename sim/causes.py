@@ -24,12 +24,13 @@ if TYPE_CHECKING:
 
     Ints = NDArray[np.int64]
 
-_START, _HOST, _STREAM, _EVENT, _PEER, _LINK, _PRIORITY = range(len(REASONS))
+_START, _HOST, _STREAM, _EVENT, _PEER, _LINK, _PRIORITY, _SMS = range(len(REASONS))
 
 
 def timeline_of(
-    program: Program, order: Order, issue_ns: Ints, start_ns: Ints, end_ns: Ints, release_ns: Ints
-) -> Timeline:
+    program: Program, order: Order, issue_ns: Ints, start_ns: Ints, end_ns: Ints, release_ns: Ints,
+    placed_ns: Ints,
+) -> Timeline:  # fmt: skip
     """Make the Timeline of a step from its times.
 
     Args:
@@ -38,11 +39,16 @@ def timeline_of(
         start_ns, end_ns: when each op ran.
         release_ns: when each transfer freed its links: before ``end_ns`` where a batch went on.
             Other ops have any lower number.
+        placed_ns: when each transfer's CTAs had SMs on its rank; negative where none were needed.
     """
     search = _Search(program, order, start_ns, end_ns, release_ns)
     search.own_rank(issue_ns)
-    search.peers()
-    search.links()
+    if (placed_ns >= 0).any():
+        search.places(placed_ns)
+        search.peers()
+    else:
+        search.peers()
+        search.links()
     search.sms()
     at_start = start_ns == 0
     search.reason[at_start], search.cause[at_start] = _START, NO_OP
@@ -98,6 +104,15 @@ class _Search:
         last_of[first[last]] = last
         return last_of[first]
 
+    def places(self, placed_ns: Ints) -> None:
+        """Where its CTAs found no SM, the compute op that had begun last is the cause."""
+        waits = self.transfers[placed_ns[self.transfers] > self.ready[self.transfers]]
+        ran = np.flatnonzero((self.order.meeting < 0) & (self.end > self.start))
+        begun = _Lookup(self.program.rank[ran], self.start[ran], ran)
+        self.cause[waits] = begun.find_last(self.program.rank[waits], placed_ns[waits])
+        self.reason[waits] = _SMS
+        self.ready[waits] = placed_ns[waits]
+
     def peers(self) -> None:
         """Where another member came later, what let the last one arrive is the cause."""
         meeting = self.order.meeting[self.transfers]
@@ -134,6 +149,10 @@ class _Search:
         ended_by = _Lookup(self.program.rank[ran], self.end[ran], ran)
         self.cause[waits] = ended_by.find(self.program.rank[waits], self.start[waits])
         self.reason[waits] = _PRIORITY
+        resident = waits[self.cause[waits] == NO_OP]  # only CTAs of an op had ended, not the op
+        begun = _Lookup(self.program.rank[ran], self.start[ran], ran)
+        self.cause[resident] = begun.find_last(self.program.rank[resident], self.start[resident])
+        self.reason[resident] = _SMS
 
     def _by_meeting(self) -> Ints:
         return np.full(int(self.order.meeting.max(initial=-1)) + 1, NO_OP, np.int64)
@@ -154,4 +173,13 @@ class _Lookup:
         key = place.astype(np.int64) * self._span + instant_ns
         at = np.minimum(np.searchsorted(self._key, key), len(self._key) - 1)
         known = (self._key[at] == key) & (instant_ns < self._span)
+        return np.where(known, self._op[at], NO_OP)
+
+    def find_last(self, place: NDArray[np.integer], instant_ns: Ints) -> Ints:
+        """The last op at a place before an instant, or NO_OP."""
+        if not len(self._key):
+            return np.full(len(place), NO_OP, np.int64)
+        first = place.astype(np.int64) * self._span
+        at = np.searchsorted(self._key, first + np.minimum(instant_ns, self._span - 1)) - 1
+        known = (at >= 0) & (self._key[at] >= first)
         return np.where(known, self._op[at], NO_OP)

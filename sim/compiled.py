@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
-from mhcplan.sim import device
+from mhcplan.sim import device, device_sms
 from mhcplan.sim.causes import timeline_of
-from mhcplan.sim.compiled_loop import FAR, NEVER, NOBODY, Loop, Step, Times, play
+from mhcplan.sim.compiled_loop import FAR, NEVER, NOBODY, Loop, Physics, Step, Times, play
+from mhcplan.sim.device_tables import gpu_of
 from mhcplan.sim.jit import ints
 from mhcplan.sim.order import order_of
 from mhcplan.sim.program import Csr
@@ -40,10 +41,23 @@ def simulate_compiled(program: Program, costs: CostTable) -> Timeline:
     place, places = _places(program, order)
     step = _step(program, costs, order, links, place)
     loop = _loop(program, order, links, place, places)
-    times = [np.full(program.num_ops, NEVER, np.int64) for _ in Times._fields]
-    if play(step, device.traits_of(program), loop, Times(*times)):
+    times = Times(*(ints(np.full(program.num_ops, NEVER, np.int64)) for _ in Times._fields))
+    physics = Physics(
+        device.traits_of(program),
+        gpu_of(program, costs),
+        device_sms.State(
+            start_ns=times.start_ns,
+            work=step.work,
+            rate=loop.rate,
+            rated_at=loop.rated_at,
+            here_ns=ints(np.zeros(program.num_ops, np.int64)),
+            placed=ints(np.zeros(program.num_ops, np.int64)),
+            placed_ns=times.placed_ns,
+        ),
+    )
+    if play(step, physics, loop, times):
         _say_who_is_stuck(program, costs)
-    return timeline_of(program, order, *times)
+    return timeline_of(program, order, *map(np.asarray, times))
 
 
 def _step(program: Program, costs: CostTable, order: Order, links: Csr, place: Array) -> Step:
@@ -102,6 +116,8 @@ def _loop(program: Program, order: Order, links: Csr, place: Array, places: Arra
         running_begin=ints(np.cumsum(places) - places),
         num_running=ints(per_rank.copy()),
         given=ints(per_place.copy()),
+        watch=ints(per_place + FAR),
+        watched=ints(per_op + FAR),
         moved=ints(per_place.copy()),
         taken=ints(per_link),
         link_watcher=ints(per_link + NOBODY),

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from mhcplan.sim import device
+from mhcplan.sim import device, device_sms
 from mhcplan.sim.jit import Ints, compiled, usable_in_compiled
 
 NEVER = -1
 NOBODY = -1
-FAR = (1 << 63) - 1  # no time comes after it
+FAR = device_sms.FAR
 # Places in ``Loop.counts``.
 _NUM_AWAKE, _NUM_CANDIDATES, _NUM_CHANGED, _NUM_MOVED = range(4)
 
@@ -59,6 +59,15 @@ class Times(NamedTuple):
     start_ns: Ints
     end_ns: Ints
     release_ns: Ints
+    placed_ns: Ints
+
+
+class Physics(NamedTuple):
+    """What the device's functions are given: ``gpu`` is empty where there is no contention."""
+
+    traits: device.Traits
+    gpu: device_sms.Gpu
+    state: device_sms.State
 
 
 class Loop(NamedTuple):
@@ -77,8 +86,9 @@ class Loop(NamedTuple):
         watcher, next_watcher: first stream that waits for an op, and the one after a stream.
         sleeper: first stream that waits for a rank's host.
         issued: the next op that a rank's host issues.
-        running, given: see :func:`device.share_device`; those of a
-            rank begin at running_begin; moved: ops whose rate has changed.
+        running, given, watch: see :func:`device.share_device`, :func:`device_sms.share_gpu`; those
+            of a rank begin at running_begin; moved: ops whose rate or next watch has changed.
+        watched: when an op's rank is to be looked at again.
         taken, link_watcher, next_on_link: whether a link is held; transfers that wait for it.
         awake, candidates, changed, counts: lists and their lengths.
     """
@@ -102,6 +112,8 @@ class Loop(NamedTuple):
     running_begin: Ints
     num_running: Ints
     given: Ints
+    watch: Ints
+    watched: Ints
     moved: Ints
     taken: Ints
     link_watcher: Ints
@@ -114,7 +126,7 @@ class Loop(NamedTuple):
 
 
 @compiled
-def play(step: Step, traits: device.Traits, loop: Loop, times: Times) -> int:
+def play(step: Step, physics: Physics, loop: Loop, times: Times) -> int:
     """Play a step: fills ``times``, changes ``loop``, returns how many ops never end."""
     for rank in range(len(step.rank_begin) - 1):
         _issue(step, loop, times, rank, 0)
@@ -124,11 +136,11 @@ def play(step: Step, traits: device.Traits, loop: Loop, times: Times) -> int:
     while True:
         while loop.counts[_NUM_AWAKE]:
             loop.counts[_NUM_AWAKE] -= 1
-            _advance(step, loop, times, loop.awake[loop.counts[_NUM_AWAKE]], now)
+            _advance(step, loop, times, physics, loop.awake[loop.counts[_NUM_AWAKE]], now)
         if loop.due[1] == now:
             _complete_one(step, loop, times, now)
         elif loop.counts[_NUM_CANDIDATES] or loop.counts[_NUM_CHANGED]:
-            _decide(step, loop, times, traits, now)
+            _decide(step, loop, times, physics, now)
         elif loop.due[1] != FAR:
             now = loop.due[1]
         else:
@@ -192,7 +204,7 @@ def _wake(loop: Loop, stream: int) -> None:
 
 
 @usable_in_compiled
-def _advance(step: Step, loop: Loop, times: Times, stream: int, now: int) -> None:
+def _advance(step: Step, loop: Loop, times: Times, physics: Physics, stream: int, now: int) -> None:
     """Let a stream go on until it has to wait."""
     while loop.cursor[stream] < step.stream_begin[stream + 1]:
         begin = loop.cursor[stream]
@@ -203,7 +215,7 @@ def _advance(step: Step, loop: Loop, times: Times, stream: int, now: int) -> Non
         loop.cursor[stream] = loop.wait_op[stream] = end
         loop.wait_at[stream] = -1
         if step.meeting[op] >= 0:
-            _reach_transfers(step, loop, begin, end)
+            _reach_transfers(step, loop, physics, begin, end, now)
             return
         if step.work[op]:
             _put_on_rank(step, loop, op)
@@ -276,6 +288,9 @@ def _complete_one(step: Step, loop: Loop, times: Times, now: int) -> None:
         _wake(loop, loop.place_stream[place])
     elif step.meeting[op] >= 0:
         _end_transfer(step, loop, times, step.meeting[op], now)
+    elif device.work_left(step.work[op], loop.rate[op], now - loop.rated_at[op]):
+        loop.watched[op] = NEVER
+        _mark_changed(loop, step.rank[op])
     else:
         _take_off_rank(step, loop, op)
         _finish(step, loop, times, op, now)
@@ -317,7 +332,7 @@ def _end_kernel(step: Step, loop: Loop, times: Times, stream: int, now: int) -> 
 
 
 @usable_in_compiled
-def _decide(step: Step, loop: Loop, times: Times, traits: device.Traits, now: int) -> None:
+def _decide(step: Step, loop: Loop, times: Times, physics: Physics, now: int) -> None:
     count = loop.counts[_NUM_CANDIDATES]
     loop.counts[_NUM_CANDIDATES] = 0
     _sort_by_turn(loop.candidates, count, step.turn)
@@ -326,10 +341,10 @@ def _decide(step: Step, loop: Loop, times: Times, traits: device.Traits, now: in
     loop.counts[_NUM_MOVED] = 0
     for i in range(loop.counts[_NUM_CHANGED]):
         loop.is_changed[loop.changed[i]] = 0
-        _share(step, loop, times, traits, loop.changed[i])
+        _share(step, loop, times, physics, loop.changed[i], now)
     loop.counts[_NUM_CHANGED] = 0
     for i in range(loop.counts[_NUM_MOVED]):
-        _go_on(step, loop, times, loop.moved[i], now)
+        _go_on(step, loop, times, physics, loop.moved[i], now)
 
 
 @usable_in_compiled
@@ -344,9 +359,16 @@ def _sort_by_turn(candidates: Ints, count: int, turn: Ints) -> None:
 
 
 @usable_in_compiled
-def _reach_transfers(step: Step, loop: Loop, begin: int, end: int) -> None:
+def _reach_transfers(
+    step: Step, loop: Loop, physics: Physics, begin: int, end: int, now: int
+) -> None:
     for i in range(begin, end):
-        meeting = step.meeting[step.by_stream[i]]
+        op = step.by_stream[i]
+        if _has_contention(physics):  # its CTAs wait for SMs, here and now
+            physics.state.here_ns[op] = now
+            _put_on_rank(step, loop, op)
+            continue
+        meeting = step.meeting[op]
         loop.absent[meeting] -= 1
         if not loop.absent[meeting]:
             _add_candidate(loop, meeting)
@@ -400,25 +422,38 @@ def _mark_changed(loop: Loop, rank: int) -> None:
 
 
 @usable_in_compiled
-def _share(step: Step, loop: Loop, times: Times, traits: device.Traits, rank: int) -> None:
+def _has_contention(physics: Physics) -> bool:
+    return len(physics.gpu.machine) > 0
+
+
+@usable_in_compiled
+def _share(step: Step, loop: Loop, times: Times, physics: Physics, rank: int, now: int) -> None:
     begin = loop.running_begin[rank]
     end = begin + loop.num_running[rank]
-    device.share_device(begin, end, loop.running, times.start_ns, traits, loop.given)
+    if _has_contention(physics):
+        device_sms.share_gpu(begin, end, loop.running, now, physics.gpu, physics.state, loop.given,
+                             loop.watch)  # fmt: skip
+    else:
+        device.share_device(begin, end, loop.running, times.start_ns, physics.traits, loop.given)
     for i in range(begin, end):
         op = loop.running[i]
-        if loop.given_rate[op] != loop.given[i]:
-            loop.given_rate[op] = loop.given[i]
+        if loop.given_rate[op] != loop.given[i] or loop.watched[op] != loop.watch[i]:
+            loop.given_rate[op], loop.watched[op] = loop.given[i], loop.watch[i]
             loop.moved[loop.counts[_NUM_MOVED]] = op
             loop.counts[_NUM_MOVED] += 1
 
 
 @usable_in_compiled
-def _go_on(step: Step, loop: Loop, times: Times, op: int, now: int) -> None:
+def _go_on(step: Step, loop: Loop, times: Times, physics: Physics, op: int, now: int) -> None:
     """Go on at the rate that the device gives now: to a transfer, the least of its ranks'."""
     rate, meeting = loop.given_rate[op], step.meeting[op]
     if meeting >= 0:
         for i in range(step.member_begin[meeting], step.member_begin[meeting + 1]):
             rate = min(rate, loop.given_rate[step.members[i]])
+        if rate < 0:
+            return  # a member waits for SMs
+        if times.start_ns[op] == NEVER:
+            _start_transfer(step, loop, times, meeting, now)
         op = step.members[step.member_begin[meeting]]
     elif rate and times.start_ns[op] == NEVER:
         times.start_ns[op] = now
@@ -426,13 +461,25 @@ def _go_on(step: Step, loop: Loop, times: Times, op: int, now: int) -> None:
 
 
 @usable_in_compiled
+def _start_transfer(step: Step, loop: Loop, times: Times, meeting: int, now: int) -> None:
+    """All members have SMs: it moves bytes from now on, which their ranks will feel."""
+    for i in range(step.member_begin[meeting], step.member_begin[meeting + 1]):
+        times.start_ns[step.members[i]] = now
+        _mark_changed(loop, step.rank[step.members[i]])
+
+
+@usable_in_compiled
 def _set_rate(step: Step, loop: Loop, op: int, rate: int, now: int) -> None:
-    if rate == loop.rate[op]:
+    """Go on at another rate, or look again at another time."""
+    if rate != loop.rate[op]:
+        elapsed_ns = now - loop.rated_at[op]
+        step.work[op] = device.work_left(step.work[op], loop.rate[op], elapsed_ns)
+        loop.rate[op], loop.rated_at[op] = rate, now
+    elif step.meeting[op] >= 0:
         return
-    elapsed_ns = now - loop.rated_at[op]
-    step.work[op] = device.work_left(step.work[op], loop.rate[op], elapsed_ns)
-    loop.rate[op], loop.rated_at[op] = rate, now
-    place = step.place[op]
+    place, due = step.place[op], FAR
+    if rate:
+        due = loop.rated_at[op] + device.time_to_finish_ns(step.work[op], rate)
+        due = min(due, loop.watched[op])
     loop.due_op[place] = op
-    due = now + device.time_to_finish_ns(step.work[op], rate) if rate else FAR
     _set_due(loop, place, due)

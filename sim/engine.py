@@ -24,8 +24,9 @@ import numpy as np
 import simpy
 from simpy.events import EventPriority
 
-from mhcplan.sim import device
+from mhcplan.sim import device, device_sms
 from mhcplan.sim.causes import timeline_of
+from mhcplan.sim.device_tables import gpu_of
 from mhcplan.sim.order import NO_OP, describe, order_of
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def simulate(program: Program, costs: CostTable) -> Timeline:
         start_ns=np.array(step.start, np.int64),
         end_ns=np.array(step.end[:-1], np.int64),
         release_ns=np.array(step.release, np.int64),
+        placed_ns=np.array(step.placed, np.int64),
     )
 
 
@@ -94,7 +96,7 @@ class _Step:
         self.order = order_of(program)
         self.launches = _launches_by_stream(program, self.order)
         n = program.num_ops
-        self.issue, self.start, self.release = ([NEVER] * n for _ in range(3))
+        self.issue, self.start, self.release, self.placed = ([NEVER] * n for _ in range(4))
         self.end = [NEVER] * (n + 1)  # the last entry stands for NO_OP, which never ends
         self.env = _Clock()
         self._rank: list[int] = program.rank.tolist()
@@ -104,7 +106,7 @@ class _Step:
         self._decision_is_due = False
         self._prepare_hosts(costs)
         self._prepare_work(costs)
-        self._prepare_device()
+        self._prepare_device(costs)
         self._prepare_transfers()
 
     def _prepare_hosts(self, costs: CostTable) -> None:
@@ -126,10 +128,18 @@ class _Step:
         self._rated_at = [0] * len(self._work)
         self._deadline = [NEVER] * len(self._work)
 
-    def _prepare_device(self) -> None:
+    def _prepare_device(self, costs: CostTable) -> None:
         """What is on each rank: ops free to run, and transfers under way."""
+        n = self.program.num_ops
         traits = device.traits_of(self.program)
         self._traits = device.Traits(*(column.tolist() for column in map(np.asarray, traits)))
+        gpu = gpu_of(self.program, costs)
+        self._gpu = device_sms.Gpu(*(column.tolist() for column in map(np.asarray, gpu)))
+        self._has_contention = costs.loads is not None
+        self._state = device_sms.State(
+            self.start, self._work, self._rate, self._rated_at, [0] * n, [0] * n, self.placed
+        )
+        self._watch = [device_sms.FAR] * n  # when the op's rank is to be looked at again
         self._running: list[list[int]] = [[] for _ in range(self.program.num_ranks)]
         self._given_rate = [0] * self.program.num_ops  # by the op's rank
         self._changed_ranks: set[int] = set()
@@ -238,22 +248,39 @@ class _Step:
             self._go_on(op)
 
     def _share(self, rank: int) -> None:
-        running, rates = self._running[rank], [0] * len(self._running[rank])
-        device.share_device(0, len(running), running, self.start, self._traits, rates)
-        for op, rate in zip(running, rates, strict=True):
-            self._given_rate[op] = rate
+        running = self._running[rank]
+        end, rates, watch = len(running), [0] * len(running), [device_sms.FAR] * len(running)
+        if self._has_contention:
+            now = self.env.now
+            device_sms.share_gpu(0, end, running, now, self._gpu, self._state, rates, watch)
+        else:
+            device.share_device(0, end, running, self.start, self._traits, rates)
+        for op, rate, at in zip(running, rates, watch, strict=True):
+            self._given_rate[op], self._watch[op] = rate, at
 
     def _go_on(self, op: int) -> None:
         """Go on at the rate that the device gives now: to a transfer, the least of its ranks'."""
         meeting = self.meeting[op]
         if meeting >= 0:
-            rate = min(self._given_rate[member] for member in self.members[meeting])
-            self._set_rate(self.members[meeting][0], rate)
+            members = self.members[meeting]
+            rate = min(self._given_rate[member] for member in members)
+            if rate < 0:
+                return  # a member waits for SMs
+            if self.start[op] == NEVER:
+                self._start_transfer(members)
+            self._set_rate(members[0], rate)
             return
         rate = self._given_rate[op]
         if rate and self.start[op] == NEVER:
             self.start[op] = self.env.now
         self._set_rate(op, rate)
+
+    def _start_transfer(self, members: Sequence[int]) -> None:
+        """All members have SMs: it moves bytes from now on, which their ranks will feel."""
+        for op in members:
+            self.start[op] = self.env.now
+            self._changed_ranks.add(self._rank[op])
+        self._decide_soon()
 
     def _put_on_rank(self, op: int) -> None:
         self._running[self._rank[op]].append(op)
@@ -268,6 +295,11 @@ class _Step:
         for op in ops:
             meeting = self.meeting[op]
             self.reached[op] = True
+            if self._has_contention:  # its CTAs wait for SMs, here and now
+                self._state.here_ns[op] = self.env.now
+                self._put_on_rank(op)
+                self._decide_soon()
+                continue
             self._absent[meeting] -= 1
             if not self._absent[meeting]:
                 self._candidates.append(meeting)
@@ -287,17 +319,21 @@ class _Step:
     # -- work ------------------------------------------------------------------------------------
 
     def _set_rate(self, op: int, rate: int) -> None:
-        """Go on at another rate; moves the deadline, at which the op's work is done."""
-        if rate == self._rate[op]:
-            return
+        """Go on at another rate; moves the deadline, at which work is done or to be looked at."""
         now = self.env.now
-        elapsed_ns = now - self._rated_at[op]
-        self._work[op] = device.work_left(self._work[op], self._rate[op], elapsed_ns)
-        self._rate[op], self._rated_at[op], self._deadline[op] = rate, now, NEVER
+        if rate != self._rate[op]:
+            elapsed_ns = now - self._rated_at[op]
+            self._work[op] = device.work_left(self._work[op], self._rate[op], elapsed_ns)
+            self._rate[op], self._rated_at[op] = rate, now
+        deadline = NEVER
         if rate:
-            delay_ns = device.time_to_finish_ns(self._work[op], rate)
-            self._deadline[op] = now + delay_ns
-            done = simpy.Timeout(self.env, delay_ns, op)
+            deadline = self._rated_at[op] + device.time_to_finish_ns(self._work[op], rate)
+            deadline = min(deadline, self._watch[op])
+        if deadline == self._deadline[op]:
+            return
+        self._deadline[op] = deadline
+        if deadline != NEVER:
+            done = simpy.Timeout(self.env, deadline - now, op)
             done.callbacks.append(self._on_deadline)  # pyright: ignore[reportUnknownMemberType]
 
     def _on_deadline(self, event: simpy.Event) -> None:
@@ -307,6 +343,9 @@ class _Step:
         self._deadline[op] = NEVER
         if self.meeting[op] >= 0:
             self._end_transfer(self.meeting[op])
+        elif device.work_left(self._work[op], self._rate[op], self.env.now - self._rated_at[op]):
+            self._changed_ranks.add(self._rank[op])
+            self._decide_soon()
         else:
             self._take_off_rank(op)
             self._finish(op)

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from mhcplan.sim.device_kernels import Loads
+
     Ints = NDArray[np.int64]
 
 T = TypeVar("T")
@@ -338,6 +340,7 @@ class CostTable:
         workspace_bytes: memory that the op allocates and frees again by itself, per cost key.
         margin_percent: measured reserve of the allocator beyond what is allocated.
         context_bytes, communicator_bytes: CUDA context, and NCCL for each process group.
+        loads: what ops put on a GPU, for engines to play contention; None: nothing slows anything.
     """
 
     duration_ns: Ints
@@ -346,6 +349,7 @@ class CostTable:
     margin_percent: float = 0.0
     context_bytes: int = 0
     communicator_bytes: int = 0
+    loads: Loads | None = None
 
 
 class MeetError(ValueError):

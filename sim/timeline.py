@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     Ints = NDArray[np.int64]
 
 # Why an op did not start earlier. The int8 codes of ``Timeline.reason`` index this tuple.
-REASONS = ("start", "host", "stream", "event", "peer", "link", "priority")
+REASONS = ("start", "host", "stream", "event", "peer", "link", "priority", "sms")
 
 
 @dataclass(frozen=True)

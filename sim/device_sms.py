@@ -1,0 +1,438 @@
+"""The physics with contention: kernels and communication share SMs, memory and links.
+
+Every engine calls :func:`share_gpu`, plainly or compiled, whenever something on a rank begins, ends
+or comes to a point that it was told to watch. Between two such instants nothing changes, so no
+event is spent on single CTAs. The rules were read off device traces of H100s;
+:mod:`mhcplan.profiles.contention_replay` plays what was measured, and says how far off they are.
+
+* **SMs.** A rank's compute ops run one at a time, most urgent stream first. What runs is never
+  taken back: a more urgent kernel begins when CTAs end, after the wave that is resident; a
+  persistent kernel gives up its SMs at its end only.
+* **Communication CTAs** take a whole SM each, and keep it until the transfer ends, peers' delays
+  included. At equal priority they find SMs between two kernels, in the tail of one, or where a grid
+  leaves some free; at high priority as soon as CTAs end. Those that find none follow later, and so
+  many rounds the transfer takes. It starts when it has an SM on each member's rank.
+* **A kernel that lacks SMs** takes as many waves as it needs on the others: one that filled the
+  chip once takes twice as long. Where it is bound by memory it lacks nothing but bandwidth.
+* **Memory.** The chains of loads and stores of a transfer are slower beside any kernel, most where
+  it saturates memory; bytes that transfers move are missing to the kernel.
+* **Links.** Transfers of a rank that together want more than a link carries share it.
+
+An op goes at its mean rate over the kernels that are left of it, and transfers beside it at the
+mean over all of them: within an op, only the places where SMs fall free are exact.
+
+Tables are made by :mod:`mhcplan.sim.device_tables`. Shares are integers, in units of ``1 / SHARE``;
+work and rates are those of :mod:`mhcplan.sim.device`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from mhcplan.sim.device import FULL_RATE, work_left
+from mhcplan.sim.jit import Ints, usable_in_compiled
+
+SHARE = 1 << 12
+FAR = (1 << 63) - 1  # no time comes after it
+NOT_PLACED = -1  # the rate of a transfer that has no SM yet
+_MOST_BURDEN = SHARE * 9 // 10  # of memory bandwidth that traffic may take
+
+
+class Gpu(NamedTuple):
+    """What the physics knows of ops, kernels and machine.
+
+    Attributes:
+        priority: of each op's stream; lower is more urgent.
+        cost: cost key of each op.
+        ctas: of each op's transfer on its rank; -1 for a compute op.
+        burden: of each op's transfer, share of the memory bandwidth it takes alone.
+        out_link, in_link: of each op's transfer, the link that it sends or receives over, or -1.
+        begin: kernels of cost key k are ``begin[k] : begin[k + 1]`` of the columns from ``end`` on.
+        end: work of the op done at the kernel's end.
+        life: work done in one wave; 0: none of its CTAs ends before the kernel does.
+        tail: work before the end of the kernel from which on ``idle`` SMs have nothing to do.
+        idle: see tail; -1: they fall idle one after another.
+        used: SMs it uses outside of its tail.
+        units, usual, fit, waves: CTAs or pieces, of which an SM takes ``usual`` and could take
+            ``fit``, in ``waves`` waves alone. units 0: any number of short ones.
+        bound: how far it is bound by memory.
+        loose: 1 where CTAs end all the time, not in waves.
+        drain_ns: what an urgent communication CTA waits for a whole SM.
+        delay, squeeze: of cost key k, how much longer chains of transfers, and full links, take
+            beside it.
+        alone, fixed, chain: of cost key k, ns of a transfer; see
+            :class:`mhcplan.sim.device_kernels.Traffic`.
+        link: of cost key k, share of a link that a transfer takes alone.
+        machine: num_sms, SMs for compute, compute_delay, crowding, least_life.
+    """
+
+    priority: Ints
+    cost: Ints
+    ctas: Ints
+    burden: Ints
+    out_link: Ints
+    in_link: Ints
+    begin: Ints
+    end: Ints
+    life: Ints
+    tail: Ints
+    idle: Ints
+    used: Ints
+    units: Ints
+    usual: Ints
+    fit: Ints
+    waves: Ints
+    bound: Ints
+    loose: Ints
+    drain_ns: Ints
+    delay: Ints
+    squeeze: Ints
+    alone: Ints
+    fixed: Ints
+    chain: Ints
+    link: Ints
+    machine: Ints
+
+
+# Places in ``Gpu.machine``.
+_SMS, _COMPUTE_SMS, _COMPUTE_DELAY, _CROWDING, _LEAST_LIFE = range(5)
+
+
+class State(NamedTuple):
+    """What an engine knows of each op; ``placed`` and ``placed_ns`` are kept by the physics.
+
+    Attributes:
+        start_ns: when it has begun, a transfer to move; or a negative number.
+        work, rate, rated_at: work left at ``rated_at``, and the rate since; of compute ops.
+        here_ns: when a transfer's member came to wait for SMs.
+        placed, placed_ns: SMs that it holds there, and since when it has had one.
+    """
+
+    start_ns: Ints
+    work: Ints
+    rate: Ints
+    rated_at: Ints
+    here_ns: Ints
+    placed: Ints
+    placed_ns: Ints
+
+
+# -- the rank
+
+
+@usable_in_compiled
+def share_gpu(
+    begin: int, end: int, running: Ints, now: int, gpu: Gpu, state: State, rate: Ints, watch: Ints
+) -> None:
+    """Place CTAs and set the rates of what is on one rank.
+
+    Args:
+        begin, end: the rank's ops are ``running[begin : end]``: of each compute stream the one that
+            is free to run, and every transfer that a stream has come to and that has not ended.
+        running: ops, in no order that means anything.
+        now: the instant.
+        gpu, state: of all ops; places are taken in ``state``.
+        rate: filled in the places of ``running``: units of work a nanosecond, for a transfer what
+            this rank gives it, or NOT_PLACED.
+        watch: filled likewise with the instant at which to call again, or FAR.
+    """
+    chosen, current = -1, -1
+    held = 0
+    waits = False
+    for i in range(begin, end):
+        op = running[i]
+        rate[i], watch[i] = 0, FAR
+        if gpu.ctas[op] >= 0:
+            held += state.placed[op]
+            waits |= state.placed[op] < gpu.ctas[op] or state.placed_ns[op] < 0
+            continue
+        if state.rate[op] > 0:
+            current = i
+        if chosen < 0 or _goes_first(op, running[chosen], state, gpu):
+            chosen = i
+    kernel, left, until = -1, 0, 0
+    if chosen >= 0:
+        if current >= 0 and current != chosen:
+            kernel = _kernel_at(running[current], now, gpu, state)
+            left = _left(running[current], now, state)
+            if not _gives_way(kernel, running[current], left, gpu):
+                chosen = current
+                until = _next_wave(kernel, running[current], left, gpu)
+        kernel = _kernel_at(running[chosen], now, gpu, state)
+        left = _left(running[chosen], now, state)
+    wake = FAR
+    if waits:
+        until, wake, held = _place_all(
+            begin, end, running, now, gpu, state, chosen, kernel, left, until, held
+        )
+    burden = _rate_transfers(begin, end, running, gpu, state, chosen, rate)
+    if chosen < 0:
+        return
+    op = running[chosen]
+    rate[chosen] = _compute_rate(kernel, op, left, held, burden, gpu)
+    if until > 0:
+        wake = min(wake, now + (left - until + rate[chosen] - 1) // rate[chosen])
+    watch[chosen] = wake
+
+
+@usable_in_compiled
+def _goes_first(op: int, other: int, state: State, gpu: Gpu) -> bool:
+    """Whether compute op ``op`` gets the SMs and not ``other``."""
+    if gpu.priority[op] != gpu.priority[other]:
+        return gpu.priority[op] < gpu.priority[other]
+    if (state.start_ns[op] >= 0) != (state.start_ns[other] >= 0):
+        return state.start_ns[op] >= 0
+    return op < other
+
+
+# -- where an op is. ``left`` is work left of it, ``until`` work left of it at some later point
+
+
+@usable_in_compiled
+def _left(op: int, now: int, state: State) -> int:
+    return work_left(state.work[op], state.rate[op], now - state.rated_at[op])
+
+
+@usable_in_compiled
+def _kernel_at(op: int, now: int, gpu: Gpu, state: State) -> int:
+    """The kernel that an op is in; at a border the one that begins."""
+    key = gpu.cost[op]
+    last = gpu.begin[key + 1] - 1
+    done = gpu.end[last] - _left(op, now, state)
+    kernel = gpu.begin[key]
+    while kernel < last and gpu.end[kernel] <= done:
+        kernel += 1
+    return kernel
+
+
+@usable_in_compiled
+def _after(kernel: int, op: int, gpu: Gpu) -> int:
+    """Work that is left of an op at the end of one of its kernels."""
+    return gpu.end[gpu.begin[gpu.cost[op] + 1] - 1] - gpu.end[kernel]
+
+
+@usable_in_compiled
+def _before(kernel: int, op: int, gpu: Gpu) -> int:
+    """Work that is left of an op at the beginning of one of its kernels."""
+    if kernel == gpu.begin[gpu.cost[op]]:
+        return gpu.end[gpu.begin[gpu.cost[op] + 1] - 1]
+    return _after(kernel - 1, op, gpu)
+
+
+@usable_in_compiled
+def _begins(kernel: int, op: int, left: int, gpu: Gpu) -> bool:
+    """Whether none of its CTAs has been placed yet. Ends are rounded up by less than 1 ns."""
+    return left > _before(kernel, op, gpu) - FULL_RATE
+
+
+@usable_in_compiled
+def _gives_way(kernel: int, op: int, left: int, gpu: Gpu) -> bool:
+    """Whether a more urgent kernel's CTAs get SMs now."""
+    if _begins(kernel, op, left, gpu) or gpu.loose[kernel]:
+        return True
+    life = gpu.life[kernel]
+    return life > 0 and (_before(kernel, op, gpu) - left) % life < FULL_RATE
+
+
+@usable_in_compiled
+def _next_wave(kernel: int, op: int, left: int, gpu: Gpu) -> int:
+    """Work left when the next CTAs end: of the wave, or of a persistent kernel."""
+    life, after = gpu.life[kernel], _after(kernel, op, gpu)
+    if life == 0:
+        return after
+    done = _before(kernel, op, gpu) - left
+    return max(after, left - life + done % life)
+
+
+# -- communication CTAs
+
+
+@usable_in_compiled
+def _place_all(
+    begin: int, end: int, running: Ints, now: int, gpu: Gpu, state: State, chosen: int, kernel: int,
+    left: int, until: int, held: int,
+) -> tuple[int, int, int]:  # fmt: skip
+    """Give SMs to transfers that lack some: most urgent first, then in issue order.
+
+    Returns work left of the chosen op, and an instant, at which to look again; and all SMs held.
+    """
+    blocked = False  # by CTAs of a kernel that a more urgent one has stopped
+    for i in range(begin, end):
+        blocked |= i != chosen and gpu.ctas[running[i]] < 0 and state.start_ns[running[i]] >= 0
+    wake, before, before_priority = FAR, -1, -FAR
+    for _ in range(begin, end):
+        member = -1
+        for i in range(begin, end):
+            op = running[i]
+            later = gpu.priority[op] > before_priority or (
+                gpu.priority[op] == before_priority and op > before
+            )
+            first = member < 0 or (
+                gpu.priority[op] < gpu.priority[member]
+                or (gpu.priority[op] == gpu.priority[member] and op < member)
+            )
+            if gpu.ctas[op] >= 0 and later and first:
+                member = op
+        if member < 0:
+            break
+        before, before_priority = member, gpu.priority[member]
+        lacks = gpu.ctas[member] - state.placed[member]
+        if lacks == 0 and state.placed_ns[member] >= 0:
+            continue
+        in_use = 0
+        if chosen >= 0:
+            in_use = _in_use(member, now, running[chosen], kernel, left, blocked, gpu, state)
+        take = min(lacks, max(gpu.machine[_SMS] - in_use - held, 0))
+        if take > 0 or gpu.ctas[member] == 0:
+            if state.placed_ns[member] < 0:
+                state.placed_ns[member] = now
+            state.placed[member] += take
+            held += take
+            lacks -= take
+        if lacks > 0 and chosen >= 0:
+            urgent = gpu.priority[member] < gpu.priority[running[chosen]]
+            if urgent and gpu.loose[kernel]:
+                ready = state.here_ns[member] + gpu.drain_ns[kernel]
+                if ready > now:
+                    wake = min(wake, ready)
+            until = max(until, _next_room(lacks, urgent, running[chosen], kernel, left, gpu))
+    return until, wake, held
+
+
+@usable_in_compiled
+def _in_use(
+    member: int, now: int, op: int, kernel: int, left: int, blocked: bool, gpu: Gpu, state: State
+) -> int:
+    """SMs that compute leaves to nobody, as far as ``member`` of a transfer is concerned."""
+    ahead = gpu.priority[member] < gpu.priority[op]
+    if _begins(kernel, op, left, gpu):
+        if gpu.priority[member] > gpu.priority[op]:
+            return gpu.used[kernel]
+        return gpu.machine[_SMS] if blocked else 0
+    rest = left - _after(kernel, op, gpu)
+    if rest <= gpu.tail[kernel] and not blocked:
+        if gpu.idle[kernel] >= 0:
+            return gpu.machine[_SMS] - gpu.idle[kernel]
+        return gpu.machine[_SMS] * rest // max(gpu.tail[kernel], 1)
+    drained = now >= state.here_ns[member] + gpu.drain_ns[kernel]
+    if ahead and drained and _gives_way(kernel, op, left, gpu):
+        return 0
+    return gpu.machine[_SMS] if blocked else gpu.used[kernel]
+
+
+@usable_in_compiled
+def _next_room(lacks: int, urgent: bool, op: int, kernel: int, left: int, gpu: Gpu) -> int:
+    """Work left of the op when SMs fall free next for CTAs that lack them; 0: at its end."""
+    after = _after(kernel, op, gpu)
+    if urgent and gpu.life[kernel] and not gpu.loose[kernel]:
+        return _next_wave(kernel, op, left, gpu)
+    tail = gpu.tail[kernel]
+    if gpu.idle[kernel] < 0:  # as many as are lacking have fallen idle
+        tail -= tail * min(lacks, gpu.machine[_SMS]) // gpu.machine[_SMS]
+    if gpu.idle[kernel] != 0 and left - after > tail + FULL_RATE:
+        return after + tail
+    return after
+
+
+@usable_in_compiled
+def _rate_transfers(
+    begin: int, end: int, running: Ints, gpu: Gpu, state: State, chosen: int, rate: Ints
+) -> int:
+    """Set the rates of transfers; returns the share of the memory bandwidth that they take."""
+    delay = squeeze = SHARE
+    if chosen >= 0:
+        beside = gpu.cost[running[chosen]]
+        delay, squeeze = gpu.delay[beside], gpu.squeeze[beside]
+    burden = 0
+    for i in range(begin, end):
+        op = running[i]
+        if gpu.ctas[op] < 0:
+            continue
+        if state.placed_ns[op] < 0:
+            rate[i] = NOT_PLACED
+            continue
+        crowd = _crowd(begin, end, running, op, gpu, state)
+        rate[i] = _transfer_rate(gpu.cost[op], gpu.ctas[op], state.placed[op], delay,
+                                 squeeze * crowd // SHARE, gpu)  # fmt: skip
+        if state.start_ns[op] >= 0:
+            burden += gpu.burden[op] * rate[i] // FULL_RATE
+    return min(burden, _MOST_BURDEN)
+
+
+@usable_in_compiled
+def _crowd(begin: int, end: int, running: Ints, op: int, gpu: Gpu, state: State) -> int:
+    """What the transfers that move want of the links of one of them, at least SHARE."""
+    out = into = 0
+    for i in range(begin, end):
+        other = running[i]
+        if gpu.ctas[other] >= 0 and (other == op or state.start_ns[other] >= 0):
+            share = gpu.link[gpu.cost[other]]
+            out += share if gpu.out_link[other] == gpu.out_link[op] else 0
+            into += share if gpu.in_link[other] == gpu.in_link[op] else 0
+    crowd = SHARE
+    if gpu.out_link[op] >= 0:
+        crowd = max(crowd, out)
+    if gpu.in_link[op] >= 0:
+        crowd = max(crowd, into)
+    return crowd
+
+
+@usable_in_compiled
+def _transfer_rate(key: int, ctas: int, placed: int, delay: int, squeeze: int, gpu: Gpu) -> int:
+    """Rate of a transfer of cost key ``key`` with ``placed`` of its CTAs on SMs."""
+    rounds = 1
+    if 0 < placed < ctas:
+        rounds = (ctas + placed - 1) // placed
+    alone, fixed, chain = gpu.alone[key], gpu.fixed[key], gpu.chain[key]
+    parts = max((alone - fixed) * squeeze, chain * rounds * delay)
+    beside = fixed * rounds * delay + parts
+    if beside <= alone * SHARE:
+        return FULL_RATE
+    return max(alone * SHARE // (beside // FULL_RATE + 1), 1)
+
+
+# -- compute
+
+
+@usable_in_compiled
+def _compute_rate(kernel: int, op: int, left: int, held: int, burden: int, gpu: Gpu) -> int:
+    """Mean rate of an op over what is left of it, while traffic goes on as it does now."""
+    sms = max(min(gpu.machine[_COMPUTE_SMS], gpu.machine[_SMS] - held), 1)
+    if sms == gpu.machine[_SMS] and burden == 0:
+        return FULL_RATE
+    last = gpu.begin[gpu.cost[op] + 1] - 1
+    time, rest = 0, left
+    for k in range(kernel, last + 1):
+        after = gpu.end[last] - gpu.end[k]
+        part = rest - after
+        is_placed = k == kernel and part <= gpu.tail[k]
+        is_placed &= gpu.idle[k] < 0 or held <= gpu.idle[k]
+        slow = SHARE if is_placed else _more_waves(k, sms, gpu)
+        time += part // SHARE * _slowdown(k, slow, sms, burden, gpu)
+        rest = after
+    return max(min(left // (time // FULL_RATE + 1), FULL_RATE), 1)
+
+
+@usable_in_compiled
+def _slowdown(kernel: int, waves: int, sms: int, burden: int, gpu: Gpu) -> int:
+    """Time of a kernel that takes ``waves`` as many waves on ``sms`` SMs, over its time alone."""
+    bound = gpu.bound[kernel]
+    by_sm = waves * (SHARE + gpu.machine[_COMPUTE_DELAY] * burden // SHARE) // SHARE
+    share = max(SHARE * sms // gpu.machine[_SMS], gpu.machine[_LEAST_LIFE])
+    by_memory = max(waves * share // SHARE, SHARE) * SHARE // (SHARE - burden)
+    return max(((SHARE - bound) * by_sm + bound * by_memory) // SHARE, SHARE)
+
+
+@usable_in_compiled
+def _more_waves(kernel: int, sms: int, gpu: Gpu) -> int:
+    """Waves of a kernel on ``sms`` SMs over waves on all of them."""
+    all_sms, count = gpu.machine[_SMS], gpu.units[kernel]
+    if count == 0:
+        return SHARE * all_sms // sms
+    usual, fit = gpu.usual[kernel], gpu.fit[kernel]
+    if usual < fit and count <= sms * fit:  # they crowd together instead
+        each = (count + sms - 1) // sms
+        return max(SHARE + gpu.machine[_CROWDING] * (each - usual) // usual, SHARE)
+    at_once = usual * sms
+    waves = (count + at_once - 1) // at_once
+    return max(SHARE * waves // gpu.waves[kernel], SHARE)

@@ -1,0 +1,169 @@
+"""From what ops put on a GPU to the integers that :mod:`mhcplan.sim.device_sms` reckons with."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mhcplan.sim.device import FULL_RATE
+from mhcplan.sim.device_kernels import hbm_share, units
+from mhcplan.sim.device_sms import SHARE, Gpu
+from mhcplan.sim.jit import ints
+from mhcplan.sim.order import batch_first
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from mhcplan.sim.device_kernels import Kernel, Loads, Parameters, Traffic
+    from mhcplan.sim.program import CostTable, Program
+
+    Array = NDArray[np.int64]
+
+_NUM_COLUMNS = 12  # of a kernel: ``end`` .. ``drain_ns`` of Gpu
+
+
+def gpu_of(program: Program, costs: CostTable) -> Gpu:
+    """The tables of a Program's ops; empty where the costs know no loads."""
+    loads = costs.loads
+    if loads is None:
+        return Gpu(*(ints([]) for _ in Gpu._fields))
+    durations: list[int] = costs.duration_ns.tolist()
+    rows = [
+        _rows(kernels, duration, loads.parameters, loads.compute_sms)
+        for kernels, duration in zip(loads.kernels, durations, strict=True)
+    ]
+    columns = (
+        np.array([row for of_key in rows for row in of_key], np.int64).reshape(-1, _NUM_COLUMNS).T
+    )
+    begin = np.zeros(len(rows) + 1, np.int64)
+    np.cumsum([len(of_key) for of_key in rows], out=begin[1:])
+    beside = [_beside(kernels, loads.parameters) for kernels in loads.kernels]
+    delay, squeeze = zip(*beside, strict=True) if beside else ((), ())
+    p = loads.parameters
+    machine = [
+        p.num_sms, min(loads.compute_sms or p.num_sms, p.num_sms), _share(p.compute_delay),
+        _share(p.crowding), _share(p.least_life),
+    ]  # fmt: skip
+    by_column = (
+        np.array([stream.priority for stream in program.streams], np.int64)[program.stream],
+        program.cost,
+        *_transfer_columns(program, loads, costs.duration_ns),
+        begin,
+        *columns,
+        np.array(delay, np.int64),
+        np.array(squeeze, np.int64),
+        *_transfer_keys(loads.traffic, durations),
+        np.array(machine, np.int64),
+    )
+    return Gpu(*map(ints, by_column))
+
+
+def _share(value: float) -> int:
+    return round(value * SHARE)
+
+
+@lru_cache(maxsize=4096)
+def _rows(
+    kernels: tuple[Kernel, ...], duration_ns: int, p: Parameters, limit: int | None
+) -> list[tuple[int, ...]]:
+    """Columns ``end`` .. ``drain_ns`` of :class:`Gpu` for the kernels of one op.
+
+    They are stretched to fill the op's duration: gaps between kernels belong to the kernels.
+    """
+    if not kernels:
+        return [(duration_ns * FULL_RATE, 1, 0, 0, p.num_sms, 0, 1, 1, 1, 0, 1, 0)]
+    stretch = duration_ns / sum(kernel.duration_ns for kernel in kernels)
+    rows: list[tuple[int, ...]] = []
+    done = 0.0
+    for i, kernel in enumerate(kernels):
+        done += kernel.duration_ns * stretch
+        end = duration_ns if i == len(kernels) - 1 else min(round(done), duration_ns)
+        row = _row(kernel, kernel.duration_ns * stretch, p, min(limit or p.num_sms, p.num_sms))
+        rows.append((end * FULL_RATE, *row))
+    return rows
+
+
+def _row(kernel: Kernel, duration_ns: float, p: Parameters, sms: int) -> tuple[int, ...]:
+    """Columns ``life`` .. ``drain_ns`` of a kernel that runs on ``sms`` SMs."""
+    share = hbm_share(kernel, p)
+    bound = _share(min(max(1.5 * (share - p.bound_from) / (1 - p.bound_from), 0.0), 1.0))
+    work = duration_ns * FULL_RATE
+    if not kernel.ctas:
+        return (1, 0, 0, sms, 0, 1, 1, 1, bound, 1, 0)
+    count, fit = units(kernel), kernel.ctas_per_sm
+    usual = min(fit, -(-kernel.ctas // p.num_sms))
+    waves = -(-count // (usual * sms))
+    wave = work / waves
+    tail, idle = _tail(kernel, usual, sms, wave, work, p)
+    stays = kernel.persistent or waves == 1
+    loose = not stays and (kernel.tail_share > 0 or share > p.bound_from)
+    drain = 0.0 if stays or usual == 1 else p.drain_lives * wave / FULL_RATE
+    return (
+        0 if stays else max(round(wave), 1), round(tail), idle,
+        min(sms, -(-min(kernel.ctas, count) // usual)), count, usual, fit,
+        -(-count // (usual * p.num_sms)), bound, int(loose), round(drain),
+    )  # fmt: skip
+
+
+def _tail(
+    kernel: Kernel, usual: int, sms: int, wave: float, work: float, p: Parameters
+) -> tuple[float, int]:
+    """Columns ``tail`` and ``idle``: when a kernel has no CTA left that waits."""
+    if kernel.tail_share:
+        return kernel.tail_share * work, -1
+    rounds = -(-kernel.pieces // kernel.ctas)
+    if kernel.dealt and rounds > 1:  # some have a piece less
+        full = sms * ((kernel.pieces - 1) % kernel.ctas + 1) // kernel.ctas
+        return wave / rounds, p.num_sms - full
+    last = (units(kernel) - 1) % (usual * sms) + 1
+    return wave, p.num_sms - min(sms, -(-last // usual))
+
+
+@lru_cache(maxsize=4096)
+def _beside(kernels: tuple[Kernel, ...], p: Parameters) -> tuple[int, int]:
+    """Columns ``delay`` and ``squeeze``: harmonic means, as transfers pass beside all kernels."""
+    if not kernels:
+        return _share(1 + p.busy_delay), SHARE
+    total = sum(kernel.duration_ns for kernel in kernels)
+    passed = narrow = 0.0
+    for kernel in kernels:
+        squeezed = hbm_share(kernel, p) ** p.memory_power
+        passed += kernel.duration_ns / (1 + p.busy_delay + p.memory_delay * squeezed)
+        narrow += kernel.duration_ns / (1 + p.link_delay * squeezed)
+    return _share(total / passed), _share(total / narrow)
+
+
+def _transfer_columns(program: Program, loads: Loads, duration_ns: Array) -> tuple[Array, ...]:
+    """Columns ``ctas`` .. ``in_link`` of :class:`Gpu`; CTAs of a batch are shared by its ops."""
+    ctas, sent, received = np.full((3, len(loads.traffic)), -1, np.int64)
+    rate = SHARE / loads.parameters.hbm_bytes_per_ns
+    for key, traffic in enumerate(loads.traffic):
+        if traffic is not None:
+            per_ns = rate / max(int(duration_ns[key]), 1)
+            ctas[key] = traffic.ctas
+            sent[key] = min(round(traffic.sent_hbm_bytes * per_ns), SHARE)
+            received[key] = min(round(traffic.received_hbm_bytes * per_ns), SHARE)
+    cost, is_transfer = program.cost, program.group >= 0
+    first = batch_first(program)
+    size = np.bincount(first, minlength=program.num_ops)[first]
+    of_op = np.where(is_transfer, -(-np.maximum(ctas[cost], 0) // size), -1)
+    burden = np.where(program.is_send, sent[cost], received[cost])
+    media = {medium: i for i, medium in enumerate(dict.fromkeys(g.medium for g in program.groups))}
+    medium = np.array([*(media[group.medium] for group in program.groups), 0])[program.group]
+    collective = program.peer < 0
+    out = np.where(is_transfer & (program.is_send | collective), medium, -1)
+    into = np.where(is_transfer & (~program.is_send | collective), medium, -1)
+    return of_op, np.where(is_transfer, burden, 0), out, into
+
+
+def _transfer_keys(traffic: tuple[Traffic | None, ...], durations: list[int]) -> tuple[Array, ...]:
+    """Columns ``alone`` .. ``link`` of :class:`Gpu`."""
+    columns = np.zeros((4, len(traffic)), np.int64)
+    for key, (one, alone) in enumerate(zip(traffic, durations, strict=True)):
+        if one is not None:
+            fixed = min(one.fixed_ns, alone)
+            chain = min(one.chain_ns, alone - fixed)
+            columns[:, key] = alone, fixed, chain, _share(one.link_share)
+    return tuple(columns)
