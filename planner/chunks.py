@@ -10,34 +10,44 @@ Names of buffers, j a site of the stage (2k attention, 2k + 1 FFN of its block k
 x{j}, g{j}      state before site j ([tokens, n, C]) and its gradient; ``out`` is x{L} where it
                 goes to the next stage, ``grad_out`` is g0 where it goes to the previous one
 coef{j}         fp32 coefficients of site j, stored from F to I
-u{j}, h{j}      H_pre x, and its norm: what the sublayer reads (r for recomputed: xr, ur, hr)
+u{j}, h{j}      H_pre x, and its norm: what the sublayer reads
 f{j}            output of the sublayer
 keep{j}, defer{j}  what the sublayer's F keeps for I, and I for W, beyond the above
-sent, got, rows, ret  MoE: permuted copies, dispatched, in expert order, combined
+sent, got, rows  MoE: permuted copies, dispatched, in expert order
+back, ret       MoE: what experts made, in the order of its senders, and combined
 =============== ===================================================================================
 
-d in front of a name is its gradient.
+d in front of a name is its gradient, r behind it stands for recomputed.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from mhcplan.profiles.specs import SITES_PER_BLOCK, Mla
-from mhcplan.profiles.vocabulary import (
-    BF16,
-    FP32,
-    NO_COST,
-    VOCABULARY,
-    OpKey,
-    coefficient_bytes,
-    op_key,
-)
+from mhcplan.planner.cost_keys import CostKeys
+from mhcplan.profiles.specs import SITES_PER_BLOCK
+from mhcplan.profiles.vocabulary import BF16, FP32, NO_COST, VOCABULARY, coefficient_bytes
 from mhcplan.sim.build import COMPUTE, EXPERT, GRAD_OUT, OUT, PIPE, New
 
 if TYPE_CHECKING:
     from mhcplan.planner.work import StageShape, Work
+    from mhcplan.profiles.vocabulary import OpKey
     from mhcplan.sim.build import TemplateBuilder
+
+
+class _Run(NamedTuple):
+    """A sublayer's forward, or the same again before its backward: how its ops are marked."""
+
+    pass_: str
+    mark: str
+    component: str
+
+    def category(self, normal: str) -> str:
+        """Class of time; what waits for traffic is expert traffic either way."""
+        return normal if self is _FIRST or normal == "ep" else "recompute"
+
+
+_FIRST, _AGAIN = _Run("F", "", "activations"), _Run("R", "r", "recompute")
 
 
 class Chunk:
@@ -49,7 +59,7 @@ class Chunk:
         self._builder = builder
         self._model = work.model
         self._recomputed = not self.plain and work.recompute_block is not None
-        self._prefix = "hc" if work.residual.kind == "hc" else "mhc"
+        self._keys = CostKeys(work)
 
     # -- boxes of figure 4, forward
 
@@ -57,21 +67,19 @@ class Chunk:
         """First stage: embedding, and its copy to n rows."""
         if not self.shape.first:
             return
-        key = self._hidden_key("embedding", "F", vocab=self._model.vocab_size)
+        key = self._keys.vocabulary("embedding", "F")
         if self.plain:
             self._op("embedding", "F", COMPUTE, key, new=[self._state("x0")])
             return
         self._op("embedding", "F", COMPUTE, key, new=[self._hidden("e")])
-        self._op("mhc_expand", "F", COMPUTE, self._mhc_key("mhc_expand", "F"), category="mhc",
+        self._op("mhc_expand", "F", COMPUTE, self._keys.mhc("mhc_expand", "F"), category="mhc",
                  reads=["e"], new=[self._state("x0")], dead=["e"])  # fmt: skip
 
     def attention_forward(self, block: int) -> None:
         """F_pre^A, ATTN, F_post,res^A."""
         j = SITES_PER_BLOCK * block
         self._pre_forward(j)
-        self._op(self._attention, "F", COMPUTE, self._attention_key("F"), site=j, reads=[f"h{j}"],
-                 new=[self._hidden(f"f{j}"), self._keep(j, self._attention_key("F"))],
-                 dead=self._if_recomputed(f"h{j}"))  # fmt: skip
+        self._sublayer(self._keys.attention("F"), j, _FIRST)
         self._post_forward(j)
 
     def ffn_enter_forward(self, block: int) -> None:
@@ -79,55 +87,36 @@ class Chunk:
         j = self._ffn_site(block)
         self._pre_forward(j)
         if self.shape.moe[block]:
-            key = self._router_key("F")
-            self._op("router", "F", COMPUTE, key, site=j, reads=[f"h{j}"],
-                     new=[self._routed(f"sent{j}"), self._keep(j, key, "route")])  # fmt: skip
+            self._route(j, _FIRST)
 
     def dispatch_forward(self, block: int) -> None:
         """DISPATCH(F)."""
-        if self.work.ep > 1 and self.shape.moe[block]:
-            j = self._ffn_site(block)
-            self._transfer("dispatch", "F", j, f"sent{j}", f"got{j}")
+        if self.shape.moe[block]:
+            self._dispatch(self._ffn_site(block), _FIRST)
 
     def ffn_forward(self, block: int) -> None:
         """MLP(F): dense FFN, or shared experts (while the dispatch runs) and routed experts."""
         j = self._ffn_site(block)
-        if not self.shape.moe[block]:
-            key = self._ffn_key("dense_ffn", "F")
-            self._op("dense_ffn", "F", COMPUTE, key, site=j, reads=[f"h{j}"],
-                     new=[self._hidden(f"f{j}"), self._keep(j, key)],
-                     dead=self._if_recomputed(f"h{j}"))  # fmt: skip
-            return
-        if self._has_shared:
-            key = self._ffn_key("shared_experts", "F")
-            self._op("shared_experts", "F", COMPUTE, key, site=j, reads=[f"h{j}"],
-                     new=[self._hidden(f"s{j}"), self._keep(j, key, "keep_shared")])  # fmt: skip
-        self._builder.states[self.slot].pending += self._if_recomputed(f"h{j}")
-        rows = self._to_expert_order("F", j, f"sent{j}", f"got{j}", f"rows{j}")
-        key = self._expert_key("F")
-        made = f"y{j}" if self.work.ep > 1 else f"ret{j}"
-        self._op("experts", "F", COMPUTE, key, site=j, reads=[rows],
-                 new=[self._routed(made), self._keep(j, key)])  # fmt: skip
-        if self.work.ep > 1:
-            self._op("regroup", "F", COMPUTE, self._regroup_key("F"), site=j,
-                     name=f"regroup.F{j}.back", reads=[made], new=[self._routed(f"yr{j}")],
-                     dead=[made])  # fmt: skip
+        if self.shape.moe[block]:
+            self._experts(j, _FIRST)
+        else:
+            self._sublayer(self._keys.dense_ffn("F"), j, _FIRST)
 
     def combine_forward(self, block: int) -> None:
         """COMBINE(F)."""
-        if self.work.ep > 1 and self.shape.moe[block]:
-            j = self._ffn_site(block)
-            self._transfer("combine", "F", j, f"yr{j}", f"ret{j}")
+        if self.shape.moe[block]:
+            self._combine(self._ffn_site(block), _FIRST)
 
     def ffn_leave_forward(self, block: int) -> None:
         """F_post,res^M, with the weighted sum of what the experts returned before it."""
         j = self._ffn_site(block)
         if self.shape.moe[block]:
             shared = [f"s{j}"] if self._has_shared else []
-            dead = [*shared, *([f"yr{j}"] if self.work.ep > 1 else [])]
+            dead = [*shared, *([f"back{j}"] if self.work.ep > 1 else [])]
             self._op("unpermute", "F", self.work.post_stream(is_ffn=True),
-                     self._unpermute_key("F"), site=j, reads=[f"ret{j}", f"route{j}", *shared],
-                     new=[self._hidden(f"f{j}")], dead=dead)  # fmt: skip
+                     self._keys.unpermute("F"), site=j, reads=[f"ret{j}", f"route{j}", *shared],
+                     new=[self._hidden(f"f{j}")],
+                     dead=[*dead, *self._unless_kept(f"ret{j}", j)])  # fmt: skip
         self._post_forward(j)
 
     def leave(self) -> None:
@@ -136,12 +125,12 @@ class Chunk:
             return
         last = self._x(self.shape.num_sites)
         if not self.plain:
-            self._op("mhc_collapse", "F", COMPUTE, self._mhc_key("mhc_collapse", "F"),
+            self._op("mhc_collapse", "F", COMPUTE, self._keys.mhc("mhc_collapse", "F"),
                      category="mhc", reads=[last], new=[self._hidden("z")])  # fmt: skip
         z = last if self.plain else "z"
-        self._op("norm", "F", COMPUTE, self._hidden_key("norm", "F"), name="norm.F.head",
+        self._op("norm", "F", COMPUTE, self._keys.hidden("norm", "F"), name="norm.F.head",
                  reads=[z], new=[self._hidden("hz")])  # fmt: skip
-        key = self._hidden_key("head", "F", vocab=self._model.vocab_size)
+        key = self._keys.vocabulary("head", "F")
         logits = VOCABULARY["head"].saved(dict(key.shape))
         self._op("head", "F", COMPUTE, key, reads=["hz"],
                  new=[New("dlogits", logits, "logits")])  # fmt: skip
@@ -153,89 +142,83 @@ class Chunk:
         if not self.shape.last:
             return
         sites = self.shape.num_sites
-        key = self._hidden_key("head", "I", vocab=self._model.vocab_size)
+        key = self._keys.vocabulary("head", "I")
         self._op("head", "I", COMPUTE, key, reads=["dlogits"], new=[self._hidden("dhz")])
         z = self._x(sites) if self.plain else "z"
         made = self._state(self._g(sites)) if self.plain else self._hidden("dz")
-        self._op("norm", "I", COMPUTE, self._hidden_key("norm", "I"), name="norm.I.head",
+        self._op("norm", "I", COMPUTE, self._keys.hidden("norm", "I"), name="norm.I.head",
                  reads=["dhz", z], new=[made], dead=["dhz", z])  # fmt: skip
         if not self.plain:
             last = self._x(sites)
-            self._op("mhc_collapse", "B", COMPUTE, self._mhc_key("mhc_collapse", "B"),
+            self._op("mhc_collapse", "B", COMPUTE, self._keys.mhc("mhc_collapse", "B"),
                      category="mhc", reads=["dz", last], new=[self._state(self._g(sites))],
                      dead=["dz", last])  # fmt: skip
 
     def recompute(self, block: int, *, of_ffn: bool) -> None:
-        """Rebuild a recompute block of sites if the backward is about to enter one.
+        """Rebuild what the backward of this sublayer is about to need and F did not keep: a
+        recompute block of sites if the backward enters one, then what the sublayer itself kept.
 
         Only local data is read (paper 4.3.3), so it may run before the gradient arrives.
         """
-        last = self._ffn_site(block) if of_ffn else SITES_PER_BLOCK * block
-        found = [sites for sites in self._recompute_blocks() if sites[-1] == last]
-        if not found:
+        j = self._ffn_site(block) if of_ffn else SITES_PER_BLOCK * block
+        for sites in self._recompute_blocks():
+            if sites[-1] == j:
+                self._rebuild_states(sites)
+        if not self._runs_again(j):
             return
-        sites = found[0]
-        stored = self._x(sites.start)
-        reads = [stored, *(f"coef{j}" for j in sites), *(f"f{j}" for j in sites[:-1])]
-        arrives = last + 1 < self.shape.num_sites or not self.shape.last
-        if not self.work.overlap_recompute and arrives:
-            reads.append(self._g(last + 1))
-        made = [self._hidden(f"ur{j}", "recompute") for j in sites]
-        made += [self._state(f"xr{j}", "recompute") for j in sites[1:]]
-        stream = self.work.recompute_stream
-        self._op("mhc_recompute", "R", stream, self._recompute_key(len(sites)),
-                 category="recompute", site=last, reads=reads, new=made)  # fmt: skip
-        for j in sites:
-            self._op(
-                "norm",
-                "R",
-                stream,
-                self._hidden_key("norm", "R"),
-                category="recompute",
-                site=j,
-                reads=[f"ur{j}"],
-                new=[self._hidden(f"hr{j}", "recompute")],
-            )
+        if not self._recomputed:
+            source = self._x(j) if self.plain else f"u{j}"
+            self._norm_again(j, COMPUTE, [source, *self._arrived(j)])
+        if not of_ffn:
+            self._sublayer(self._keys.attention("F"), j, _AGAIN)
+        elif self.shape.moe[block]:
+            self._route(j, _AGAIN)
+            self._dispatch(j, _AGAIN)
+            self._experts(j, _AGAIN)
+            self._combine(j, _AGAIN)
+        else:
+            self._sublayer(self._keys.dense_ffn("F"), j, _AGAIN)
 
     def ffn_leave_backward(self, block: int) -> None:
         """F_post,res^M(B), and the gradients of the weighted sum."""
         j = self._ffn_site(block)
         gradient = self._post_backward(j)
         if self.shape.moe[block]:
-            made = f"dyr{j}" if self.work.ep > 1 else f"dy{j}"
+            made = f"dback{j}" if self.work.ep > 1 else f"dy{j}"
+            returned = self._kept("ret", j)
             self._op("unpermute", "I", self.work.post_stream(is_ffn=True),
-                     self._unpermute_key("I"), site=j, reads=[gradient, f"ret{j}", f"route{j}"],
-                     new=[self._routed(made)], dead=[f"ret{j}"])  # fmt: skip
+                     self._keys.unpermute("I"), site=j, reads=[gradient, returned, f"route{j}"],
+                     new=[self._routed(made)], dead=[returned])  # fmt: skip
 
     def combine_backward(self, block: int) -> None:
         """COMBINE(B): a dispatch-shaped all-to-all of gradients."""
         if self.work.ep > 1 and self.shape.moe[block]:
             j = self._ffn_site(block)
-            self._transfer("combine", "I", j, f"dyr{j}", f"dgot{j}")
+            self._transfer("combine", "I", j, f"dback{j}", f"dgot{j}")
 
     def ffn_backward(self, block: int) -> None:
         """MLP(B)."""
         j = self._ffn_site(block)
         gradient = self._g(j + 1) if self.plain else f"df{j}"
         if not self.shape.moe[block]:
-            self._sublayer_backward("dense_ffn", self._ffn_key("dense_ffn", "I"), j, gradient)
+            self._sublayer_backward(self._keys.dense_ffn("I"), j, gradient)
             return
         if self._has_shared:
-            key = self._ffn_key("shared_experts", "I")
-            self._op("shared_experts", "I", COMPUTE, key, site=j,
-                     reads=[gradient, f"keep_shared{j}"],
+            key = self._keys.shared_experts("I")
+            kept = self._kept("keep_shared", j)
+            self._op("shared_experts", "I", COMPUTE, key, site=j, reads=[gradient, kept],
                      new=[self._hidden(f"dhs{j}"), self._defer(j, key, "defer_shared")],
-                     dead=[f"keep_shared{j}"])  # fmt: skip
+                     dead=[kept])  # fmt: skip
         if not self.plain:
             self._builder.states[self.slot].pending.append(f"df{j}")
-        rows = self._to_expert_order("I", j, f"dyr{j}", f"dgot{j}", f"dy{j}")
-        key = self._expert_key("I")
+        rows = self._to_expert_order("I", j, f"dback{j}", f"dgot{j}", f"dy{j}")
+        key = self._keys.experts("I")
         made = f"drows{j}" if self.work.ep > 1 else f"dsent{j}"
-        self._op("experts", "I", COMPUTE, key, site=j, reads=[rows, f"keep{j}"],
-                 new=[self._routed(made), self._defer(j, key)],
-                 dead=[rows, f"keep{j}"])  # fmt: skip
+        kept = self._kept("keep", j)
+        self._op("experts", "I", COMPUTE, key, site=j, reads=[rows, kept],
+                 new=[self._routed(made), self._defer(j, key)], dead=[rows, kept])  # fmt: skip
         if self.work.ep > 1:
-            self._op("regroup", "I", COMPUTE, self._regroup_key("I"), site=j,
+            self._op("regroup", "I", COMPUTE, self._keys.regroup("I"), site=j,
                      name=f"regroup.I{j}.back", reads=[made], new=[self._routed(f"dout{j}")],
                      dead=[made])  # fmt: skip
 
@@ -249,19 +232,19 @@ class Chunk:
         """MLP(W)."""
         j = self._ffn_site(block)
         if not self.shape.moe[block]:
-            self._weights("dense_ffn", self._ffn_key("dense_ffn", "W"), j, self._h(j))
+            self._weights(self._keys.dense_ffn("W"), j, self._h(j))
             return
         if self._has_shared:
-            key = self._ffn_key("shared_experts", "W")
+            key = self._keys.shared_experts("W")
             self._op("shared_experts", "W", COMPUTE, key, site=j,
                      reads=[self._h(j), f"defer_shared{j}"], dead=[f"defer_shared{j}"])  # fmt: skip
-        self._weights("experts", self._expert_key("W"), j, self._rows(j))
+        self._weights(self._keys.experts("W"), j, self._rows(j))
 
     def ffn_enter_backward(self, block: int) -> None:
         """F_pre^M(B), in a MoE block behind the router's gradient."""
         j = self._ffn_site(block)
         if self.shape.moe[block]:
-            key = self._router_key("I")
+            key = self._keys.router("I")
             shared = [f"dhs{j}"] if self._has_shared else []
             sent = [f"dout{j}"] if self.work.ep > 1 else []
             self._op("router", "I", COMPUTE, key, site=j,
@@ -274,36 +257,36 @@ class Chunk:
         """F_post,res^A(B), ATTN(B), F_pre^A(B)."""
         j = SITES_PER_BLOCK * block
         gradient = self._post_backward(j)
-        self._sublayer_backward(self._attention, self._attention_key("I"), j, gradient)
+        self._sublayer_backward(self._keys.attention("I"), j, gradient)
         self._pre_backward(j)
 
     def attention_weights(self, block: int) -> None:
         """ATTN(W), behind the router's weights, which had to wait for DISPATCH(B)."""
         j = self._ffn_site(block)
         if self.shape.moe[block]:
-            self._op("router", "W", COMPUTE, self._router_key("W"), site=j,
+            self._op("router", "W", COMPUTE, self._keys.router("W"), site=j,
                      reads=[self._h(j), f"defer_route{j}"],
                      dead=[self._h(j), f"defer_route{j}"])  # fmt: skip
         a = SITES_PER_BLOCK * block
-        self._weights(self._attention, self._attention_key("W"), a, self._h(a))
+        self._weights(self._keys.attention("W"), a, self._h(a))
 
     def leave_backward(self) -> None:
         """First stage: n gradients of the embedding sum up to one."""
         if self.shape.first and not self.plain:
-            self._op("mhc_expand", "I", COMPUTE, self._mhc_key("mhc_expand", "I"), category="mhc",
+            self._op("mhc_expand", "I", COMPUTE, self._keys.mhc("mhc_expand", "I"), category="mhc",
                      reads=["g0"], new=[self._hidden("de")], dead=["g0"])  # fmt: skip
 
     def enter_weights(self) -> None:
         """Last stage: weight gradient of the head."""
         if self.shape.last:
-            key = self._hidden_key("head", "W", vocab=self._model.vocab_size)
+            key = self._keys.vocabulary("head", "W")
             self._op("head", "W", COMPUTE, key, reads=["dlogits", "hz"], dead=["dlogits", "hz"])
 
     def leave_weights(self) -> None:
         """First stage: weight gradient of the embedding."""
         if self.shape.first:
             gradient = "g0" if self.plain else "de"
-            key = self._hidden_key("embedding", "W", vocab=self._model.vocab_size)
+            key = self._keys.vocabulary("embedding", "W")
             self._op("embedding", "W", COMPUTE, key, reads=[gradient], dead=[gradient])
 
     # -- pipeline messages
@@ -333,10 +316,11 @@ class Chunk:
         source = self._x(j)
         if not self.plain:
             new = [self._hidden(f"u{j}"), New(f"coef{j}", self._coefficient_bytes)]
-            self._op(f"{self._prefix}_pre", "F", self.work.pre_stream, self._pre_key("F"),
-                     category="mhc", site=j, reads=[source], new=new)  # fmt: skip
+            key = self._keys.pre("F")
+            self._op(key.kind, "F", self.work.pre_stream, key, category="mhc", site=j,
+                     reads=[source], new=new)  # fmt: skip
             source = f"u{j}"
-        self._op("norm", "F", self.work.pre_stream, self._hidden_key("norm", "F"), site=j,
+        self._op("norm", "F", self.work.pre_stream, self._keys.hidden("norm", "F"), site=j,
                  reads=[source], new=[self._hidden(f"h{j}")],
                  dead=self._if_recomputed(source))  # fmt: skip
 
@@ -344,22 +328,22 @@ class Chunk:
         stream = self.work.post_stream(is_ffn=j % SITES_PER_BLOCK == 1)
         made = self._state(self._x(j + 1))
         if self.plain:
-            self._op("residual", "F", stream, self._hidden_key("residual", "F"), site=j,
+            self._op("residual", "F", stream, self._keys.hidden("residual", "F"), site=j,
                      reads=[self._x(j), f"f{j}"], new=[made], dead=[f"f{j}"])  # fmt: skip
             return
         starts = {sites.start for sites in self._recompute_blocks()}
         dead = [self._x(j)] if self._recomputed and j not in starts else []
-        self._op(f"{self._prefix}_post", "F", stream, self._mhc_key(f"{self._prefix}_post", "F"),
-                 category="mhc", site=j, reads=[self._x(j), f"f{j}", f"coef{j}"], new=[made],
-                 dead=dead)  # fmt: skip
+        key = self._keys.post("F")
+        self._op(key.kind, "F", stream, key, category="mhc", site=j,
+                 reads=[self._x(j), f"f{j}", f"coef{j}"], new=[made], dead=dead)  # fmt: skip
 
     def _post_backward(self, j: int) -> str:
         """F_post,res(B): returns the name of the gradient of the sublayer's output."""
         if self.plain:
             return self._g(j + 1)
         stream = self.work.post_stream(is_ffn=j % SITES_PER_BLOCK == 1)
-        self._op(f"{self._prefix}_post", "I", stream, self._mhc_key(f"{self._prefix}_post", "I"),
-                 category="mhc", site=j,
+        key = self._keys.post("I")
+        self._op(key.kind, "I", stream, key, category="mhc", site=j,
                  reads=[self._g(j + 1), self._x_again(j), f"f{j}", f"coef{j}"],
                  new=[self._hidden(f"df{j}"), New(f"dcoef{j}", self._coefficient_bytes)],
                  dead=[f"f{j}"])  # fmt: skip
@@ -369,41 +353,122 @@ class Chunk:
         """F_pre(B): the norm, then everything that adds up to the gradient of x{j}."""
         u = self._x(j) if self.plain else self._u(j)
         made = self._state(self._g(j))
-        self._op("norm", "I", self.work.pre_stream, self._hidden_key("norm", "I"), site=j,
+        self._op("norm", "I", self.work.pre_stream, self._keys.hidden("norm", "I"), site=j,
                  reads=[f"dh{j}", u], new=[self._hidden(f"du{j}")],
                  dead=[f"dh{j}", u])  # fmt: skip
         gradient = self._g(j + 1)
         if self.plain:
-            self._op("residual", "I", COMPUTE, self._hidden_key("residual", "I"), site=j,
+            self._op("residual", "I", COMPUTE, self._keys.hidden("residual", "I"), site=j,
                      reads=[gradient, f"du{j}"], new=[made], dead=[gradient, f"du{j}"])  # fmt: skip
             return
         x = self._x_again(j)
-        self._op(f"{self._prefix}_pre", "B", self.work.pre_stream, self._pre_key("B"),
-                 category="mhc", site=j,
+        key = self._keys.pre("B")
+        self._op(key.kind, "B", self.work.pre_stream, key, category="mhc", site=j,
                  reads=[gradient, x, f"du{j}", f"coef{j}", f"dcoef{j}"], new=[made],
                  dead=[gradient, x, f"du{j}", f"coef{j}", f"dcoef{j}"])  # fmt: skip
 
-    def _sublayer_backward(self, kind: str, key: OpKey, j: int, gradient: str) -> None:
-        self._op(kind, "I", COMPUTE, key, site=j, reads=[gradient, f"keep{j}"],
-                 new=[self._hidden(f"dh{j}"), self._defer(j, key)],
-                 dead=[f"keep{j}", *([] if self.plain else [gradient])])  # fmt: skip
+    def _sublayer(self, key: OpKey, j: int, run: _Run) -> None:
+        """F of attention or of a dense FFN."""
+        new = [self._hidden(f"f{j}")] if run is _FIRST else []
+        self._op(key.kind, run.pass_, COMPUTE, key, category=run.category("compute"), site=j,
+                 reads=[self._source(j, run)], new=[*new, *self._keep_in(run, j, key)],
+                 dead=self._dead_source(j, run))  # fmt: skip
 
-    def _weights(self, kind: str, key: OpKey, j: int, source: str) -> None:
+    def _sublayer_backward(self, key: OpKey, j: int, gradient: str) -> None:
+        kept = self._kept("keep", j)
+        self._op(key.kind, "I", COMPUTE, key, site=j, reads=[gradient, kept],
+                 new=[self._hidden(f"dh{j}"), self._defer(j, key)],
+                 dead=[kept, *([] if self.plain else [gradient])])  # fmt: skip
+
+    def _weights(self, key: OpKey, j: int, source: str) -> None:
         """W of a sublayer; the router still needs the input that shared experts read."""
-        self._op(kind, "W", COMPUTE, key, site=j, reads=[source, f"defer{j}"],
+        self._op(key.kind, "W", COMPUTE, key, site=j, reads=[source, f"defer{j}"],
                  dead=[source, f"defer{j}"])  # fmt: skip
 
-    def _to_expert_order(self, pass_: str, j: int, sent: str, got: str, rows: str) -> str:
+    def _route(self, j: int, run: _Run) -> None:
+        """The router; run again it follows the routes it kept."""
+        key = self._keys.router("F")
+        routes = [self._keep(j, key, "route")] if run is _FIRST else []
+        follow = [] if run is _FIRST else [f"route{j}"]
+        self._op("router", run.pass_, COMPUTE, key, category=run.category("compute"), site=j,
+                 reads=[self._source(j, run), *follow],
+                 new=[self._routed(f"sent{run.mark}{j}", run.component), *routes])  # fmt: skip
+
+    def _dispatch(self, j: int, run: _Run) -> None:
+        if self.work.ep > 1:
+            self._transfer("dispatch", run.pass_, j, f"sent{run.mark}{j}", f"got{run.mark}{j}")
+
+    def _experts(self, j: int, run: _Run) -> None:
+        """Shared experts, then the routed ones on what was dispatched."""
+        mark, category = run.mark, run.category("compute")
+        if self._has_shared:
+            key = self._keys.shared_experts("F")
+            made = [self._hidden(f"s{j}")] if run is _FIRST else []
+            self._op("shared_experts", run.pass_, COMPUTE, key, category=category, site=j,
+                     reads=[self._source(j, run)],
+                     new=[*made, *self._keep_in(run, j, key, "keep_shared")])  # fmt: skip
+        self._builder.states[self.slot].pending += self._dead_source(j, run)
+        rows = self._to_expert_order(
+            run.pass_, j, f"sent{mark}{j}", f"got{mark}{j}", f"rows{mark}{j}", run.component
+        )
+        key = self._keys.experts("F")
+        returned = f"ret{mark}{j}"
+        made = f"y{mark}{j}" if self.work.ep > 1 else returned
+        dead = self._unless_kept(rows, j) if run is _FIRST else []
+        self._op("experts", run.pass_, COMPUTE, key, category=category, site=j, reads=[rows],
+                 new=[self._routed(made, run.component), *self._keep_in(run, j, key)],
+                 dead=dead)  # fmt: skip
+        if self.work.ep > 1:
+            self._op("regroup", run.pass_, COMPUTE, self._keys.regroup("F"), category=category,
+                     site=j, name=f"regroup.{run.pass_}{j}.back", reads=[made],
+                     new=[self._routed(f"back{mark}{j}", run.component)], dead=[made])  # fmt: skip
+
+    def _combine(self, j: int, run: _Run) -> None:
+        if self.work.ep > 1:
+            dead = [] if run is _FIRST else [f"back{run.mark}{j}"]  # unpermute frees the first
+            back, returned = f"back{run.mark}{j}", f"ret{run.mark}{j}"
+            self._transfer("combine", run.pass_, j, back, returned, dead)
+
+    def _to_expert_order(
+        self, pass_: str, j: int, sent: str, got: str, rows: str, component: str = "activations"
+    ) -> str:
         """Regroup what other ranks sent by expert; with ep = 1 it already is."""
         if self.work.ep == 1:
-            return sent if pass_ == "F" else rows
-        self._op("regroup", pass_, COMPUTE, self._regroup_key(pass_), site=j, reads=[got],
-                 new=[self._routed(rows)], dead=[sent, got])  # fmt: skip
+            return rows if pass_ == "I" else sent
+        category = "recompute" if pass_ == "R" else "compute"
+        key = self._keys.regroup("I" if pass_ == "I" else "F")
+        self._op("regroup", pass_, COMPUTE, key, category=category, site=j, reads=[got],
+                 new=[self._routed(rows, component)], dead=[sent, got])  # fmt: skip
         return rows
 
-    def _transfer(self, kind: str, pass_: str, j: int, source: str, target: str) -> None:
+    def _rebuild_states(self, sites: range) -> None:
+        """A recompute block of mHC: the states before its sites, and what the sublayers read."""
+        stored = self._x(sites.start)
+        reads = [stored, *(f"coef{j}" for j in sites), *(f"f{j}" for j in sites[:-1])]
+        reads += self._arrived(sites[-1])
+        made = [self._hidden(f"ur{j}", "recompute") for j in sites]
+        made += [self._state(f"xr{j}", "recompute") for j in sites[1:]]
+        stream = self.work.recompute_stream
+        key = self._keys.mhc("mhc_recompute", "R", sites=len(sites))
+        self._op("mhc_recompute", "R", stream, key, category="recompute", site=sites[-1],
+                 reads=reads, new=made)  # fmt: skip
+        for j in sites:
+            self._norm_again(j, stream, [f"ur{j}"])
+
+    def _norm_again(self, j: int, stream: int, reads: list[str]) -> None:
+        self._op("norm", "R", stream, self._keys.hidden("norm", "R"), category="recompute",
+                 site=j, reads=reads, new=[self._hidden(f"hr{j}", "recompute")])  # fmt: skip
+
+    def _arrived(self, j: int) -> list[str]:
+        """What recompute for site j waits for where it may not run ahead: the gradient above it."""
+        arrives = j + 1 < self.shape.num_sites or not self.shape.last
+        return [] if self.work.overlap_recompute or not arrives else [self._g(j + 1)]
+
+    def _transfer(
+        self, kind: str, pass_: str, j: int, source: str, target: str, dead: list[str] | None = None
+    ) -> None:
         self._op(kind, pass_, EXPERT, self.work.expert_key, category="ep", site=j, reads=[source],
-                 new=[self._routed(target, "communication")],
+                 new=[self._routed(target, "communication")], dead=dead,
                  payload_bytes=self.work.routed_bytes)  # fmt: skip
 
     def _op(
@@ -437,8 +502,11 @@ class Chunk:
     def _g(self, j: int) -> str:
         return GRAD_OUT if j == 0 and not self.shape.first else f"g{j}"
 
-    def _again(self, name: str, j: int) -> str:
-        return f"{name}r{j}" if self._recomputed else f"{name}{j}"
+    def _runs_again(self, j: int) -> bool:
+        """Whether the sublayer keeps nothing and runs again before its backward."""
+        is_attention = j % SITES_PER_BLOCK == 0
+        layers = self.work.recompute_layers
+        return layers == "full" or (layers == "selective" and is_attention)
 
     def _x_again(self, j: int) -> str:
         """The state before site j as the backward finds it: stored, or recomputed."""
@@ -446,13 +514,28 @@ class Chunk:
         return self._x(j) if not self._recomputed or j in stored else f"xr{j}"
 
     def _u(self, j: int) -> str:
-        return self._again("u", j)
+        return f"ur{j}" if self._recomputed else f"u{j}"
 
     def _h(self, j: int) -> str:
-        return self._again("h", j)
+        """What the sublayer read, as the backward finds it."""
+        return f"hr{j}" if self._recomputed or self._runs_again(j) else f"h{j}"
+
+    def _source(self, j: int, run: _Run) -> str:
+        return f"h{j}" if run is _FIRST else self._h(j)
+
+    def _dead_source(self, j: int, run: _Run) -> list[str]:
+        """The sublayer's input after F, if it will be rebuilt."""
+        return [f"h{j}"] if run is _FIRST and self._h(j) != f"h{j}" else []
+
+    def _kept(self, name: str, j: int) -> str:
+        """What F left for I and W, as the backward finds it."""
+        return f"{name}r{j}" if self._runs_again(j) else f"{name}{j}"
+
+    def _unless_kept(self, name: str, j: int) -> list[str]:
+        return [name] if self._runs_again(j) else []
 
     def _rows(self, j: int) -> str:
-        return f"rows{j}" if self.work.ep > 1 else f"sent{j}"
+        return self._kept("rows" if self.work.ep > 1 else "sent", j)
 
     def _if_recomputed(self, name: str) -> list[str]:
         return [name] if self._recomputed else []
@@ -480,6 +563,13 @@ class Chunk:
     def _keep(self, j: int, key: OpKey, name: str = "keep") -> New:
         return New(f"{name}{j}", VOCABULARY[key.kind].saved(dict(key.shape)))
 
+    def _keep_in(self, run: _Run, j: int, key: OpKey, name: str = "keep") -> list[New]:
+        """What F keeps for I, in the run that the backward finds it from."""
+        if self._runs_again(j) and run is _FIRST:
+            return []
+        kept = self._keep(j, key, f"{name}{run.mark}")
+        return [kept._replace(component=run.component)]
+
     def _defer(self, j: int, key: OpKey, name: str = "defer") -> New:
         """What W needs beyond the sublayer's input, which stays where F left it."""
         shape = dict(key.shape)
@@ -493,69 +583,6 @@ class Chunk:
     @property
     def _has_shared(self) -> bool:
         return self._model.moe is not None and self._model.moe.num_shared_experts > 0
-
-    # -- cost keys
-
-    @property
-    def _attention(self) -> str:
-        return f"attention_{self._model.attention.kind}"
-
-    def _hidden_key(self, kind: str, pass_: str, **more: int) -> OpKey:
-        hidden, tokens = self._model.hidden_size, self.work.tokens
-        return op_key(kind, pass_, hidden=hidden, tokens=tokens, **more)
-
-    def _mhc_key(self, kind: str, pass_: str, **more: int) -> OpKey:
-        return self._hidden_key(kind, pass_, n=self.work.residual.expansion_rate, **more)
-
-    def _pre_key(self, pass_: str) -> OpKey:
-        if self._prefix == "hc":
-            return self._mhc_key("hc_pre", pass_)
-        return self._mhc_key("mhc_pre", pass_, steps=self.work.residual.sinkhorn_steps)
-
-    def _recompute_key(self, sites: int) -> OpKey:
-        return self._mhc_key("mhc_recompute", "R", sites=sites)
-
-    def _attention_key(self, pass_: str) -> OpKey:
-        a = self._model.attention
-        more = {"seq": self.work.seq_len, "heads": a.num_heads}
-        if isinstance(a, Mla):
-            more |= {"nope": a.qk_nope_head_dim, "rope": a.qk_rope_head_dim, "v": a.v_head_dim,
-                     "kv_rank": a.kv_lora_rank, "q_rank": a.q_lora_rank or 0}  # fmt: skip
-        else:
-            more |= {"kv_heads": a.num_kv_heads, "head_dim": a.head_dim}
-        return self._hidden_key(self._attention, pass_, **more)
-
-    def _ffn_key(self, kind: str, pass_: str) -> OpKey:
-        moe = self._model.moe
-        if kind == "shared_experts":
-            assert moe is not None
-            width = moe.num_shared_experts * moe.ffn_dim
-        else:
-            width = self._model.dense_ffn_dim or 0
-        return self._hidden_key(kind, pass_, ffn=width)
-
-    def _router_key(self, pass_: str) -> OpKey:
-        moe = self._model.moe
-        assert moe is not None
-        return self._hidden_key("router", pass_, experts=moe.num_experts, top_k=moe.top_k)
-
-    def _expert_key(self, pass_: str) -> OpKey:
-        moe = self._model.moe
-        assert moe is not None
-        return op_key("experts", pass_, rows=self.work.tokens * moe.top_k,
-                      hidden=self._model.hidden_size, ffn=moe.ffn_dim,
-                      experts=moe.num_experts // self.work.ep)  # fmt: skip
-
-    def _regroup_key(self, pass_: str) -> OpKey:
-        moe = self._model.moe
-        assert moe is not None
-        rows = self.work.tokens * moe.top_k
-        return op_key("regroup", pass_, rows=rows, hidden=self._model.hidden_size)
-
-    def _unpermute_key(self, pass_: str) -> OpKey:
-        moe = self._model.moe
-        assert moe is not None
-        return self._hidden_key("unpermute", pass_, top_k=moe.top_k)
 
 
 def optimizer_bytes_per_parameter() -> int:

@@ -24,43 +24,36 @@ depth order, since its two holders finish them in opposite order.
 
 from __future__ import annotations
 
-from itertools import pairwise
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mhcplan.planner.chunks import optimizer_bytes_per_parameter
-from mhcplan.planner.spec import PlanSpec, schedule_of
-from mhcplan.planner.stage_templates import StageTemplates, pair_template, stage_templates
+from mhcplan.planner.placement import placement_of, tables_of
+from mhcplan.planner.spec import schedule_of
+from mhcplan.planner.stage_templates import (
+    Shard,
+    StageTemplates,
+    optimizer_template,
+    pair_template,
+    reduce_template,
+    stage_templates,
+)
 from mhcplan.planner.stamp_rows import Bundle, RowKey, stamp_rows
 from mhcplan.planner.work import StageShape, Work
 from mhcplan.profiles.parameters import ParameterCounts, stage_parameters
-from mhcplan.profiles.vocabulary import BF16, FP32, TransferKey, op_key
-from mhcplan.sim.build import (
-    COMPUTE,
-    DATA,
-    DATA_EXPERTS,
-    EXPERT,
-    HIGH,
-    NUM_ROLES,
-    ChunkState,
-    Labels,
-    Template,
-    TemplateBuilder,
-)
-from mhcplan.sim.program import (
-    COMPONENTS,
-    HIGH_PRIORITY,
-    NORMAL_PRIORITY,
-    Group,
-    Stream,
-)
+from mhcplan.profiles.vocabulary import BF16, FP32
+from mhcplan.sim.build import DATA, DATA_EXPERTS, HIGH, Labels, Template
+from mhcplan.sim.program import COMPONENTS
 from mhcplan.sim.tiling import Places, tile
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from mhcplan.planner.schedules import Schedule
+    from mhcplan.planner.placement import Tables
+    from mhcplan.planner.spec import PlanSpec
+    from mhcplan.profiles.specs import ModelSpec, ResidualSpec
     from mhcplan.sim.program import Program
 
 
@@ -76,13 +69,14 @@ def lower(plan: PlanSpec, recompute_block: int | None) -> Program:
 
 def work_of(plan: PlanSpec, recompute_block: int | None) -> Work:
     """What decides the ops of every chunk of a plan."""
-    placement = _Placement(plan)
+    placement = placement_of(plan)
     return Work(
         model=plan.model, residual=plan.residual, tokens=plan.tokens, seq_len=plan.seq_len,
-        ep=plan.layout.ep, expert_ranks_per_node=placement.ranks_per_node(placement.experts(0)),
+        ep=plan.layout.ep, expert_ranks_per_node=placement.ranks[0].experts.per_node,
         priority=plan.priority, recompute_block=recompute_block,
         overlap_recompute=plan.overlap_recompute,
-        pipe_ranks_per_node=placement.pipe_ranks_per_node, overlap_order=plan.overlap_order,
+        pipe_ranks_per_node=placement.pipe.per_node, overlap_order=plan.overlap_order,
+        recompute_layers=plan.recompute_layers,
     )  # fmt: skip
 
 
@@ -103,62 +97,18 @@ def stage_shapes(plan: PlanSpec) -> tuple[StageShape, ...]:
     )
 
 
-class _Placement:
-    """GPU numbers: ep fastest, then dp, then pp (design: "Definitions")."""
-
-    def __init__(self, plan: PlanSpec) -> None:
-        self._layout = plan.layout
-        self._schedule = schedule_of(plan)
-
-    def experts(self, rank: int) -> list[int]:
-        """GPUs of an expert-parallel group."""
-        first = rank * self._layout.replicas
-        return list(range(first, first + self._layout.ep))
-
-    def dense(self, rank: int) -> list[int]:
-        """GPUs that hold the same dense weights as ``rank``."""
-        replicas = self._layout.replicas
-        return [r * replicas + i for r in self.holders(rank) for i in range(replicas)]
-
-    def expert_copies(self, rank: int) -> list[int]:
-        """GPUs that hold the same experts as the first GPU of ``rank``."""
-        replicas, ep = self._layout.replicas, self._layout.ep
-        return [r * replicas + i for r in self.holders(rank) for i in range(0, replicas, ep)]
-
-    def holders(self, rank: int) -> list[int]:
-        """Ranks that hold the stages of ``rank``: with two copies, rank P-1-r as well."""
-        if self._schedule.num_directions == 1:
-            return [rank]
-        return sorted({rank, self._schedule.num_ranks - 1 - rank})
-
-    def ranks_per_node(self, gpus: list[int]) -> int:
-        """Most members of a group on one node."""
-        nodes = [gpu // self._layout.gpus_per_node for gpu in gpus]
-        return max(nodes.count(node) for node in set(nodes))
-
-    @property
-    def pipe_ranks_per_node(self) -> int:
-        """2 if every message between neighbours stays in its node, else 1 (the slowest counts)."""
-        replicas, nodes = self._layout.replicas, self._layout.gpus_per_node
-        ranks = range(self._schedule.num_ranks)
-        same = all(a * replicas // nodes == b * replicas // nodes for a, b in pairwise(ranks))
-        return 2 if same else 1
-
-
 class _Lowering:
     def __init__(self, plan: PlanSpec, recompute_block: int | None) -> None:
         self.plan, self.schedule = plan, schedule_of(plan)
         self.work = work_of(plan, recompute_block)
         self.labels = Labels()
         self.shapes = stage_shapes(plan)
-        self.placement = _Placement(plan)
-        self._counts = [
-            stage_parameters(plan.model, plan.residual, blocks) for blocks in plan.stages
+        self.placement = placement_of(plan)
+        self._counts = _counts(plan.model, plan.residual, plan.stages)
+        self._held = [
+            sorted(set(self.schedule.stages_of(rank))) for rank in range(self.schedule.num_ranks)
         ]
-        self._ends: dict[object, Template] = {}  # by what decides them; many ranks share theirs
         self._stages = {shape: stage_templates(self.work, shape) for shape in self.shapes}
-        # copies, as the end of a step names ops of its own
-        self._chunk_shapes = {shape: kept.chunk.copy() for shape, kept in self._stages.items()}
         # The holders of a DualPipe stage finish it in opposite order. Where weight gradients come
         # from the high-priority stream, the last releases order the compute stream after it.
         on_high = self.work.pre_stream == HIGH
@@ -168,7 +118,7 @@ class _Lowering:
         rows = stamp_rows(self._row_key())
         bundles = {bundle: self._bundle(bundle) for bundle in rows.bundles}
         templates = [_template(bundles[name.bundle], name.part) for name in rows.names]
-        streams, groups, places = self._places()
+        tables = tables_of(self.plan)
         meta: dict[str, object] = {
             "schedule": self.schedule.name,
             "num_microbatches": self.schedule.num_microbatches,
@@ -176,227 +126,86 @@ class _Lowering:
             "plan_digest": self.plan.digest(),
         }
         return tile(
-            templates, rows.stamps, rows.cells, places, self.labels, streams, groups,
-            self._static_bytes(), meta,
+            templates, rows.stamps, rows.cells, self._places(tables), self.labels,
+            tuple(tables.streams), tuple(tables.groups), self._static_bytes(), meta,
         )  # fmt: skip
 
     def _row_key(self) -> RowKey:
         schedule = self.schedule
-        held = [(r, s) for r in range(schedule.num_ranks) for s in set(schedule.stages_of(r))]
+        reduced = {
+            (rank, stage)
+            for rank, stages in enumerate(self._held)
+            for stage in stages
+            if any(shard.is_shared for shard in self._shards(rank, stage))
+        }
         return RowKey(
             self.plan.schedule, schedule.num_ranks, schedule.num_microbatches, self.plan.p2p,
             self.shapes, tuple(frozenset(self._stages[shape].messages) for shape in self.shapes),
-            self._reduces_at_end, frozenset(place for place in held if self._shared(*place)),
+            self._reduces_at_end, frozenset(reduced),
         )  # fmt: skip
 
     def _bundle(self, bundle: Bundle) -> StageTemplates | Template:
         """Templates by what the rows call them; their labels are known from then on."""
-        match bundle:
-            case ("reduce", int(rank), int(stage)):
-                return self._end(rank, stage)
-            case ("optimizer", int(rank)):
-                return self._end(rank, *sorted(set(self.schedule.stages_of(rank))), last=True)
-            case ("pair", StageShape() as forward, StageShape() as backward):
-                found = pair_template(self.work, forward, backward)
-            case ("stage", StageShape() as shape):
-                found = self._stages[shape]
-            case _:
-                raise AssertionError(f"no bundle is called {bundle}")
+        found = self._recorded(bundle)
         self.labels.adopt(found.labels)
         return found
 
-    # -- the end of a step
+    def _recorded(self, bundle: Bundle) -> StageTemplates | Template:
+        match bundle:
+            case ("stage", StageShape() as shape):
+                return self._stages[shape]
+            case ("pair", StageShape() as forward, StageShape() as backward):
+                return pair_template(self.work, forward, backward)
+            case ("reduce", int(rank), int(stage)):
+                shards = self._shards(rank, stage)
+                return reduce_template(self.work, self.shapes[stage], shards)
+            case ("optimizer", int(rank)):
+                stages = self._held[rank]
+                shapes = tuple(self.shapes[stage] for stage in stages)
+                shards = tuple(self._shards(rank, stage) for stage in stages)
+                return optimizer_template(self.work, shapes, shards)
+            case _:
+                raise AssertionError(f"no bundle is called {bundle}")
 
-    def _end(self, rank: int, *stages: int, last: bool = False) -> Template:
-        """Reduction of a stage's gradients, or (``last``) the optimizer step of the rank's stages.
-
-        Ranks whose stages look alike and are held by groups of one size and medium share theirs.
-        """
-        parts = [
-            (name, elements, len(gpus), self.placement.ranks_per_node(gpus))
-            for stage in stages
-            for name, _, elements, gpus in self._shards(rank, self._counts[stage])
-        ]
-        key = last, tuple(self.shapes[stage] for stage in stages), tuple(parts)
-        if key not in self._ends:
-            self._ends[key] = (
-                self._optimizer(rank, stages) if last else self._reduce(rank, stages[0])
-            )
-        return self._ends[key]
-
-    def _reduce(self, rank: int, stage: int) -> Template:
-        """Reduce a stage's gradients over the GPUs that hold the same weights."""
-        builder = TemplateBuilder(self.labels, self._end_state(stage))
-        for name, role, elements, gpus in self._shared(rank, stage):
-            per_node = self.placement.ranks_per_node(gpus)
-            key = TransferKey("reduce_scatter", len(gpus), per_node, FP32 * elements)
-            builder.op(0, "grad_reduce", "O", role, key, category="dp", name=f"grad_reduce.{name}",
-                       payload_bytes=key.num_bytes, after_compute=True)  # fmt: skip
-        return builder.finish()
-
-    def _optimizer(self, rank: int, stages: tuple[int, ...]) -> Template:
-        """AdamW on the own shard of every stage held, then the gather of the new weights."""
-        builder = TemplateBuilder(self.labels, *map(self._end_state, stages))
-        counts = [self._counts[stage] for stage in stages]
-        own = sum(-(-e // len(gpus)) for c in counts for _, _, e, gpus in self._shards(rank, c))
-        builder.op(0, "adamw", "O", COMPUTE, op_key("adamw", "O", parameters=own),
-                   category="optimizer", name="adamw")  # fmt: skip
-        for slot, stage in enumerate(stages):
-            for name, role, _, _ in self._shared(rank, stage):
-                builder.wait(slot, f"grad_reduce.{name}", role)
-        for slot, stage in enumerate(stages):
-            for name, role, elements, gpus in self._shared(rank, stage):
-                per_node = self.placement.ranks_per_node(gpus)
-                key = TransferKey("all_gather", len(gpus), per_node, BF16 * elements)
-                builder.op(slot, "param_gather", "O", role, key, category="dp",
-                           name=f"param_gather.{name}", payload_bytes=key.num_bytes,
-                           after_compute=True)  # fmt: skip
-        key = op_key("zero_gradients", "O", parameters=sum(map(self._held, counts)))
-        builder.op(0, "zero_gradients", "O", COMPUTE, key, category="optimizer",
-                   name="zero_gradients")  # fmt: skip
-        return builder.finish()
-
-    def _end_state(self, stage: int) -> ChunkState:
-        return ChunkState(self._chunk_shapes[self.shapes[stage]])
-
-    def _held(self, counts: ParameterCounts) -> int:
-        """Parameters of a stage on one GPU."""
-        experts = counts.routed_experts
-        return counts.total - experts + experts // self.plan.layout.ep
-
-    def _shards(self, rank: int, counts: ParameterCounts) -> list[tuple[str, int, int, list[int]]]:
-        """(name, stream role, parameters on one GPU, GPUs that hold the same ones) by part."""
-        dense = counts.total - counts.routed_experts
+    def _shards(self, rank: int, stage: int) -> tuple[Shard, ...]:
+        """The weights of a stage that one GPU of a rank holds, by the team that holds the same."""
+        counts, teams = self._counts[stage], self.placement.ranks[rank]
         experts = counts.routed_experts // self.plan.layout.ep
-        return [
-            ("dense", DATA, dense, self.placement.dense(rank)),
-            ("experts", DATA_EXPERTS, experts, self.placement.expert_copies(rank)),
-        ]
-
-    def _shared(self, rank: int, stage: int) -> list[tuple[str, int, int, list[int]]]:
-        """The parts of a stage that several GPUs hold, which need reduction and gather."""
-        shards = self._shards(rank, self._counts[stage])
-        return [shard for shard in shards if shard[2] and len(shard[3]) > 1]
+        dense = counts.total - counts.routed_experts
+        return (
+            Shard("dense", DATA, dense, teams.dense),
+            Shard("experts", DATA_EXPERTS, experts, teams.expert_copies),
+        )
 
     def _static_bytes(self) -> NDArray[np.int64]:
         """[rank, component]: weights and gradients of every stage held, the optimizer's shard."""
         static = np.zeros((self.schedule.num_ranks, len(COMPONENTS)), np.int64)
-        for rank in range(self.schedule.num_ranks):
-            for stage in set(self.schedule.stages_of(rank)):
-                counts = self._counts[stage]
-                held = self._held(counts)
-                shard = sum(-(-e // len(gpus)) for _, _, e, gpus in self._shards(rank, counts))
-                static[rank, COMPONENTS.index("parameters")] += BF16 * held
-                static[rank, COMPONENTS.index("gradients")] += FP32 * held
-                static[rank, COMPONENTS.index("optimizer")] += (
-                    optimizer_bytes_per_parameter() * shard
-                )
+        for rank, stages in enumerate(self._held):
+            shards = [shard for stage in stages for shard in self._shards(rank, stage)]
+            held, own = sum(s.elements for s in shards), sum(s.own_elements for s in shards)
+            static[rank, COMPONENTS.index("parameters")] = BF16 * held
+            static[rank, COMPONENTS.index("gradients")] = FP32 * held
+            static[rank, COMPONENTS.index("optimizer")] = optimizer_bytes_per_parameter() * own
         return static
 
-    # -- streams and groups
-
-    def _places(self) -> tuple[tuple[Stream, ...], tuple[Group, ...], Places]:
-        table = _Tables(self.plan, self.schedule, self.placement)
+    def _places(self, tables: Tables) -> Places:
         m = self.schedule.num_microbatches
         first = np.array([2 * blocks.start for blocks in self.plan.stages], np.int64)
         directions = [self.schedule.direction_of(b) for b in range(m)]
         rank_of = np.array(self.schedule.placement, np.int64)[directions].T
-        shapes = [self._chunk_shapes[shape] for shape in self.shapes]
-        places = Places(m, shapes, first, rank_of, table.role_stream, table.role_group,
-                        table.pipe_stream, table.pipe_group)  # fmt: skip
-        return tuple(table.streams), tuple(table.groups), places
+        shapes = [self._stages[shape].chunk for shape in self.shapes]
+        return Places(m, shapes, first, rank_of, tables.role_stream, tables.role_group,
+                      tables.pipe_stream, tables.pipe_group)  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def _counts(
+    model: ModelSpec, residual: ResidualSpec, stages: tuple[range, ...]
+) -> tuple[ParameterCounts, ...]:
+    return tuple(stage_parameters(model, residual, blocks) for blocks in stages)
 
 
 def _template(bundle: StageTemplates | Template, part: str) -> Template:
     if isinstance(bundle, Template):
         return bundle
     return bundle.actions.get(part) or bundle.messages[part]
-
-
-class _Tables:
-    """Streams and process groups of every rank."""
-
-    def __init__(self, plan: PlanSpec, schedule: Schedule, placement: _Placement) -> None:
-        self.streams: list[Stream] = []
-        self.groups: list[Group] = []
-        self._placement = placement
-        ranks = range(schedule.num_ranks)
-        self.role_stream = np.full((len(ranks), NUM_ROLES), -1, np.int64)
-        self.role_group = np.full((len(ranks), NUM_ROLES), -1, np.int64)
-        self.pipe_stream = np.full((2, len(ranks), len(ranks), 2), -1, np.int64)
-        self.pipe_group = np.full((2, len(ranks), len(ranks)), -1, np.int64)
-        for rank in ranks:
-            self.role_stream[rank, COMPUTE] = self._stream(rank, "compute", NORMAL_PRIORITY)
-            self.role_stream[rank, HIGH] = self._stream(rank, "high", HIGH_PRIORITY)
-        medium = "intra_node" if placement.pipe_ranks_per_node == 2 else "inter_node"
-        if plan.comm_streams == "one":
-            self._one_communication_stream(ranks, medium)
-        else:
-            for rank in ranks:
-                self._role(EXPERT, "ep", (rank,), placement.experts(rank))
-            if plan.p2p == "grouped":
-                self._one_pipe_group(ranks, medium)
-            else:
-                self._flows(schedule, medium)
-        for rank in ranks:
-            holders = tuple(placement.holders(rank))
-            if rank == holders[0]:
-                self._role(DATA, "dp", holders, placement.dense(rank))
-                self._role(DATA_EXPERTS, "dp_experts", holders, placement.expert_copies(rank))
-
-    def _stream(self, rank: int, name: str, priority: int, group: int = -1) -> int:
-        self.streams.append(Stream(rank, name, priority, group))
-        return len(self.streams) - 1
-
-    def _group(self, name: str, members: tuple[int, ...], gpus: list[int]) -> int:
-        per_node = self._placement.ranks_per_node(gpus)
-        medium = "intra_node" if per_node == len(gpus) else "inter_node"
-        self.groups.append(Group(name, members, len(gpus), medium))
-        return len(self.groups) - 1
-
-    def _role(self, role: int, name: str, members: tuple[int, ...], gpus: list[int]) -> None:
-        """A group, and its internal stream on each member, where more than one GPU is in it."""
-        if len(gpus) < 2:
-            return
-        number = self._group(f"{name}:{'-'.join(map(str, members))}", members, gpus)
-        for rank in members:
-            self.role_group[rank, role] = number
-            self.role_stream[rank, role] = self._stream(rank, name, NORMAL_PRIORITY, number)
-
-    def _flows(self, schedule: Schedule, medium: str) -> None:
-        """A group and its two streams for every flow that the schedule has."""
-        for row in schedule.placement:
-            for below, above in pairwise(row):
-                for forward, source, target in ((1, below, above), (0, above, below)):
-                    if source == target or self.pipe_group[forward, source, target] >= 0:
-                        continue
-                    name = f"pp_{'f' if forward else 'b'}:{source}>{target}"
-                    self.groups.append(Group(name, (source, target), 2, medium))
-                    number = self.pipe_group[forward, source, target] = len(self.groups) - 1
-                    for end, rank in enumerate((source, target)):
-                        stream = self._stream(rank, name, NORMAL_PRIORITY, number)
-                        self.pipe_stream[forward, source, target, end] = stream
-
-    def _one_pipe_group(self, ranks: range, medium: str) -> None:
-        """One group over all ranks, as DeepSeek's DualPipe has it; messages go in batches."""
-        self.groups.append(Group("pp", tuple(ranks), len(ranks), medium))
-        self.pipe_group[:] = number = len(self.groups) - 1
-        for rank in ranks:
-            self._pipe_on(rank, self._stream(rank, "pp", NORMAL_PRIORITY, number))
-
-    def _one_communication_stream(self, ranks: range, medium: str) -> None:
-        """Expert and pipeline traffic on one CUDA stream: each group's calls are made on it
-        (``async_op=False``), so it is no group's internal stream."""
-        self.groups.append(Group("pp", tuple(ranks), len(ranks), medium))
-        self.pipe_group[:] = len(self.groups) - 1
-        for rank in ranks:
-            stream = self._stream(rank, "comm", NORMAL_PRIORITY)
-            self._pipe_on(rank, stream)
-            gpus = self._placement.experts(rank)
-            if len(gpus) > 1:
-                self.role_group[rank, EXPERT] = self._group(f"ep:{rank}", (rank,), gpus)
-                self.role_stream[rank, EXPERT] = stream
-
-    def _pipe_on(self, rank: int, stream: int) -> None:
-        self.pipe_stream[:, rank, :, 0] = stream
-        self.pipe_stream[:, :, rank, 1] = stream

@@ -46,6 +46,7 @@ ScheduleName = Literal["1f1b", "interleaved-1f1b", "zb1p", "zbv", "dualpipe", "d
 Priority = Literal["none", "post", "recompute", "all"]
 P2P = Literal["eager", "grouped"]
 CommStreams = Literal["two", "one"]
+RecomputeLayers = Literal["none", "selective", "full"]
 Engine = Literal["compiled", "simpy"]
 
 MAX_CELLS = 1 << 18  # P x M: a step beyond this is too large to play op by op
@@ -146,6 +147,14 @@ class PlanSpec(Spec):
         CommStreams,
         _about("expert and pipeline traffic: two have streams of their own, one shares a stream"),
     ] = "two"
+    recompute_layers: Annotated[
+        RecomputeLayers,
+        _about(
+            "sublayers that keep only their input and run again before their backward, beside"
+            " mHC's recompute block: selective takes attention, full all of them, experts' traffic"
+            " included"
+        ),
+    ] = "none"
     overlap_order: Annotated[
         OverlapOrder,
         _about(

@@ -54,6 +54,7 @@ class Work:
     overlap_recompute: bool
     pipe_ranks_per_node: int
     overlap_order: OverlapOrder
+    recompute_layers: str
 
     @cached_property
     def state_bytes(self) -> int:

@@ -164,6 +164,7 @@ PLANS = st.fixed_dictionaries({
     "kind": st.sampled_from(["mhc", "hc", "plain"]),
     "block": st.sampled_from(["none", "stage", 1, 3]),
     "p2p": st.sampled_from(["eager", "grouped"]),
+    "recompute_layers": st.sampled_from(["none", "selective", "full"]),
     "num_dense_blocks": st.sampled_from([0, 1, 8]),
 })  # fmt: skip
 
@@ -181,6 +182,7 @@ def drawn_plan(drawn: dict[str, object]) -> PlanSpec | None:
             "model": model, "residual": residual, "seq_len": 128,
             "layout": {k: drawn[k] for k in ("pp", "ep", "dp")},
             **{k: drawn[k] for k in ("schedule", "microbatches", "priority", "p2p")},
+            "recompute_layers": drawn["recompute_layers"],
         })  # fmt: skip
     except ValueError:
         return None  # P odd for dualpipe and the like: test_spec has those
@@ -199,6 +201,7 @@ def drawn_plan(drawn: dict[str, object]) -> PlanSpec | None:
         "kind": "mhc",
         "block": 1,
         "p2p": "eager",
+        "recompute_layers": "none",
         "num_dense_blocks": 0,
     }
 )  # W freed what the release of its I frees
