@@ -1,4 +1,5 @@
-"""What stages of one shape do, recorded once: templates of their actions, messages and releases.
+"""What stages of one shape do, recorded once: templates of their actions, messages and releases,
+and of the end of a step.
 
 A template depends on a plan's :class:`~mhcplan.planner.chunks.Work` and on the shapes of its stages
 only, so plans that share them share the templates, also from one what-if to the next. Each bundle
@@ -9,11 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from mhcplan.planner.chunks import Chunk
 from mhcplan.planner.phase_orders import backward_layer, forward_layer, overlapped_layers
-from mhcplan.profiles.vocabulary import NO_COST
+from mhcplan.profiles.vocabulary import BF16, FP32, NO_COST, TransferKey, op_key
 from mhcplan.sim.build import (
     COMPUTE,
     GRAD_OUT,
@@ -28,9 +29,13 @@ from mhcplan.sim.build import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from mhcplan.planner.placement import Team
     from mhcplan.planner.work import StageShape, Work
 
 _LETTER = {"F": "F", "I": "B"}  # a message's pass, as its cell names it
+# Ops at the end of a step, which no action has.
+_END_OPS = ("adamw", "zero_gradients", "grad_reduce.dense", "grad_reduce.experts",
+            "param_gather.dense", "param_gather.experts")  # fmt: skip
 _KEPT = 256  # recorded bundles; one of a large stage takes about a megabyte
 
 
@@ -40,7 +45,7 @@ class StageTemplates:
 
     Attributes:
         labels: labels of all templates, in the order of their first use.
-        chunk: names of ops and buffers; whoever adds to them takes a copy.
+        chunk: names of ops and buffers.
         messages, actions: templates, by names such as SEND_F, AWAIT_B, RELEASE_F and F, I, B, W.
         before_f, before_i: states of the chunk before these actions, for a pair.
         left_by_f, left_by_i: what is dead after an F, or an I or B, but freed only by the release.
@@ -83,6 +88,68 @@ def pair_template(work: Work, forward: StageShape, backward: StageShape) -> Temp
     return builder.finish()
 
 
+class Shard(NamedTuple):
+    """Weights on one GPU: ``elements`` of them, held by each of a team, which traffic of stream
+    role ``role`` reduces and gathers."""
+
+    name: str
+    role: int
+    elements: int
+    team: Team
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether there is anything to reduce and gather."""
+        return self.elements > 0 and self.team.gpus > 1
+
+    @property
+    def own_elements(self) -> int:
+        """What the GPU's optimizer updates (ZeRO-1)."""
+        return -(-self.elements // self.team.gpus)
+
+    def key(self, pattern: str, bytes_per_element: int) -> TransferKey:
+        """Cost of a collective over the shard."""
+        num_bytes = bytes_per_element * self.elements
+        return TransferKey(pattern, self.team.gpus, self.team.per_node, num_bytes)
+
+
+@lru_cache(maxsize=_KEPT)
+def reduce_template(work: Work, shape: StageShape, shards: tuple[Shard, ...]) -> Template:
+    """Reduce a stage's gradients over the GPUs that hold the same weights."""
+    builder = TemplateBuilder(Labels(), ChunkState(stage_templates(work, shape).chunk))
+    for shard in shards:
+        if shard.is_shared:
+            key = shard.key("reduce_scatter", FP32)
+            builder.op(0, "grad_reduce", "O", shard.role, key, category="dp",
+                       name=f"grad_reduce.{shard.name}", payload_bytes=key.num_bytes,
+                       after_compute=True)  # fmt: skip
+    return builder.finish()
+
+
+@lru_cache(maxsize=_KEPT)
+def optimizer_template(
+    work: Work, shapes: tuple[StageShape, ...], shards: tuple[tuple[Shard, ...], ...]
+) -> Template:
+    """AdamW on the own shards of every stage of a rank, then the gather of the new weights."""
+    states = [ChunkState(stage_templates(work, shape).chunk) for shape in shapes]
+    builder = TemplateBuilder(Labels(), *states)
+    own = sum(shard.own_elements for of_stage in shards for shard in of_stage)
+    builder.op(0, "adamw", "O", COMPUTE, op_key("adamw", "O", parameters=own),
+               category="optimizer", name="adamw")  # fmt: skip
+    shared = [(slot, s) for slot, of_stage in enumerate(shards) for s in of_stage if s.is_shared]
+    for slot, shard in shared:
+        builder.wait(slot, f"grad_reduce.{shard.name}", shard.role)
+    for slot, shard in shared:
+        key = shard.key("all_gather", BF16)
+        builder.op(slot, "param_gather", "O", shard.role, key, category="dp",
+                   name=f"param_gather.{shard.name}", payload_bytes=key.num_bytes,
+                   after_compute=True)  # fmt: skip
+    held = sum(shard.elements for of_stage in shards for shard in of_stage)
+    builder.op(0, "zero_gradients", "O", COMPUTE, op_key("zero_gradients", "O", parameters=held),
+               category="optimizer", name="zero_gradients")  # fmt: skip
+    return builder.finish()
+
+
 class _Recorder:
     def __init__(self, work: Work, shape: StageShape) -> None:
         self.work, self.shape = work, shape
@@ -114,6 +181,8 @@ class _Recorder:
         assert frozenset(after_b.pending) == left_by_i
         actions["W"], _ = self._record(state, _weights, hold=left_by_i)
         self._hand_over(state, "I", needed=not shape.first)
+        for name in _END_OPS:
+            self.chunk.symbol(name)
         return StageTemplates(
             self.labels, self.chunk, self.messages, before_f, before_i, left_by_f, left_by_i,
             actions,

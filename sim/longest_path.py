@@ -42,7 +42,10 @@ class CycleError(ValueError):
 
 
 class StepGraph:
-    """The graph of a Program, made once and passed through for any costs."""
+    """The graph of a Program, passed through for any costs.
+
+    It is made once for all Programs that differ only in costs and sizes.
+    """
 
     def __init__(self, program: Program) -> None:
         """Make the graph.
@@ -51,11 +54,8 @@ class StepGraph:
             MeetError: a transfer lacks an end or a member.
             CycleError: the step would not end.
         """
-        order = order_of(program)
-        if (order.waited.values == NO_OP).any():
-            raise CycleError("an op waits for an event that no op records")
-        self._pass = _pass_of(program, order)
-        self._num_meetings = int(order.meeting.max(initial=-1)) + 1
+        self._pass = program.shared(_pass_of)
+        self._cost = ints(program.cost)
 
     def step_ns(
         self, costs: Sequence[CostTable], factors: NDArray[np.float64] | None = None
@@ -67,13 +67,14 @@ class StepGraph:
             factors: [table, cost key], what durations are multiplied by; the product is rounded up.
         """
         steps = np.zeros(len(costs), np.int64)
-        sizes = len(self._pass.cost), self._num_meetings, len(self._pass.node)
+        meetings = int(self._pass.meeting.max(initial=-1)) + 1
+        sizes = len(self._cost), meetings, len(self._pass.node)
         issue, meeting, at = (ints(np.empty(size, np.int64)) for size in sizes)
         for i, table in enumerate(costs):
-            duration = table.duration_ns
+            duration, host = table.duration_ns, ints(table.host_ns)
             if factors is not None:
                 duration = np.ceil(duration * factors[i]).astype(np.int64)
-            steps[i] = _longest(self._pass, ints(duration), ints(table.host_ns), issue, meeting, at)
+            steps[i] = _longest(self._pass, self._cost, ints(duration), host, issue, meeting, at)
         return steps
 
 
@@ -81,7 +82,7 @@ class _Pass(NamedTuple):
     """The graph as a pass reads it; nodes are in an order in which every edge leads forwards.
 
     Attributes:
-        cost, meeting, opens_rank: of every op; the last is 1 for the first op of a rank.
+        meeting, opens_rank: of every op; the latter is 1 for the first op of a rank.
         node: of every node, its kernel's last op, or -1 for the end of a kernel of transfers.
         is_compute: of every node, whether an op's duration comes on top of what it waits for.
         sync_op, sync_node: of every node, the op that the host waited for before it issued the
@@ -90,7 +91,6 @@ class _Pass(NamedTuple):
             transfer.
     """
 
-    cost: Ints
     meeting: Ints
     opens_rank: Ints
     node: Ints
@@ -102,7 +102,10 @@ class _Pass(NamedTuple):
     transfer: Ints
 
 
-def _pass_of(program: Program, order: Order) -> _Pass:
+def _pass_of(program: Program) -> _Pass:
+    order = order_of(program)
+    if (order.waited.values == NO_OP).any():
+        raise CycleError("an op waits for an event that no op records")
     n, first = program.num_ops, order.first
     is_transfer = order.meeting >= 0
     last = np.arange(n)
@@ -129,9 +132,9 @@ def _pass_of(program: Program, order: Order) -> _Pass:
     opens_rank = np.zeros(n, np.int64)
     opens_rank[program.rank_offsets[:-1][np.diff(program.rank_offsets) > 0]] = 1
     return _Pass(
-        ints(program.cost), ints(order.meeting), ints(opens_rank), ints(node), ints(is_compute),
-        ints(sync_op), ints(sync_node), ints(into.offsets),
-        ints(place[sources[into.values]]), ints(transfer[into.values]),
+        ints(order.meeting), ints(opens_rank), ints(node), ints(is_compute), ints(sync_op),
+        ints(sync_node), ints(into.offsets), ints(place[sources[into.values]]),
+        ints(transfer[into.values]),
     )  # fmt: skip
 
 
@@ -187,7 +190,9 @@ def _sort(nodes: Array, begin: Array, targets: Array, missing: Array, queue: Arr
 
 
 @compiled
-def _longest(graph: _Pass, duration: Ints, host: Ints, issue: Ints, meeting: Ints, at: Ints) -> int:
+def _longest(
+    graph: _Pass, cost: Ints, duration: Ints, host: Ints, issue: Ints, meeting: Ints, at: Ints
+) -> int:
     """One pass; fills the scratch arrays ``issue`` (by op), ``meeting`` and ``at`` (by node)."""
     for m in range(len(meeting)):
         meeting[m] = 0
@@ -195,11 +200,11 @@ def _longest(graph: _Pass, duration: Ints, host: Ints, issue: Ints, meeting: Int
     for op in range(len(issue)):
         if graph.opens_rank[op]:
             issued = 0
-        issued += host[graph.cost[op]]
+        issued += host[cost[op]]
         issue[op] = issued  # if the host had waited for nothing
         if graph.meeting[op] >= 0:
             m = graph.meeting[op]
-            meeting[m] = max(meeting[m], duration[graph.cost[op]])
+            meeting[m] = max(meeting[m], duration[cost[op]])
     step = 0
     for i in range(len(at)):
         op, now = graph.node[i], 0
@@ -213,7 +218,7 @@ def _longest(graph: _Pass, duration: Ints, host: Ints, issue: Ints, meeting: Int
                 before += meeting[graph.transfer[e]]
             now = max(now, before)
         if graph.is_compute[i] > 0:
-            now += duration[graph.cost[op]]
+            now += duration[cost[op]]
         at[i] = now
         step = max(step, now)
     return step

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -40,16 +41,23 @@ class Memory:
     """Bytes that ranks hold; components as in :data:`mhcplan.sim.program.COMPONENTS`.
 
     Attributes:
-        held_bytes: [op, component], held by the op's rank while the op is issued.
         peak_op: [rank], the first op at which the rank holds most, or -1 in a rank without ops.
         peak_bytes: [rank, component], held at that op.
         left_bytes: [rank, component], held after the last op.
     """
 
-    held_bytes: Ints
     peak_op: Ints
     peak_bytes: Ints
     left_bytes: Ints
+    _program: Program
+    _costs: CostTable
+
+    @cached_property
+    def held_bytes(self) -> Ints:
+        """[op, component], held by the op's rank while the op is issued."""
+        held = np.empty((self._program.num_ops, len(COMPONENTS)), np.int64)
+        _play(self._program, self._costs, held)
+        return held
 
 
 def memory_of(program: Program, costs: CostTable) -> Memory:
@@ -58,22 +66,27 @@ def memory_of(program: Program, costs: CostTable) -> Memory:
     Raises:
         AllocationError: a buffer is allocated or freed twice, or freed before it is allocated.
     """
-    allocated_by = _only_op(program, program.allocs, "allocates")
-    freed_by = _only_op(program, program.frees, "frees")
-    _check_frees(program, allocated_by, freed_by)
+    program.shared(_check)
+    nothing = np.empty((0, len(COMPONENTS)), np.int64)
+    return Memory(*_play(program, costs, nothing), program, costs)
+
+
+def _play(program: Program, costs: CostTable, held: Ints) -> tuple[Ints, Ints, Ints]:
+    """Peak op, peak and rest of each rank; fills ``held`` if it has room."""
     left = np.array(program.static_bytes, np.int64)
-    held = np.empty((program.num_ops, len(COMPONENTS)), np.int64)
-    peak_op = np.full(program.num_ranks, NO_OP, np.int64)
+    peak, peak_op = left.copy(), np.full(program.num_ranks, NO_OP, np.int64)
     lists = program.allocs, program.frees
     buffers = _Buffers(
         *(ints(part) for csr in lists for part in (csr.offsets, csr.values)),
-        component=ints(program.buffer_component), num_bytes=ints(program.buffer_bytes),
+        component=program.shared(_components), num_bytes=ints(program.buffer_bytes),
     )  # fmt: skip
     workspace = ints(costs.workspace_bytes[program.cost])
-    _count(buffers, workspace, ints(program.rank_offsets), left, held, peak_op)
-    idle = peak_op == NO_OP
-    peak = np.where(idle[:, None], left, held[peak_op] if program.num_ops else left)
-    return Memory(held, peak_op, peak, left)
+    _count(buffers, workspace, ints(program.rank_offsets), left, peak, peak_op, held)
+    return peak_op, peak, left
+
+
+def _components(program: Program) -> Ints:
+    return ints(program.buffer_component)
 
 
 class _Buffers(NamedTuple):
@@ -89,26 +102,39 @@ class _Buffers(NamedTuple):
 
 @compiled
 def _count(
-    buffers: _Buffers, workspace: Ints, rank_begin: Ints, alive: Ints, held: Ints, peak_op: Ints
+    buffers: _Buffers,
+    workspace: Ints,
+    rank_begin: Ints,
+    alive: Ints,
+    peak: Ints,
+    peak_op: Ints,
+    held: Ints,
 ) -> None:
     """Go through each rank's ops; ``alive`` [rank, component] begins with the static bytes."""
     components = alive.shape[1]
     for rank in range(len(alive)):
-        peak = -1
+        total = 0
+        for c in range(components):
+            total += alive[rank, c]
+        most = -1
         for op in range(rank_begin[rank], rank_begin[rank + 1]):
             for i in range(buffers.alloc_begin[op], buffers.alloc_begin[op + 1]):
                 buffer = buffers.allocs[i]
                 alive[rank, buffers.component[buffer]] += buffers.num_bytes[buffer]
-            total = workspace[op]
-            for c in range(components):
-                held[op, c] = alive[rank, c]
-                total += alive[rank, c]
-            held[op, _WORKSPACE] += workspace[op]
-            if total > peak:
-                peak, peak_op[rank] = total, op
+                total += buffers.num_bytes[buffer]
+            if total + workspace[op] > most:
+                most, peak_op[rank] = total + workspace[op], op
+                for c in range(components):
+                    peak[rank, c] = alive[rank, c]
+                peak[rank, _WORKSPACE] += workspace[op]
+            if len(held):
+                for c in range(components):
+                    held[op, c] = alive[rank, c]
+                held[op, _WORKSPACE] += workspace[op]
             for i in range(buffers.free_begin[op], buffers.free_begin[op + 1]):
                 buffer = buffers.frees[i]
                 alive[rank, buffers.component[buffer]] -= buffers.num_bytes[buffer]
+                total -= buffers.num_bytes[buffer]
 
 
 def memory_report(program: Program, costs: CostTable, memory: Memory) -> list[dict[str, int]]:
@@ -167,7 +193,9 @@ def _note_owners(offsets: Ints, values: Ints, op_of: Ints) -> int:
     return twice
 
 
-def _check_frees(program: Program, allocated_by: Ints, freed_by: Ints) -> None:
+def _check(program: Program) -> None:
+    allocated_by = _only_op(program, program.allocs, "allocates")
+    freed_by = _only_op(program, program.frees, "frees")
     freed = np.flatnonzero(freed_by != NO_OP)
     by, of = freed_by[freed], allocated_by[freed]
     wrong = (of == NO_OP) | (of > by) | (program.rank[of] != program.rank[by])
