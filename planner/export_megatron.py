@@ -55,6 +55,13 @@ def _check(plan: PlanSpec, recompute_block: int | None) -> None:
         )
     if plan.residual.kind == "hc" and not plan.residual.is_plain:
         raise SpecError("residual.kind=hc cannot be exported to megatron, which has mhc and plain")
+    if plan.recompute_layers == "selective" or (
+        plan.recompute_layers == "full" and not plan.residual.is_plain
+    ):
+        raise SpecError(
+            f"recompute_layers={plan.recompute_layers} cannot be exported to megatron: it has none,"
+            " and with the plain residual full"
+        )
     if recompute_block is not None and recompute_block % SITES_PER_BLOCK:
         raise SpecError(
             f"residual.recompute_block={recompute_block} cannot be exported to megatron: its"
@@ -94,6 +101,9 @@ def _flags(plan: PlanSpec, recompute_block: int | None) -> Iterator[str]:
 
 def _residual_flags(plan: PlanSpec, recompute_block: int | None) -> Iterator[str]:
     if plan.residual.is_plain:
+        if plan.recompute_layers == "full":
+            yield "--recompute-granularity full --recompute-method uniform"
+            yield "--recompute-num-layers 1"
         return
     yield "--enable-hyper-connections"
     yield f"--num-residual-streams {plan.residual.expansion_rate}"

@@ -12,6 +12,7 @@ import json
 from typing import TYPE_CHECKING
 
 from mhcplan.planner.export_torch import exported_schedule
+from mhcplan.planner.recompute import recomputes
 from mhcplan.planner.spec import SpecError, schedule_of
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def piper_files(plan: PlanSpec, recompute_block: int | None) -> dict[str, str]:
             " dualpipev can"
         )
     # Piper differentiates with torch too: a split backward would recompute several times
-    schedule = exported_schedule(planned, recomputes=recompute_block is not None)
+    schedule = exported_schedule(planned, recomputes=recomputes(plan, recompute_block))
     directives: list[dict[str, object]] = []
     for stage in range(schedule.num_stages):
         filter_, gpus = {"PP": stage}, _gpus(plan, schedule.rank_of(stage, 0))

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from mhcplan.planner.actions import Action, Message
+from mhcplan.planner.recompute import recomputes
 from mhcplan.planner.schedule_p2p import place_messages
 from mhcplan.planner.schedule_table import Schedule
 from mhcplan.planner.spec import schedule_of
@@ -152,7 +153,8 @@ def torch_files(
 ) -> dict[str, str]:
     """The files by name: those of ``tables`` that can be written, and the sidecar."""
     planned = schedule_of(plan)
-    schedule = exported_schedule(planned, recomputes=recompute_block is not None)
+    again = recomputes(plan, recompute_block)
+    schedule = exported_schedule(planned, recomputes=again)
     cells_of: dict[str, list[list[_Cell]]] = {}
     if COMPUTE_COMMS in tables:
         cells_of[COMPUTE_COMMS] = _comms_cells(schedule)
@@ -170,7 +172,7 @@ def torch_files(
         recompute_block=recompute_block,
         streams=_stream_marks(program),
         marks={
-            name: tuple(_marks(planned, cells, extents, recomputes=recompute_block is not None))
+            name: tuple(_marks(planned, cells, extents, recomputes=again))
             for name, cells in cells_of.items()
         },
         losses=losses,

@@ -69,6 +69,11 @@ def resolve_recompute_block(plan: PlanSpec) -> int | None:
     return min(range(1, max(sites) + 1), key=worst)
 
 
+def recomputes(plan: PlanSpec, recompute_block: int | None) -> bool:
+    """Whether a backward runs any part of the forward again, mHC's or the sublayers' own."""
+    return recompute_block is not None or plan.recompute_layers != "none"
+
+
 def live_peak(schedule: Schedule, rank: int) -> dict[int, int]:
     """Live chunks by stage when the rank holds most of them: F has run, its I or B has not ended.
 

@@ -24,7 +24,7 @@ from mhcplan.planner.export_torch import TorchSidecar
 from mhcplan.planner.predict import Prediction, predict
 from mhcplan.planner.report import json_schema
 from mhcplan.planner.schedules import build_schedule
-from mhcplan.planner.spec import SpecError, make_plan, schedule_of
+from mhcplan.planner.spec import PlanSpec, SpecError, make_plan, schedule_of
 from mhcplan.profiles.schema import profile_text
 from mhcplan.sim.files import parse_program, parse_trace, write_program
 from tests.support.synthetic_profile import synthetic_profile
@@ -35,13 +35,17 @@ SCHEMAS = Path(__file__).parents[2] / "docs" / "schemas"
 FORMATS = get_args(ExportFormat)
 
 
-@cache
 def small(schedule: str, block: int | str = 4, **more: Any) -> Prediction:  # noqa: ANN401
     plan = {
         "model": "mhc-3b", "schedule": schedule, "microbatches": 4, "engine": "simpy",
         "layout": {"pp": 2, "ep": 2}, "residual": {"recompute_block": block}, **more,
     }  # fmt: skip
-    return predict(make_plan(plan), synthetic_profile())
+    return _predicted(make_plan(plan))
+
+
+@cache
+def _predicted(plan: PlanSpec) -> Prediction:
+    return predict(plan, synthetic_profile())
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +173,11 @@ def test_recomputed_stages_have_no_split_backward(to: ExportFormat) -> None:
     assert split.search(text(small("zb1p", "none"), to, names[to]))
 
 
+def test_recompute_of_the_sublayers_alone_has_no_split_backward_either() -> None:
+    layers = small("zb1p", "none", recompute_layers="full")
+    assert not re.search(r"\d[IW]\d", text(layers, "torch-csv", "compute_comms.csv"))
+
+
 def test_dualpipe_becomes_a_v_of_two_copies(predictions: dict[str, Prediction]) -> None:
     files = export(predictions["dualpipe"], "torch-csv").files
     assert set(files) == {"compute_comms.csv", "schedule.json"}
@@ -272,6 +281,17 @@ def test_megatron_layout_has_a_stage_a_part() -> None:
 def test_megatron_refuses_half_a_layer(block: int) -> None:
     with pytest.raises(SpecError, match=rf"recompute_block={block} .* of 2 sites each"):
         export(small("1f1b", block), "megatron")
+
+
+def test_megatron_recomputes_whole_layers_of_the_plain_residual_only() -> None:
+    def recomputed(layers: str, n: int) -> Prediction:
+        return small("1f1b", recompute_layers=layers, residual={"expansion_rate": n})
+
+    plain = text(recomputed("full", 1), "megatron", "megatron.args")
+    assert "--recompute-granularity full" in plain
+    for layers, n in (("selective", 1), ("selective", 4), ("full", 4)):
+        with pytest.raises(SpecError, match=f"recompute_layers={layers} cannot be exported"):
+            export(recomputed(layers, n), "megatron")
 
 
 @pytest.mark.parametrize("to", ["megatron", "torchtitan", "piper"])
