@@ -103,7 +103,7 @@ class Claim(Spec):
     @property
     def digest(self) -> str:
         """sha256 of the line."""
-        return hashlib.sha256(_line(self).encode()).hexdigest()
+        return hashlib.sha256(claim_line(self).encode()).hexdigest()
 
 
 class Times(Spec):
@@ -309,6 +309,11 @@ def append_lines(path: Path, lines: Sequence[Claim] | Sequence[Measurement]) -> 
         path.write_bytes(whole)
     with path.open("a", encoding="utf-8") as file:
         file.writelines(_line(line) + "\n" for line in lines)
+
+
+def claim_line(claim: Claim) -> str:
+    """A claim as its file has it."""
+    return _line(claim)
 
 
 def _line(line: Claim | Measurement) -> str:

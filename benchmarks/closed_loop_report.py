@@ -1,0 +1,281 @@
+"""Put measured rows beside their claims: ``docs/accuracy.md`` is what this prints.
+
+    python benchmarks/closed_loop_report.py OUT...   # first adds the rows measured in OUT
+    python benchmarks/closed_loop_report.py          # prints again from what is there
+
+Rows go into ``profiles/data/accuracy.jsonl`` as they were measured, none left out; of a row that
+was measured in stages the last one counts. A row is *blind* if the commit that brought its claim,
+and the profile that the claim was made with, came before the commit that brought the measurement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+from collections import defaultdict
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.closed_loop_predict import PREDICTIONS
+from mhcplan.planner.output import write_file
+from mhcplan.profiles.accuracy import (
+    MHC,
+    Claim,
+    Measurement,
+    Row,
+    append_lines,
+    claim_line,
+    joined,
+    latest,
+    read_lines,
+)
+from mhcplan.profiles.schema import parse_profile
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+ROOT = Path(__file__).parents[1]
+ACCURACY = PREDICTIONS.with_name("accuracy.jsonl")
+PAGE = ROOT / "docs" / "accuracy.md"
+# issues' limits on |error| of the step: mean and worst, in percent
+LIMITS = {"pp2": (3.0, 6.0), "ep2": (5.0, 5.0), "four": (5.0, 8.0), "eight": (5.0, 8.0)}
+RANKED_PERCENT = 2.0  # two steps that differ by more must be predicted in order
+
+HEAD = """\
+# How far predictions are off
+
+Each row is a training step of a small mixture-of-experts model (the paper's block shapes, 16 routed
+experts, forced balanced routing) that was predicted, committed, and then run on real GPUs by the
+same stream program. This page is printed by `python benchmarks/closed_loop_report.py`; claims are
+in `profiles/data/predictions.jsonl`, measurements in `profiles/data/accuracy.jsonl`, none left out.
+
+*Step* is the median of at least 20 steps that nothing watches, of the slowest process; *host* is
+how much longer the step takes when the hosts issue it op by op than as a CUDA graph; *traced* is
+how much longer it takes with an event around every op. Errors are predicted over measured, minus 1:
+*anchored* ones after the machine's anchors (a copy, a matrix product and a block of another shape,
+measured just before the rows) have scaled the profile. Memory is the allocator's, of the process
+that is farthest off.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("out", nargs="*", type=Path, help="folders of closed_loop.py to add")
+    wanted = parser.parse_args()
+    claims = read_lines(PREDICTIONS, Claim)
+    rows = joined(read_lines(ACCURACY, Measurement), claims)
+    known = {(row.measured.row, row.measured.measured) for row in rows}
+    for folder in wanted.out:
+        new = [line for line in last_stages(folder) if (line.row, line.measured) not in known]
+        rows += joined(new, claims)  # refuses what nobody claimed, before anything is written
+        append_lines(ACCURACY, new)
+    page = "\n".join(page_lines(claims, rows))
+    write_file(PAGE, page)
+    print(page, end="")
+
+
+def last_stages(folder: Path) -> list[Measurement]:
+    """The measured rows of a run, each with all stages that it finished."""
+    lines = read_lines(folder / "measured.jsonl", Measurement)
+    return list({(line.row, line.prediction): line for line in lines}.values())
+
+
+# -- the page --------------------------------------------------------------------------------------
+
+
+def page_lines(claims: Sequence[Claim], rows: Sequence[Row]) -> Iterator[str]:
+    """The page, line by line."""
+    yield HEAD
+    measured = {row.claim.row for row in rows}
+    waiting = [claim for name, claim in latest(claims).items() if name not in measured]
+    by_set: defaultdict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_set[row.claim.set].append(row)
+    for name, of_set in by_set.items():
+        yield from set_lines(name, of_set)
+    if waiting:
+        yield f"## Claimed, not run yet: {len(waiting)}\n"
+        yield "| row | GPUs | step, captured | issued | overhead | profile | claimed |"
+        yield "|---|---:|---:|---:|---:|---|---|"
+        yield from map(claim_row, waiting)
+        yield ""
+
+
+def set_lines(name: str, rows: Sequence[Row]) -> Iterator[str]:
+    """A set's tables and what they come to."""
+    yield f"## {name}: {rows[0].claim.gpus} x {rows[0].measured.device}\n"
+    yield "| row | step | host | traced | error | anchored | overhead | its error | allocated |"\
+          " reserved | blind |"  # fmt: skip
+    yield "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|"
+    for row in rows:
+        yield measured_row(row)
+    yield ""
+    yield from verdict_lines(name, rows)
+    yield from op_lines(rows)
+    yield from wait_lines(rows)
+    for command in dict.fromkeys(row.measured.command for row in rows):
+        yield f"Run by `{command}`.\n"
+
+
+def measured_row(row: Row) -> str:
+    found = row.measured.programs[MHC]
+    times = found.times[row.mode]
+    host = found.times["issued"].step_ns / times.step_ns - 1 if row.mode == "captured" else None
+    overhead = row.overhead_percent
+    cells = [
+        row.claim.row,
+        f"{times.step_ns / 1e6:.2f} ms ±{times.spread_percent:.1f} %",
+        "issued" if host is None else f"{100 * host:+.1f} %",
+        f"{100 * (found.traced_step_ns / times.step_ns - 1):+.1f} %",
+        f"{row.step_error_percent(anchored=False):+.2f} %",
+        f"{row.step_error_percent():+.2f} %",
+        "" if overhead is None else f"{overhead:+.2f} %",
+        "" if overhead is None else f"{row.overhead_error_points():+.2f} points",
+        f"{row.memory_error_percent('allocated'):+.2f} %",
+        f"{row.memory_error_percent('reserved'):+.2f} %",
+        why_not_blind(ROOT, row) or "yes",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def claim_row(claim: Claim) -> str:
+    steps = {mode: step.step_ns for mode, step in claim.programs[MHC].steps.items()}
+    base = claim.programs.get("baseline", claim.programs[MHC]).steps["captured"].step_ns
+    return (
+        f"| {claim.row} | {claim.gpus} | {steps['captured'] / 1e6:.2f} ms |"
+        f" {steps['issued'] / 1e6:.2f} ms | {100 * (steps['captured'] / base - 1):+.2f} % |"
+        f" {claim.profile} {claim.profile_digest[:12]} | {claim.written} |"
+    )
+
+
+def verdict_lines(name: str, rows: Sequence[Row]) -> Iterator[str]:
+    """Errors of a set against its limits, and its order."""
+    errors = [abs(row.step_error_percent()) for row in rows]
+    mean, worst = statistics.fmean(errors), max(errors)
+    limits = ""
+    if name in LIMITS:
+        most_mean, most = LIMITS[name]
+        held = "held" if mean <= most_mean and worst <= most else "missed"
+        limits = f" (limits {most_mean:g} and {most:g} %: {held})"
+    yield f"Step, anchored: mean error {mean:.2f} %, worst {worst:.2f} %{limits}."
+    points = [abs(p) for row in rows if (p := row.overhead_error_points()) is not None]
+    if points:
+        yield f"Overhead: worst error {max(points):.2f} percentage points."
+    wrong, pairs = misordered(rows)
+    yield f"Order: {len(pairs) - len(wrong)} of {len(pairs)} pairs of rows with equal work whose"
+    yield f"steps differ by more than {RANKED_PERCENT:g} % are predicted in order."
+    for slower, faster in wrong:
+        yield f"`{slower}` was predicted faster than `{faster}`."
+    anchors = rows[-1].measured.anchors
+    if anchors:
+        yield "Anchors: " + ", ".join(f"{k} {v:.3f}" for k, v in anchors.items()) + "."
+    yield ""
+
+
+def misordered(
+    rows: Sequence[Row],
+) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Pairs (slower, faster) with equal work that were predicted the other way, and all pairs."""
+    pairs: list[tuple[str, str]] = []
+    wrong: list[tuple[str, str]] = []
+    for pair in combinations(rows, 2):
+        if work_of(pair[0].claim) != work_of(pair[1].claim):
+            continue
+        faster, slower = sorted(pair, key=measured_ns)
+        if measured_ns(slower) > measured_ns(faster) * (1 + RANKED_PERCENT / 100):
+            pairs.append((slower.claim.row, faster.claim.row))
+            if predicted_ns(slower) <= predicted_ns(faster):
+                wrong.append(pairs[-1])
+    return wrong, pairs
+
+
+def measured_ns(row: Row) -> int:
+    return row.measured.programs[MHC].times[row.mode].step_ns
+
+
+def predicted_ns(row: Row) -> float:
+    return measured_ns(row) * (1 + row.step_error_percent() / 100)
+
+
+def work_of(claim: Claim) -> tuple[object, ...]:
+    """What two rows must have in common to be alternatives of each other."""
+    plan = claim.plan
+    tokens = plan["microbatches"] * plan["micro_batch_size"] * plan["seq_len"]
+    return str(plan["model"]), tokens, claim.gpus, plan["layout"]["ep"]
+
+
+def op_lines(rows: Sequence[Row]) -> Iterator[str]:
+    """Errors of single ops in traced steps, by kind and pass."""
+    errors: defaultdict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        for key, error in row.op_errors_percent().items():
+            errors[key.split(" ")[0]].append(error)
+    yield "| op | rows | median error | worst |"
+    yield "|---|---:|---:|---:|"
+    for name, of in sorted(errors.items(), key=lambda item: -abs(statistics.median(item[1]))):
+        yield f"| {name} | {len(of)} | {statistics.median(of):+.1f} % | {max(of, key=abs):+.1f} % |"
+    yield ""
+
+
+def wait_lines(rows: Sequence[Row]) -> Iterator[str]:
+    """Waiting and hidden traffic, predicted and measured, of the mean rank."""
+    yield "| row | waits predicted, ms | measured, ms | hidden predicted | measured |"
+    yield "|---|---|---|---|---|"
+    for row in rows:
+        sides = row.claim.programs[MHC].timeline, row.measured.programs[MHC].timeline
+        waits = [
+            ", ".join(
+                f"{name.removeprefix('exposed_')} {statistics.fmean(ns) / 1e6:.2f}"
+                for name, ns in side.breakdown_ns.items()
+                if name.startswith("exposed_") or name in ("host", "bubble")
+            )
+            for side in sides
+        ]
+        hidden = [
+            ", ".join(f"{k} {statistics.fmean(v):.0f} %" for k, v in side.hidden_percent.items())
+            for side in sides
+        ]
+        yield f"| {row.claim.row} | {' | '.join(waits)} | {' | '.join(hidden)} |"
+    yield ""
+
+
+# -- blind -----------------------------------------------------------------------------------------
+
+
+def why_not_blind(root: Path, row: Row) -> str:
+    """Why git does not show that a row was claimed before it ran; empty if it does."""
+    claimed = first_commit(root, claim_line(row.claim), "profiles/data/predictions.jsonl")
+    ran = first_commit(
+        root, f'"prediction":"{row.measured.prediction}"', "profiles/data/accuracy.jsonl"
+    )
+    if not claimed:
+        return "the claim is not committed"
+    if row.claim.written >= row.measured.measured:
+        return "claimed after it ran"
+    if ran and (ran == claimed or git(root, "merge-base", claimed, ran) != claimed):
+        return "the claim was not committed before the measurement"
+    text = git(root, "show", f"{claimed}:profiles/data/{row.claim.profile}.json")
+    if not text or parse_profile(text, row.claim.profile).digest != row.claim.profile_digest:
+        return "claimed with another profile than the committed one"
+    return ""
+
+
+def first_commit(root: Path, text: str, path: str) -> str:
+    """The commit that first had ``text`` in a file; empty if none has."""
+    found = git(root, "log", "--reverse", "--format=%H", f"-S{text}", "--", path)
+    return found.split("\n", 1)[0]
+
+
+def git(root: Path, *words: str) -> str:
+    """What git says; empty where it fails."""
+    done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+if __name__ == "__main__":
+    main()
