@@ -85,6 +85,7 @@ class Recorder:
         known = about_sites(sites, every, tokens) | dict(about or {})
         keep = first_step - 1 if first_step else None
         self._writer = RecordingWriter(Path(path), known, dtype, keep_until=keep)
+        self.last_states: Tensor | None = None  # sampled for the last record: [L + 1, S, n, C]
         self._states: Tensor | None = None
         self._gradients: Tensor | None = None
         self._curve: Tensor | None = None
@@ -174,7 +175,7 @@ class Recorder:
         assert self._curve is not None
         curve = self._curve.to(self._states.device)
         flat = torch.cat([curve.flatten(), *(made[name].flatten() for name in self._shapes)])
-        self._states = self._gradients = None
+        self.last_states, self._states, self._gradients = self._states, None, None
         self._flush()
         elapsed_s = time.monotonic() - self._began
         if not flat.is_cuda:

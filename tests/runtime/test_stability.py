@@ -1,0 +1,68 @@
+"""The stability benchmark end to end at a tiny size: train, stop, go on, judge."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import stability
+from benchmarks.stability_run import MODELS, SCHEMES, pinned_bias
+from mhcplan.kernels import mhc, reference
+from mhcplan.planner.diagnose import judge
+from mhcplan.planner.diagnose_file import Recording, read_recording
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture(autouse=True)
+def _small_and_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mhc, "INTERPRETED", False)  # kernel tests of the same worker ask for it
+    monkeypatch.setitem(MODELS, "tiny", MODELS["tiny"] | {"num_blocks": 2})
+
+
+def run(out: Path, *words: str) -> dict[str, Recording]:
+    given = ["--out", str(out), "--model", "tiny", "--device", "cpu", "--every", "2", "--seq-len",
+             "64", "--tokens", "64", "--text-mb", "0.1", "--steps", "6", *words]  # fmt: skip
+    stability.main(given)
+    return {path.stem: read_recording(path) for path in sorted(out.glob("*.recording"))}
+
+
+def test_all_seven_runs_are_recorded_with_equal_data(tmp_path: Path) -> None:
+    found = run(tmp_path)
+    assert set(found) == set(SCHEMES)
+    for name, recording in found.items():
+        assert recording.steps.tolist() == [1, 3, 5]
+        assert recording.about["scheme"] == name
+        assert np.isfinite(recording.records["gradient_rms"]).all()
+        assert (recording.curve("gradient_norm")[1] > 0).all()
+        judge(recording)
+    assert len({r.about["text_sha256"] for r in found.values()}) == 1
+    # equal weights and text, and heads that start small: the first losses hardly differ
+    first = [recording.curve("loss")[1][0] for recording in found.values()]
+    assert first == pytest.approx([np.log(512)] * 7, rel=0.02)
+    eye = np.broadcast_to(np.eye(4), (4, 4, 4))
+    for name in ("identity", "hc-no-res"):
+        assert found[name].last("res_map") == pytest.approx(eye, abs=1e-9)
+    assert found["mhc-no-pre"].last("pre_map") == pytest.approx(np.full((4, 4), 0.25))
+    assert found["mhc-no-post"].last("post_map") == pytest.approx(np.ones((4, 4)))
+    assert np.load(tmp_path / "mhc.logits.npy").shape == (4, 64, 4, 4)
+
+
+def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    whole = run(tmp_path / "a", "--runs", "hc")["hc"]
+    for _ in range(3):  # no time at all: each call trains until the next record
+        found = run(tmp_path / "b", "--runs", "hc", "--minutes", "0")["hc"]
+    for name in ("step", "loss", "gradient_norm", "res_map"):
+        assert np.array_equal(found.records[name], whole.records[name]), name
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_pinned_maps_are_what_they_should_be(n: int) -> None:
+    bias = {part: pinned_bias("mhc", part, n) for part in ("pre", "post", "res")}
+    assert torch.allclose(torch.sigmoid(bias["pre"]), torch.full((n,), 1 / n))
+    assert torch.allclose(2 * torch.sigmoid(bias["post"]), torch.ones(n))
+    assert torch.allclose(reference.sinkhorn(bias["res"]), torch.eye(n), atol=1e-9)
