@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mhcplan.planner.report import Intervals
     from mhcplan.profiles.costs import Source
 
+_UNSPLIT = "tensor and context parallelism are 1: a GPU has its layers whole"
 _BALANCED = "routing is balanced, every expert gets the same number of tokens"
 
 
@@ -88,6 +89,7 @@ def _warnings(prediction: Prediction) -> Iterator[str]:
         yield f"assumed cost: {text}"
     if plan.model.moe is not None:
         yield f"simplified: {_BALANCED}"
+    yield f"simplified: {_UNSPLIT}"
     for text in NOT_MODELLED:
         yield f"simplified: {text}"
 
