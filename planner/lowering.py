@@ -53,7 +53,6 @@ if TYPE_CHECKING:
 
     from mhcplan.planner.placement import Tables
     from mhcplan.planner.spec import PlanSpec
-    from mhcplan.profiles.specs import ModelSpec, ResidualSpec
     from mhcplan.sim.program import Program
 
 
@@ -104,7 +103,7 @@ class _Lowering:
         self.labels = Labels()
         self.shapes = stage_shapes(plan)
         self.placement = placement_of(plan)
-        self._counts = _counts(plan.model, plan.residual, plan.stages)
+        self._counts = _counts(self.work, plan.stages)
         self._held = [
             sorted(set(self.schedule.stages_of(rank))) for rank in range(self.schedule.num_ranks)
         ]
@@ -199,10 +198,8 @@ class _Lowering:
 
 
 @lru_cache(maxsize=256)
-def _counts(
-    model: ModelSpec, residual: ResidualSpec, stages: tuple[range, ...]
-) -> tuple[ParameterCounts, ...]:
-    return tuple(stage_parameters(model, residual, blocks) for blocks in stages)
+def _counts(work: Work, stages: tuple[range, ...]) -> tuple[ParameterCounts, ...]:
+    return tuple(stage_parameters(work.model, work.residual, blocks) for blocks in stages)
 
 
 def _template(bundle: StageTemplates | Template, part: str) -> Template:

@@ -19,7 +19,7 @@ from mhcplan.sim.program import HIGH_PRIORITY, NORMAL_PRIORITY, Group, Stream
 
 if TYPE_CHECKING:
     from mhcplan.planner.schedule_p2p import P2P
-    from mhcplan.planner.spec import CommStreams, LayoutSpec, PlanSpec
+    from mhcplan.planner.spec import CommStreams, PlanSpec
 
 Pipeline = tuple[tuple[int, ...], ...]  # rank of every stage, a row for each copy of the model
 _KEPT = 64
@@ -62,16 +62,31 @@ class Placement(NamedTuple):
 
 def placement_of(plan: PlanSpec) -> Placement:
     """Where the ranks of a plan stand."""
-    return _placement(schedule_of(plan).placement, plan.layout)
+    return _placement(schedule_of(plan).placement, _sizes_of(plan))
 
 
 def tables_of(plan: PlanSpec) -> Tables:
     """Streams and process groups of a plan."""
-    return _tables(schedule_of(plan).placement, plan.layout, plan.p2p, plan.comm_streams)
+    pipeline = schedule_of(plan).placement
+    return _tables(pipeline, _sizes_of(plan), plan.p2p, plan.comm_streams)
+
+
+class _Sizes(NamedTuple):
+    """What of a layout decides."""
+
+    pp: int
+    ep: int
+    replicas: int
+    gpus_per_node: int
+
+
+def _sizes_of(plan: PlanSpec) -> _Sizes:
+    layout = plan.layout
+    return _Sizes(layout.pp, layout.ep, layout.replicas, layout.gpus_per_node)
 
 
 @lru_cache(maxsize=_KEPT)
-def _placement(pipeline: Pipeline, layout: LayoutSpec) -> Placement:
+def _placement(pipeline: Pipeline, layout: _Sizes) -> Placement:
     replicas, ep, nodes = layout.replicas, layout.ep, layout.gpus_per_node
 
     def team(gpus: list[int]) -> Team:
@@ -93,7 +108,7 @@ def _placement(pipeline: Pipeline, layout: LayoutSpec) -> Placement:
 
 
 @lru_cache(maxsize=_KEPT)
-def _tables(pipeline: Pipeline, layout: LayoutSpec, p2p: P2P, comm_streams: CommStreams) -> Tables:
+def _tables(pipeline: Pipeline, layout: _Sizes, p2p: P2P, comm_streams: CommStreams) -> Tables:
     return Tables(pipeline, _placement(pipeline, layout), p2p, comm_streams)
 
 

@@ -56,6 +56,7 @@ class StepGraph:
         """
         self._pass = program.shared(_pass_of)
         self._cost = ints(program.cost)
+        self._num_meetings = int(order_of(program).meeting.max(initial=-1)) + 1
 
     def step_ns(
         self, costs: Sequence[CostTable], factors: NDArray[np.float64] | None = None
@@ -67,8 +68,7 @@ class StepGraph:
             factors: [table, cost key], what durations are multiplied by; the product is rounded up.
         """
         steps = np.zeros(len(costs), np.int64)
-        meetings = int(self._pass.meeting.max(initial=-1)) + 1
-        sizes = len(self._cost), meetings, len(self._pass.node)
+        sizes = len(self._cost), self._num_meetings, len(self._pass.node)
         issue, meeting, at = (ints(np.empty(size, np.int64)) for size in sizes)
         for i, table in enumerate(costs):
             duration, host = table.duration_ns, ints(table.host_ns)
