@@ -13,6 +13,7 @@ import sys
 from typing import TYPE_CHECKING, NoReturn
 
 import mhcplan
+from mhcplan.planner.cli_examples import EXAMPLES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -91,7 +92,7 @@ def build_app() -> App:
     profile = App(name="profile", help="Measured times: list, show, check and compare them.")
     for group, commands in ((app, _COMMANDS), (profile, _PROFILE_COMMANDS)):
         for name, (home, text) in commands.items():
-            group.command(home, name=name, help=text)
+            group.command(home, name=name, help=text, help_epilogue=_examples(name))
     # the capture parses its own options, so that it also runs without the command line's packages
     profile.command(
         "mhcplan.planner.profile_commands:measure",
@@ -101,7 +102,16 @@ def build_app() -> App:
         version_flags=[],
     )
     app.command(profile)
+    app.register_install_completion_command(  # pyright: ignore[reportUnknownMemberType]
+        help="Complete commands and options in your shell."
+    )
     return app
+
+
+def _examples(command: str) -> str | None:
+    """The end of a command's help: lines to type."""
+    lines = EXAMPLES.get(command)
+    return "\n".join(["Examples:", "", *(f"    {line}" for line in lines)]) if lines else None
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -124,11 +134,12 @@ def _run(arguments: list[str]) -> int:
     if arguments == ["--version"]:  # asked by scripts: not worth loading the command tree
         print(mhcplan.__version__)
         return 0
-    from cyclopts import CycloptsError
+    from cyclopts import CycloptsError, UnknownOptionError
 
     from mhcplan.planner.diagnose_file import RecordingError
     from mhcplan.planner.output import OutputError
     from mhcplan.planner.spec import SpecError
+    from mhcplan.planner.spec_errors import not_modelled
     from mhcplan.profiles.schema import ProfileError
 
     try:
@@ -138,6 +149,10 @@ def _run(arguments: list[str]) -> int:
             print_error=False,
             result_action="return_value",
         )
+    except UnknownOptionError as error:
+        option = (error.token.keyword or error.token.value) if error.token else ""
+        missing = not_modelled(option.lstrip("-"))
+        return _refuse(f"{option}: {missing}" if missing else str(error))
     except (CycloptsError, SpecError, ProfileError, OutputError, RecordingError) as error:
         return _refuse(str(error))
     except ImportError as error:

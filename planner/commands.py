@@ -12,12 +12,14 @@ from mhcplan.planner.cli_flags import PlanFlags
 from mhcplan.planner.export_formats import ExportFormat
 from mhcplan.planner.output import write_file, write_files
 from mhcplan.planner.plan_file import commented_plan_text, plan_text
+from mhcplan.planner.spec import SpecError
 from mhcplan.planner.terminal import note, output, progress
 
 if TYPE_CHECKING:
     from mhcplan.planner.predict import Prediction
     from mhcplan.planner.report import PlanReport
 
+_DEFAULT_MODEL = "mhc-27b"
 TRACE_NAME, PAGE_NAME = "trace.json.gz", "timeline.html"
 
 Source = Annotated[
@@ -96,9 +98,10 @@ def export(
 
 
 def init(
-    source: Source = "mhc-27b",
+    source: Source | None = None,
     /,
     *,
+    config: Annotated[Path | None, Parameter(name="--from")] = None,
     file: Annotated[Path, Parameter(name=["--output", "-o"])] = Path("plan.toml"),
     force: Annotated[bool, Parameter(negative=(), help="replace an existing file")] = False,
     flags: PlanFlags | None = None,
@@ -106,12 +109,18 @@ def init(
     """Write a plan file with comments that say what every field decides, to be edited.
 
     Args:
-        source: a model preset, or a plan file (.toml)
+        source: a model preset, or a plan file (.toml); mhc-27b if neither this nor --from is given
+        config: config.json of a Hugging Face checkpoint: DeepSeek-V2 or V3, Llama, Qwen 2 or 3,
+            Mixtral
         file: file to write
         force: replace an existing file
         flags: what to change in the plan
     """
-    plan = (flags or PlanFlags()).plan(source)
+    if source is not None and config is not None:
+        raise SpecError(f"{source} and --from={config} exclude each other: both name the model")
+    if config is not None and config.suffix != ".json":
+        raise SpecError(f"--from={config} must be a model's config.json")
+    plan = (flags or PlanFlags()).plan(source or str(config or _DEFAULT_MODEL))
     write_file(file, commented_plan_text(plan), replace=force)
     note(f"wrote {file}; now: mhcplan predict {shlex.quote(str(file))}")
 

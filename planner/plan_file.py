@@ -73,7 +73,7 @@ def resolve_plan(
     """Build the plan of a command line.
 
     Args:
-        source: a model preset's name, or the path of a plan file.
+        source: a model preset's name, or the path of a plan file or a model's config.json.
         flags: value by dotted field path, of the flags that were given.
         settings: ``path=value`` of every ``--set``, in order.
         global_batch: sequences of the job's step, which then decide ``microbatches``.
@@ -153,14 +153,21 @@ def parse_setting(text: str) -> tuple[str, object]:
 
 
 def source_fields(source: str) -> Fields:
-    """The fields that a preset's name or a plan file gives, not yet validated.
+    """The fields that a preset's name, a plan file or a model's config.json gives.
+
+    Those of a plan file are not yet validated.
 
     Raises:
-        SpecError: no such preset or file, or see :func:`read_plan`.
+        SpecError: no such preset or file, or see :func:`read_plan` and
+            :func:`mhcplan.planner.hf_config.model_of_config`.
     """
     if source in MODELS:
         return {"model": source}
     path = Path(source)
+    if path.suffix == ".json":
+        from mhcplan.planner.hf_config import model_of_config
+
+        return {"model": model_of_config(path).model_dump(mode="json")}
     if path.suffix == ".toml" or path.exists():
         return _read_fields(path)
     try:

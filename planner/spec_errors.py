@@ -24,6 +24,13 @@ _VALID = {
     "residual.recompute_block": "must be auto, none, stage or a number of sites of at least 1",
     "memory_limit_bytes": "must be a size of at least 1 byte, such as 80000000000 or '80GB'",
 }
+_NOT_MODELLED = {
+    **dict.fromkeys(("tp", "tensor_parallel", "tensor_parallel_size"), "tensor parallelism"),
+    **dict.fromkeys(("sp", "sequence_parallel"), "sequence parallelism"),
+    **dict.fromkeys(("cp", "context_parallel", "context_parallel_size"), "context parallelism"),
+    **dict.fromkeys(("fsdp", "fsdp2", "hsdp", "dp_shard"), "fully sharded data parallelism"),
+    **dict.fromkeys(("zero", "zero_stage"), "ZeRO beyond stage 1"),
+}
 _NAMED = re.compile(r"^[a-z_][\w.]*=")  # a message that already says field=value
 
 
@@ -57,12 +64,25 @@ def unknown_field(path: str, root: type[BaseModel]) -> str:
     """One line that says that a plan has no field ``path`` and which one was probably meant."""
     known = list(dict.fromkeys(field_paths(root)))
     last = path.rpartition(".")[2]
+    if missing := not_modelled(last):
+        return f"{path} is not a field of a plan: {missing}"
     same_name = [k for k in known if k.rpartition(".")[2] == last]
     close = same_name or difflib.get_close_matches(path, known, n=2, cutoff=0.6)
     if close:
         return f"{path} is not a field of a plan; did you mean {' or '.join(close)}?"
     top = [k for k in known if "." not in k]
     return f"{path} is not a field of a plan; its fields are {', '.join(top)}"
+
+
+def not_modelled(name: str) -> str:
+    """One line for a layout that plans cannot have, such as ``tp``; empty for any other name."""
+    what = _NOT_MODELLED.get(name.replace("-", "_"))
+    if what is None:
+        return ""
+    return (
+        f"{what} is not modelled; layouts are pp x ep x dp, with the optimizer sharded over"
+        " ep x dp (ZeRO-1)"
+    )
 
 
 def short(value: object) -> str:

@@ -63,7 +63,7 @@ def test_every_schedule_of_the_planner_is_a_value_of_the_field() -> None:
         ({"engine": "numpy"}, "engine='numpy' must be 'compiled' or 'simpy'"),
         ({"model": "mhc-28b"}, "model='mhc-28b' is unknown; did you mean mhc-27b"),
         ({"layuot": {}}, "layuot is not a field of a plan; did you mean layout"),
-        ({"layout": {"tp": 2}}, "layout.tp is not a field of a plan; did you mean"),
+        ({"layout": {"tp": 2}}, "layout.tp is not a field of a plan: tensor parallelism"),
         ({"residual": {"recompute_block": "all"}}, "must be auto, none, stage or a number of"),
         ({"memory_limit_bytes": "80 parsecs"}, "memory_limit_bytes='80 parsecs' must be a size"),
     ],

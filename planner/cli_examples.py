@@ -1,0 +1,39 @@
+"""Lines to type, a few for each command: the end of its help, and of its page in the documents."""
+
+from __future__ import annotations
+
+EXAMPLES: dict[str, tuple[str, ...]] = {
+    "predict": (
+        "mhcplan predict mhc-27b",
+        "mhcplan predict mhc-27b --n 2 --schedule 1f1b --recompute-block none",
+        "mhcplan predict plan.toml --pp 4 --set memory_limit_bytes=141GB",
+        "mhcplan predict mhc-9b --json",
+        "mhcplan predict mhc-27b --out out",
+    ),
+    "export": (
+        "mhcplan export mhc-27b --to stream-json -o out",
+        "mhcplan export plan.toml --schedule dualpipev --to torch-csv -o out",
+    ),
+    "check": (
+        "mhcplan check out/program.json",
+        "mhcplan check out/compute_comms.csv",
+    ),
+    "compare": (
+        "mhcplan compare mhc-27b 'mhc-27b --n 2'",
+        "mhcplan compare a.toml b.toml --out out",
+        "mhcplan compare out/predicted.json measured.json",
+        "mhcplan compare before/report.json plan.toml --json",
+    ),
+    "explain": (
+        "mhcplan explain mhc-27b",
+        "mhcplan explain plan.toml --priority none",
+    ),
+    "init": (
+        "mhcplan init mhc-27b -o plan.toml",
+        "mhcplan init --from config.json --pp 8 -o plan.toml",
+        "mhcplan init plan.toml --n 2 -o narrower.toml",
+    ),
+    "show": ("mhcplan profile show h100-sxm", "mhcplan profile show h100-sxm --json"),
+    "diff": ("mhcplan profile diff h100-sxm mine.json",),
+    "validate": ("mhcplan profile validate mine.json",),
+}
