@@ -41,7 +41,7 @@ import torch
 
 from benchmarks.closed_loop_predict import PREDICTIONS
 from benchmarks.closed_loop_rows import BLIND, GPUS, SETS
-from mhcplan.planner.claim import figures_of, program_digest, programs_of
+from mhcplan.planner.claim import program_digest, programs_of
 from mhcplan.planner.spec import make_plan
 from mhcplan.profiles.accuracy import (
     BASELINE,
@@ -49,9 +49,6 @@ from mhcplan.profiles.accuracy import (
     MHC,
     Claim,
     Measurement,
-    Mode,
-    ProgramMeasured,
-    Times,
     append_lines,
     latest,
     read_lines,
@@ -66,8 +63,6 @@ from mhcplan.sim.files import write_trace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from mhcplan.runtime.measure import StepTimes
 
 LEAST_S = 25.0  # a row is not begun with less time left
 ISSUED_STEPS = 8  # that are timed where captured ones follow
@@ -300,28 +295,7 @@ def measurement(
         command=shlex.join(["python", "benchmarks/closed_loop.py", *sys.argv[1:]]),
         device=device, versions=versions(options.device),
         anchors=json.loads(anchors.read_text()) if anchors.exists() else {},
-        programs={name: of_program(of) for name, of in found.items()},
-    )  # fmt: skip
-
-
-def of_program(found: Measured) -> ProgramMeasured:
-    assert found.trace is not None
-    times: dict[Mode, Times] = {"issued": times_of(found.issued)}
-    if found.captured is not None:
-        times["captured"] = times_of(found.captured)
-    program, line = found.trace.program, found.trace.timeline
-    return ProgramMeasured(
-        times=times, losses=tuple(found.losses),
-        allocated_bytes=tuple(peak.allocated for peak in found.memory),
-        reserved_bytes=tuple(peak.reserved for peak in found.memory),
-        traced_step_ns=line.step_ns, timeline=figures_of(program, line),
-    )  # fmt: skip
-
-
-def times_of(times: StepTimes) -> Times:
-    return Times(
-        step_ns=times.median_ns, spread_percent=round(times.spread_percent, 3),
-        steps=len(times.step_ns), issue_ns=times.median_issue_ns,
+        programs={name: of.line() for name, of in found.items()},
     )  # fmt: skip
 
 

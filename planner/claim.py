@@ -28,13 +28,11 @@ from mhcplan.profiles.accuracy import (
     ProgramClaim,
     Resource,
     StepClaim,
-    TimelineFigures,
+    figures_of,
     scaled,
 )
 from mhcplan.profiles.lookup import CostModel
 from mhcplan.profiles.store import find_profile
-from mhcplan.profiles.vocabulary import NO_COST
-from mhcplan.sim.breakdown import CLASSES, TRAFFIC, breakdown, overlap
 from mhcplan.sim.files import program_json
 from mhcplan.sim.memory import memory_of, memory_report
 
@@ -117,23 +115,3 @@ def _program_claim(
 def _as_run(table: CostTable, mode: Mode) -> CostTable:
     """A captured step has no host."""
     return table if mode == "issued" else replace(table, host_ns=np.zeros_like(table.host_ns))
-
-
-def figures_of(program: Program, line: Timeline) -> TimelineFigures:
-    """A timeline, predicted or measured, in the figures that rows are compared by."""
-    ns, traffic = breakdown(program, line).ns, overlap(program, line)
-    duration = line.end_ns - line.start_ns
-    hidden = 100 * traffic.hidden_ns / np.maximum(traffic.traffic_ns, 1)
-    return TimelineFigures(
-        breakdown_ns={name: tuple(ns[:, i].tolist()) for i, name in enumerate(CLASSES)},
-        hidden_percent={
-            name: tuple(hidden[:, i].round(2).tolist())
-            for i, name in enumerate(TRAFFIC)
-            if traffic.traffic_ns[:, i].any()
-        },
-        ops_ns={
-            key: int(np.median(duration[ops]))
-            for number, key in enumerate(program.cost_keys)
-            if key != NO_COST and len(ops := np.flatnonzero(program.cost == number))
-        },
-    )

@@ -24,7 +24,12 @@ BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 
-_GPU_MODULES = {"torch", "triton"}
+_EXTRAS = {  # of the modules that only some commands need
+    **dict.fromkeys(("torch", "triton"), "gpu"),
+    **dict.fromkeys(("optuna", "pyarrow"), "sweep"),
+    **dict.fromkeys(("dask", "distributed", "ray"), "cluster"),
+    **dict.fromkeys(("fastapi", "starlette", "uvicorn", "pebble"), "web"),
+}
 
 _HELP = """\
 What does mHC cost in this training run, and which schedule makes it cost least?
@@ -42,6 +47,10 @@ _COMMANDS = {
         "mhcplan.planner.commands:predict",
         "Predict a step: overhead, time, memory, and whether it fits.",
     ),
+    "sweep": (
+        "mhcplan.planner.sweep_commands:sweep",
+        "Predict every combination of lists of values: any field, a table, resumable.",
+    ),
     "export": (
         "mhcplan.planner.commands:export",
         "Write a predicted step in another tool's format.",
@@ -58,9 +67,17 @@ _COMMANDS = {
         "mhcplan.planner.compare_commands:explain",
         "Say in words why a step takes as long as it does, and what would help.",
     ),
+    "run": (
+        "mhcplan.planner.run_commands:run",
+        "Train steps of a plan on this machine's GPUs, timed beside the prediction.",
+    ),
     "diagnose": (
         "mhcplan.planner.diagnose_commands:diagnose",
         "Say what mHC or HC did in a training run: gains, mixing, collapse, alarms.",
+    ),
+    "web": (
+        "mhcplan.web.commands:web",
+        "Open the what-if page: sliders, and the answer as they move. Works offline.",
     ),
     "init": ("mhcplan.planner.commands:init", "Write a plan file with comments, to be edited."),
 }
@@ -157,9 +174,9 @@ def _run(arguments: list[str]) -> int:
         return _refuse(str(error))
     except ImportError as error:
         missing = _missing_module(error)
-        if missing not in _GPU_MODULES:
+        if missing not in _EXTRAS:
             raise
-        return _refuse(f"{missing} is not installed: pip install 'mhcplan[gpu]'")
+        return _refuse(f"{missing} is not installed: pip install 'mhcplan[{_EXTRAS[missing]}]'")
     return result if isinstance(result, int) else 0
 
 

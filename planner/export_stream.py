@@ -1,13 +1,15 @@
 """A predicted step as a stream program: all that an executor or a checker needs, and its times.
 
 ``program.json`` is the Program (streams with priorities, process groups, ops in host issue order
-with events, handles, buffers and recompute marks), which ``mhcplan check`` proves sound;
-``predicted.json`` is the same Program with the predicted times, in the format of a measured trace,
-so that the two are compared op by op. Their JSON Schemas are in ``docs/schemas``.
+with events, handles, buffers and recompute marks) and the plan it is of: ``mhcplan check`` proves
+it sound, ``mhcplan run`` runs it. ``predicted.json`` is the same Program with the predicted times,
+in the format of a measured trace, so that the two are compared op by op. Their JSON Schemas are in
+``docs/schemas``.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import mhcplan
@@ -30,4 +32,5 @@ def stream_files(prediction: Prediction) -> dict[str, str]:
         "recompute_block": prediction.recompute_block,
     }
     trace = Trace(step.program, step.timeline, "predicted", meta)
-    return {PROGRAM: program_json(step.program), PREDICTED: trace_json(trace)}
+    runnable = replace(step.program, meta=step.program.meta | {"plan": meta["plan"]})
+    return {PROGRAM: program_json(runnable), PREDICTED: trace_json(trace)}

@@ -22,11 +22,13 @@ from importlib.resources import files
 from math import prod
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
+import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 
 from mhcplan.profiles.schema import ProfileError
 from mhcplan.profiles.specs import Spec
-from mhcplan.profiles.vocabulary import VOCABULARY
+from mhcplan.profiles.vocabulary import NO_COST, VOCABULARY
+from mhcplan.sim.breakdown import CLASSES, TRAFFIC, breakdown, overlap
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mhcplan.profiles.schema import OpTiming, Profile
+    from mhcplan.sim.program import Program
+    from mhcplan.sim.timeline import Timeline
 
 Mode = Literal["issued", "captured"]
 Resource = Literal["memory", "matrix"]
@@ -242,6 +246,26 @@ def _longer(row: OpTiming, factor: float) -> OpTiming:
     )
     longer_ns = round(row.duration_ns * factor)
     return row.model_copy(update={"duration_ns": longer_ns, "segments": segments})
+
+
+def figures_of(program: Program, line: Timeline) -> TimelineFigures:
+    """A timeline, predicted or measured, in the figures that rows are compared by."""
+    ns, traffic = breakdown(program, line).ns, overlap(program, line)
+    duration = line.end_ns - line.start_ns
+    hidden = 100 * traffic.hidden_ns / np.maximum(traffic.traffic_ns, 1)
+    return TimelineFigures(
+        breakdown_ns={name: tuple(ns[:, i].tolist()) for i, name in enumerate(CLASSES)},
+        hidden_percent={
+            name: tuple(hidden[:, i].round(2).tolist())
+            for i, name in enumerate(TRAFFIC)
+            if traffic.traffic_ns[:, i].any()
+        },
+        ops_ns={
+            key: int(np.median(duration[ops]))
+            for number, key in enumerate(program.cost_keys)
+            if key != NO_COST and len(ops := np.flatnonzero(program.cost == number))
+        },
+    )
 
 
 # -- files -----------------------------------------------------------------------------------------

@@ -1,26 +1,33 @@
 """What a measured run does: memory, step times and a trace of every Program given, side by side.
 
-The processes of a run call :func:`measure` with equal arguments; process 0 gets the results. Every
-stage hands on what there is by then, so that a run that is cut off keeps its finished stages.
+:func:`run` starts the processes of one machine and returns what they measured. Processes that run
+already call :func:`measure` with equal arguments; process 0 gets the results, and is told after
+every stage what there is by then, so that a run that is cut off keeps its finished stages.
 """
 
 from __future__ import annotations
 
 import gc
+import pickle
 import statistics
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from mhcplan.profiles.accuracy import ProgramMeasured, Times, figures_of
 from mhcplan.runtime.captured import CapturedStep
+from mhcplan.runtime.launch import launch
 from mhcplan.runtime.measure import PeakBytes, StepTimes, peak_memory, time_steps, trace_step
 from mhcplan.runtime.train import Session, Trainer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from mhcplan.profiles.accuracy import Mode
     from mhcplan.runtime.spec import RunSpec
     from mhcplan.sim.files import Trace
     from mhcplan.sim.program import Program
@@ -54,9 +61,83 @@ class Measured:
     trace: Trace | None = None
 
     @property
-    def mode(self) -> str:
+    def mode(self) -> Mode:
         """What the trace is of."""
         return "issued" if self.captured is None else "captured"
+
+    def line(self) -> ProgramMeasured:
+        """As accuracy rows have it."""
+        assert self.trace is not None, "process 0 has the traces"
+        times: dict[Mode, Times] = {"issued": _times(self.issued)}
+        if self.captured is not None:
+            times["captured"] = _times(self.captured)
+        program, timeline = self.trace.program, self.trace.timeline
+        return ProgramMeasured(
+            times=times, losses=tuple(self.losses),
+            allocated_bytes=tuple(peak.allocated for peak in self.memory),
+            reserved_bytes=tuple(peak.reserved for peak in self.memory),
+            traced_step_ns=timeline.step_ns, timeline=figures_of(program, timeline),
+        )  # fmt: skip
+
+
+def _times(times: StepTimes) -> Times:
+    return Times(
+        step_ns=times.median_ns, spread_percent=round(times.spread_percent, 3),
+        steps=len(times.step_ns), issue_ns=times.median_issue_ns,
+    )  # fmt: skip
+
+
+def run(
+    subjects: Mapping[str, Subject],
+    world: int,
+    *,
+    device: str,
+    steps: int = LEAST_STEPS,
+    warm_up: int = 3,
+    capture: bool = False,
+    timeout_s: float = 120.0,
+) -> dict[str, Measured]:
+    """Measure Programs in ``world`` processes of this machine.
+
+    Args:
+        subjects: by name.
+        world: processes, each with a GPU of its own.
+        device: ``cuda`` or ``cpu``.
+        steps, warm_up, capture: see :func:`measure`.
+        timeout_s: when a transfer that nobody answers fails.
+
+    Raises:
+        ProcessFailed: a process failed; all have ended by then.
+        RunError: a Program cannot run as asked.
+    """
+    for _, spec in subjects.values():
+        spec.check()
+    with TemporaryDirectory() as folder:
+        result = Path(folder) / "measured"
+        options = {"steps": steps, "warm_up": warm_up, "capture": capture}
+        launch(
+            _member, world, dict(subjects), options, device, timeout_s, str(result),
+            device=device, timeout_s=timeout_s,
+        )  # fmt: skip
+        found: dict[str, Measured] = pickle.loads(result.read_bytes())
+        return found
+
+
+def _member(
+    process: int,
+    _world: int,
+    subjects: dict[str, Subject],
+    options: dict[str, Any],
+    device: str,
+    timeout_s: float,
+    result: str,
+) -> None:
+    if device == "cpu":
+        torch.set_num_threads(1)
+    where = torch.device("cuda", process) if device == "cuda" else torch.device("cpu")
+    found = measure(subjects, Session(where, timeout_s), **options)
+    if process == 0:
+        Path(result).write_bytes(pickle.dumps(found))
 
 
 def measure(
