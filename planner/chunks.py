@@ -293,8 +293,9 @@ class Chunk:
 
     def receive(self, pass_: str) -> None:
         """Receive the state (F; it stays as the stage's stored input) or its gradient (I)."""
-        forward = self._state("x0"), -1
-        backward = self._state(self._g(self.shape.num_sites), "communication"), 1
+        size = self.work.received_bytes
+        forward = New("x0", size), -1
+        backward = New(self._g(self.shape.num_sites), size, "communication"), 1
         new, hop = forward if pass_ == "F" else backward
         self._op("pp_recv", pass_, PIPE, self.work.pipe_key, category="pp", new=[new], hop=hop,
                  payload_bytes=self.work.state_bytes)  # fmt: skip

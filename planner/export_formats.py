@@ -16,8 +16,8 @@ _TORCH = (
     "recompute and its block: checkpoint the stages yourself",
     "overlap inside OVERLAP_F_B: torch runs F, then B, until you register a function"
     " (mhcplan.runtime.torch_overlap)",
-    "receive buffers: torch up to 2.14 keeps one for every microbatch through the step, more memory"
-    " than predicted",
+    "receive buffers: torch up to 2.14 keeps one for every microbatch through the step, which"
+    " receive_buffers=per_microbatch predicts",
 )
 
 LOSSES: Mapping[ExportFormat, tuple[str, ...]] = MappingProxyType(

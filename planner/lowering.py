@@ -75,7 +75,7 @@ def work_of(plan: PlanSpec, recompute_block: int | None) -> Work:
         priority=plan.priority, recompute_block=recompute_block,
         overlap_recompute=plan.overlap_recompute,
         pipe_ranks_per_node=placement.pipe.per_node, overlap_order=plan.overlap_order,
-        recompute_layers=plan.recompute_layers,
+        recompute_layers=plan.recompute_layers, receive_buffers=plan.receive_buffers,
     )  # fmt: skip
 
 
@@ -177,7 +177,8 @@ class _Lowering:
         )
 
     def _static_bytes(self) -> NDArray[np.int64]:
-        """[rank, component]: weights and gradients of every stage held, the optimizer's shard."""
+        """[rank, component]: weights and gradients of every stage held, the optimizer's shard, and
+        receive buffers that are not pooled."""
         static = np.zeros((self.schedule.num_ranks, len(COMPONENTS)), np.int64)
         for rank, stages in enumerate(self._held):
             shards = [shard for stage in stages for shard in self._shards(rank, stage)]
@@ -185,6 +186,11 @@ class _Lowering:
             static[rank, COMPONENTS.index("parameters")] = BF16 * held
             static[rank, COMPONENTS.index("gradients")] = FP32 * held
             static[rank, COMPONENTS.index("optimizer")] = optimizer_bytes_per_parameter() * own
+            if self.work.receive_buffers == "per_microbatch":
+                shapes = [self.shapes[stage] for stage in stages]
+                buffers = sum((not shape.first) + (not shape.last) for shape in shapes)
+                buffers *= self.schedule.num_microbatches // self.schedule.num_directions
+                static[rank, COMPONENTS.index("communication")] = buffers * self.work.state_bytes
         return static
 
     def _places(self, tables: Tables) -> Places:

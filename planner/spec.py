@@ -46,6 +46,7 @@ ScheduleName = Literal["1f1b", "interleaved-1f1b", "zb1p", "zbv", "dualpipe", "d
 Priority = Literal["none", "post", "recompute", "all"]
 P2P = Literal["eager", "grouped"]
 CommStreams = Literal["two", "one"]
+ReceiveBuffers = Literal["pooled", "per_microbatch"]
 RecomputeLayers = Literal["none", "selective", "full"]
 Engine = Literal["compiled", "simpy"]
 
@@ -143,6 +144,14 @@ class PlanSpec(Spec):
             "pipeline messages: eager posts each by itself, grouped in batches between two actions"
         ),
     ] = "eager"
+    receive_buffers: Annotated[
+        ReceiveBuffers,
+        _about(
+            "memory of received messages: pooled takes a buffer from the receive to its last use,"
+            " per_microbatch holds one for every microbatch, stage and direction through the step,"
+            " as torch's pipelining up to 2.14 does"
+        ),
+    ] = "pooled"
     comm_streams: Annotated[
         CommStreams,
         _about("expert and pipeline traffic: two have streams of their own, one shares a stream"),

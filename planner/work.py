@@ -55,11 +55,17 @@ class Work:
     pipe_ranks_per_node: int
     overlap_order: OverlapOrder
     recompute_layers: str
+    receive_buffers: str
 
     @cached_property
     def state_bytes(self) -> int:
         """The residual state of a microbatch: [tokens, n, C] in bf16; a pipeline message."""
         return self.residual.num_rows * self.hidden_bytes
+
+    @property
+    def received_bytes(self) -> int:
+        """What a receive allocates: nothing where its buffer is there from the start."""
+        return self.state_bytes if self.receive_buffers == "pooled" else 0
 
     @cached_property
     def hidden_bytes(self) -> int:
