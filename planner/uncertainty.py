@@ -32,11 +32,12 @@ from mhcplan.sim.memory import memory_report
 from mhcplan.sim.program import match_transfers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from numpy.typing import NDArray
 
     from mhcplan.planner.predict import Prediction, Step
+    from mhcplan.profiles.accuracy import Row
 
     Floats = NDArray[np.float64]
 
@@ -60,6 +61,24 @@ class ModelErrors:
     step: tuple[float, ...] = ()
     overhead_points: tuple[float, ...] = ()
     memory: tuple[float, ...] = ()
+
+
+def measured_errors(rows: Iterable[Row]) -> ModelErrors:
+    """The model's error in runs that were predicted before they were measured.
+
+    Errors are those of the prediction as it was made, without what anchors say of the machine, as
+    nobody has measured the machine that a plan is for.
+    """
+    step: list[float] = []
+    overhead: list[float] = []
+    memory: list[float] = []
+    for row in rows:
+        step.append(1 / (1 + row.step_error_percent(anchored=False) / 100))
+        memory.append(1 / (1 + row.memory_error_percent("reserved") / 100))
+        points = row.overhead_error_points(anchored=False)
+        if points is not None:
+            overhead.append(-points)
+    return ModelErrors(tuple(step), tuple(overhead), tuple(memory))
 
 
 def intervals(prediction: Prediction, errors: ModelErrors | None = None) -> Intervals:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -13,7 +13,7 @@ from mhcplan.planner.predict import Prediction, Step, predict
 from mhcplan.planner.report_make import make_report
 from mhcplan.planner.report_text import certainty, remarks
 from mhcplan.planner.spec import make_plan
-from mhcplan.planner.uncertainty import ModelErrors, intervals, step_ratios
+from mhcplan.planner.uncertainty import ModelErrors, intervals, measured_errors, step_ratios
 from tests.support.synthetic_profile import synthetic_profile
 
 PLAN = {"model": "mhc-3b", "layout": {"pp": 2}, "microbatches": 4}
@@ -122,3 +122,33 @@ def test_nobody_asked() -> None:
     assert report.intervals is None
     assert certainty(report) == ""
     assert remarks(report) == report.warnings
+
+
+@dataclass(frozen=True)
+class MadeUpRow:
+    """Errors of a measured run: predicted against measured."""
+
+    step: float
+    memory: float
+    overhead: float | None
+
+    def step_error_percent(self, *, anchored: bool) -> float:
+        assert not anchored
+        return self.step
+
+    def memory_error_percent(self, kind: str) -> float:
+        assert kind == "reserved"
+        return self.memory
+
+    def overhead_error_points(self, *, anchored: bool) -> float | None:
+        assert not anchored
+        return self.overhead
+
+
+def test_errors_of_measured_runs_correct_the_prediction() -> None:
+    """A run that took 1 / 0.9 of what was predicted makes the next prediction that much longer."""
+    found = measured_errors([MadeUpRow(-10, 25, 2), MadeUpRow(0, 0, None)])
+    assert found.step == pytest.approx((1 / 0.9, 1))
+    assert found.memory == pytest.approx((0.8, 1))
+    assert found.overhead_points == (-2,)
+    assert measured_errors([]) == ModelErrors()
