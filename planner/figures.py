@@ -46,6 +46,8 @@ _COMPONENT_COLORS = {
     "logits": PAINTS["mhc"].color,
     "workspace": PAINTS["ep"].color,
 }
+_TICK_PIXELS = 9  # a lane's least height for a name of its own
+_MARK = "#808080"  # told from light and dark alike
 _LANE_PIXELS = (4, 9)  # least and most pixels of a lane of height 1
 _LANES_PIXELS = 900  # what all lanes together should take
 _MEMORY_PIXELS = 180
@@ -53,11 +55,16 @@ _GAP_PIXELS = 28
 _MARGIN = {"l": 120, "r": 16, "t": 30, "b": 44}
 
 
-def breakdown_figure(report: PlanReport) -> go.Figure:
-    """Where the step's time goes: the plan above its baseline, one bar each, ms."""
-    bars = {residual_name(report.plan): report.breakdown_ns}
-    if not report.plan.residual.is_plain:
-        bars["plain residual"] = report.baseline_breakdown_ns
+def breakdown_figure(report: PlanReport, pinned: PlanReport | None = None) -> go.Figure:
+    """Where the step's time goes: the plan above its baseline, one bar each, ms.
+
+    A plan that is pinned beside it stands first, as A, and the plan is B.
+    """
+    bars = _bars(report, "")
+    if pinned is not None:
+        a, b = _bars(pinned, "A: "), _bars(report, "B: ")
+        same = report.baseline_breakdown_ns == pinned.baseline_breakdown_ns
+        bars = dict([*a.items()][:1] if same else a) | b
     figure = go.Figure()
     for name in BreakdownNs.model_fields:
         figure.add_bar(
@@ -68,14 +75,14 @@ def breakdown_figure(report: PlanReport) -> go.Figure:
             marker=_marker(_CLASS_COLORS[name], hatched=name == "recompute"),
             hovertemplate="%{x:,.2f} ms<extra>%{fullData.name}</extra>",
         )
-    figure.update_layout(_plain_layout(height=90 + 60 * len(bars)), barmode="stack")
+    figure.update_layout(plain_layout(height=90 + 60 * len(bars)), barmode="stack")
     figure.update_xaxes(title="ms of a step")
     figure.update_yaxes(autorange="reversed")
     return figure
 
 
-def memory_figure(report: PlanReport) -> go.Figure:
-    """Memory of every rank at its peak by component, GB, under the limit."""
+def memory_figure(report: PlanReport, pinned: PlanReport | None = None) -> go.Figure:
+    """Memory of every rank at its peak by component, GB, under the limit; marks are ``pinned``."""
     ranks = [f"rank {rank}" for rank in range(len(report.memory))]
     figure = go.Figure()
     for field in COMPONENT_FIELDS:
@@ -94,39 +101,51 @@ def memory_figure(report: PlanReport) -> go.Figure:
         marker=_marker("rgba(128,128,128,0.35)"),
         hovertemplate="%{y:,.2f} GB<extra>%{fullData.name}</extra>",
     )
+    if pinned is not None:
+        figure.add_scatter(
+            name="A in all",
+            x=[f"rank {rank}" for rank in range(len(pinned.memory))],
+            y=[rank.device_bytes / 1e9 for rank in pinned.memory],
+            mode="markers",
+            marker={"symbol": "line-ew", "size": 26, "line": {"width": 2.5, "color": _MARK}},
+            hovertemplate="%{y:,.2f} GB<extra>%{fullData.name}</extra>",
+        )
     figure.update_layout(
-        _plain_layout(height=320),
+        plain_layout(height=320),
         barmode="stack",
-        shapes=[_limit_line(report.memory_limit_bytes, "y")],
-        annotations=[_limit_text(report.memory_limit_bytes, "y")],
+        shapes=[limit_line(report.memory_limit_bytes, "y")],
+        annotations=[limit_text(report.memory_limit_bytes, "y")],
     )
     figure.update_yaxes(title="GB", rangemode="tozero")
     return figure
 
 
-def timeline_figure(data: Mapping[str, Any], limit_bytes: int | None) -> go.Figure:
+def timeline_figure(
+    data: Mapping[str, Any], limit_bytes: int | None, lanes_pixels: int = _LANES_PIXELS
+) -> go.Figure:
     """Axes of the timeline: a lane for each rank and stream, memory beneath on the same time axis.
 
     Args:
         data: of :func:`mhcplan.planner.timeline_data.timeline_data`.
         limit_bytes: the memory limit, None where it is not known.
+        lanes_pixels: height that all lanes together should take.
     """
     lanes: list[dict[str, Any]] = data["lanes"]
     height = lanes[-1]["bottom"] if lanes else 1
-    lane = min(max(_LANES_PIXELS / height, _LANE_PIXELS[0]), _LANE_PIXELS[1])
+    lane = min(max(lanes_pixels / height, _LANE_PIXELS[0]), _LANE_PIXELS[1])
     drawn = round(lane * height) + _GAP_PIXELS + _MEMORY_PIXELS
-    ticks = _lane_ticks(lanes)
+    ticks = _lane_ticks(lanes, lane)
     limits = [] if limit_bytes is None else [limit_bytes]
     figure = go.Figure()
     figure.update_layout(
-        _plain_layout(height=drawn + _MARGIN["t"] + _MARGIN["b"]),
+        plain_layout(height=drawn + _MARGIN["t"] + _MARGIN["b"]),
         barmode="overlay",
         hovermode="closest",
         dragmode="pan",
         showlegend=False,
         margin=_MARGIN,
-        shapes=[*_rank_borders(lanes), *(_limit_line(limit, "y2") for limit in limits)],
-        annotations=[_limit_text(limit, "y2") for limit in limits],
+        shapes=[*_rank_borders(lanes), *(limit_line(limit, "y2") for limit in limits)],
+        annotations=[limit_text(limit, "y2") for limit in limits],
         xaxis={
             "range": [0, data["step_ns"] / 1e6],
             "title": "ms since the step began",
@@ -158,7 +177,8 @@ def timeline_figure(data: Mapping[str, Any], limit_bytes: int | None) -> go.Figu
     return figure
 
 
-def _plain_layout(height: int) -> dict[str, Any]:
+def plain_layout(height: int) -> dict[str, Any]:
+    """What all figures share: transparent, the legend above."""
     return {
         "template": go.layout.Template(),
         "height": height,
@@ -169,6 +189,14 @@ def _plain_layout(height: int) -> dict[str, Any]:
     }
 
 
+def _bars(report: PlanReport, name: str) -> dict[str, BreakdownNs]:
+    """A plan's bar and its baseline's, which the plain residual does not have."""
+    bars = {f"{name}{residual_name(report.plan)}": report.breakdown_ns}
+    if not report.plan.residual.is_plain:
+        bars[f"{name}plain residual"] = report.baseline_breakdown_ns
+    return bars
+
+
 def _marker(color: str, *, hatched: bool = False) -> dict[str, Any]:
     marker: dict[str, Any] = {"color": color, "line": {"width": 0}}
     if hatched:
@@ -176,7 +204,8 @@ def _marker(color: str, *, hatched: bool = False) -> dict[str, Any]:
     return marker
 
 
-def _limit_line(limit_bytes: int, axis: str) -> dict[str, Any]:
+def limit_line(limit_bytes: int, axis: str) -> dict[str, Any]:
+    """The memory limit as a line across, on an axis in GB."""
     limit = limit_bytes / 1e9
     return {
         "type": "line",
@@ -190,7 +219,8 @@ def _limit_line(limit_bytes: int, axis: str) -> dict[str, Any]:
     }
 
 
-def _limit_text(limit_bytes: int, axis: str) -> dict[str, Any]:
+def limit_text(limit_bytes: int, axis: str) -> dict[str, Any]:
+    """What stands at that line."""
     limit = limit_bytes / 1e9
     return {
         "text": f"limit {limit:,.1f} GB",
@@ -205,14 +235,18 @@ def _limit_text(limit_bytes: int, axis: str) -> dict[str, Any]:
     }
 
 
-def _lane_ticks(lanes: list[dict[str, Any]]) -> dict[float, str]:
+def _lane_ticks(lanes: list[dict[str, Any]], lane_pixels: float) -> dict[float, str]:
     """Where names stand: a rank's first lane has the rank's, lanes of one purpose share one."""
     ticks: dict[float, str] = {}
+    named = None
     for (rank, purpose), group in groupby(lanes, key=lambda lane: (lane["rank"], lane["purpose"])):
         same = list(group)
-        first = same[0]["top"] == 0 or lanes[lanes.index(same[0]) - 1]["rank"] != rank
-        middle = (same[0]["top"] + same[-1]["bottom"]) / 2
-        ticks[middle] = f"rank {rank} {purpose}" if first else purpose
+        top, bottom = same[0]["top"], same[-1]["bottom"]
+        if rank != named:
+            ticks[(top + bottom) / 2] = f"rank {rank} {purpose}"
+        elif (bottom - top) * lane_pixels >= _TICK_PIXELS:
+            ticks[(top + bottom) / 2] = purpose
+        named = rank
     return ticks
 
 

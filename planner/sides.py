@@ -30,6 +30,7 @@ from mhcplan.sim.program import CostTable
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from mhcplan.planner.predict import Prediction
     from mhcplan.planner.spec import PlanSpec
 
 SideKind = Literal["plan", "report", "predicted trace", "measured trace"]
@@ -98,10 +99,14 @@ def predicted_side(name: str, plan: PlanSpec) -> Side:
     return _predicted(name, plan)
 
 
+def side_of(name: str, prediction: Prediction, report: PlanReport) -> Side:
+    """What was predicted already as a side called ``name``."""
+    return Side(_figures_of_report(name, "plan", report), prediction.plan, prediction.step)
+
+
 def _predicted(name: str, plan: PlanSpec) -> Side:
     prediction = predict(plan)
-    figures = _figures_of_report(name, "plan", make_report(prediction, name))
-    return Side(figures, plan, prediction.step)
+    return side_of(name, prediction, make_report(prediction, name))
 
 
 def _read_json(name: str) -> Side:

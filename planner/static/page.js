@@ -12,7 +12,8 @@ function drawFigures() {
 }
 
 const timeline = new Timeline(byId("timeline"), page.timeline, await decode(page.ops));
-listenToKeys(timeline, buildToolbar(timeline));
+const together = new Together([timeline]);
+listenToKeys(together, buildToolbar(together));
 await timeline.start();
 drawFigures();
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {

@@ -15,6 +15,7 @@ const TONES = [0.4, 0.7, 1]; // how strong a cell is that is filled up to 1/3, 2
 const MARGIN = 0.5; // of the visible time, drawn on each side: panning shows it at once
 const MEMORY_BINS = 400;
 const FILLED = 0.88; // of a lane's height
+const SHORTEST = 50; // ns that the axis shows at least
 const MS = 1e6;
 
 const ARRAYS = {
@@ -248,11 +249,14 @@ function rgb(color) {
   return [1, 3, 5].map((i) => parseInt(color.slice(i, i + 2), 16));
 }
 
+function hex(parts) {
+  return "#" + parts.map((v) => Math.round(v).toString(16).padStart(2, "0")).join("");
+}
+
 /** `share` of `color` over `ground`, both #rrggbb. */
 export function blend(ground, color, share) {
   const [a, b] = [rgb(ground), rgb(color)];
-  const mixed = a.map((v, i) => Math.round(v + (b[i] - v) * share));
-  return "#" + mixed.map((v) => v.toString(16).padStart(2, "0")).join("");
+  return hex(a.map((v, i) => v + (b[i] - v) * share));
 }
 
 function inkOn(color) {
@@ -260,11 +264,16 @@ function inkOn(color) {
   return r * 0.299 + g * 0.587 + b * 0.114 > 140 ? "#000000" : "#ffffff";
 }
 
-/** The page's colours, light or dark: what its style sheet says now. */
+/** The page's colours, light or dark: what its style sheet says now, as #rrggbb. */
 export function pageInk() {
-  const style = getComputedStyle(document.documentElement);
-  const of = (name) => style.getPropertyValue(name).trim();
-  return { text: of("--text"), grid: of("--grid"), plot: of("--plot") };
+  const probe = document.body.appendChild(document.createElement("i"));
+  const of = (name) => {
+    probe.style.color = `var(${name})`;
+    return hex(getComputedStyle(probe).color.match(/[\d.]+/g).slice(0, 3).map(Number));
+  };
+  const ink = { text: of("--text"), grid: of("--grid"), plot: of("--plot") };
+  probe.remove();
+  return ink;
 }
 
 /** Gives a figure made in Python the page's colours. */
@@ -322,7 +331,12 @@ export function describe(ops, op) {
   return lines;
 }
 
-/** Draws a timeline into `element` and keeps it current while it is zoomed and panned. */
+/**
+ * Draws a timeline into `element` and keeps it current while it is zoomed and panned.
+ *
+ * `whole` is where its time axis ends, ns: with its step, or later. `onMove` is called with the range
+ * to show next, ns; by default it shows it.
+ */
 export class Timeline {
   /**
    * @param element the plot's element
@@ -335,14 +349,19 @@ export class Timeline {
     this.ops = ops;
     this.shown = this.ops.paints.map(() => true);
     this.pathShown = false;
-    this.range = [0, this.ops.step_ns];
+    this.whole = this.ops.step_ns;
+    this.range = [0, this.whole];
+    this.onMove = (begin, end) => this.show(begin, end);
     this.tip = document.createElement("div");
     this.tip.className = "tip";
     this.tip.hidden = true;
     document.body.append(this.tip);
   }
 
+  /** Draws for the first time; later only anew. */
   async start() {
+    if (this.started) return this.draw();
+    this.started = true;
     const config = {
       responsive: true, scrollZoom: true, displaylogo: false, doubleClick: "reset",
       modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", "sendChartToCloud"],
@@ -351,6 +370,7 @@ export class Timeline {
     this.element.on("plotly_relayout", (change) => this.onRelayout(change));
     this.element.on("plotly_hover", (event) => this.onHover(event));
     this.element.on("plotly_unhover", () => { this.tip.hidden = true; });
+    return undefined;
   }
 
   /** Cuts what is visible now: traces for Plotly. */
@@ -358,7 +378,7 @@ export class Timeline {
     const [begin, end] = this.range, ink = pageInk(), span = end - begin;
     const width = Math.max(200, (this.element.clientWidth || 1200) - 136);
     const from = Math.max(0, begin - MARGIN * span);
-    const to = Math.min(this.ops.step_ns, end + MARGIN * span);
+    const to = Math.min(this.whole, end + MARGIN * span);
     this.isRaster = countVisible(this.ops, begin, end) > BARS_AT_MOST;
     const columns = Math.max(1, Math.round((width * (to - from)) / span));
     const ops = this.isRaster
@@ -379,25 +399,31 @@ export class Timeline {
     return Plotly.react(this.element, this.traces(), this.themedLayout());
   }
 
-  /** Shows the time from `begin` to `end`, ns, kept inside the step. */
+  /** Draws another step in its place; the time axis stays where it is until it is shown anew. */
+  load(figure, ops) {
+    this.layout = figure.layout;
+    this.ops = ops;
+  }
+
+  /** Shows the time from `begin` to `end`, ns, kept inside the axis. */
   show(begin, end) {
-    const whole = this.ops.step_ns, span = Math.min(Math.max(end - begin, 50), whole);
-    const from = Math.min(Math.max(begin, 0), whole - span);
+    const span = Math.min(Math.max(end - begin, SHORTEST), this.whole);
+    const from = Math.min(Math.max(begin, 0), this.whole - span);
     this.range = [from, from + span];
     return this.draw();
   }
 
   zoom(factor) {
     const [begin, end] = this.range, middle = (begin + end) / 2, half = ((end - begin) * factor) / 2;
-    return this.show(middle - half, middle + half);
+    return this.onMove(middle - half, middle + half);
   }
 
   pan(share) {
     const [begin, end] = this.range, by = (end - begin) * share;
-    return this.show(begin + by, end + by);
+    return this.onMove(begin + by, end + by);
   }
 
-  reset() { return this.show(0, this.ops.step_ns); }
+  reset() { return this.onMove(0, this.whole); }
 
   toggle(paint) {
     this.shown[paint] = !this.shown[paint];
@@ -412,7 +438,7 @@ export class Timeline {
   onRelayout(change) {
     if (change["xaxis.autorange"]) return this.reset();
     const range = change["xaxis.range"] ?? [change["xaxis.range[0]"], change["xaxis.range[1]"]];
-    if (range[0] !== undefined) return this.show(range[0] * MS, range[1] * MS);
+    if (range[0] !== undefined) return this.onMove(range[0] * MS, range[1] * MS);
     if (change.autosize) return this.draw();
     return undefined;
   }

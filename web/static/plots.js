@@ -1,0 +1,30 @@
+// Plotly figures in the page: made in Python (planner/figures*.py), coloured here as the page is.
+
+import { pageInk, themed } from "/static/timeline.js";
+
+const CONFIG = { responsive: true, displayModeBar: false };
+const drawn = new Map();
+let loading = null;
+
+/** Loads plotly.js; running it takes the better part of a second, so what is there is shown first. */
+export function plotly() {
+  loading ??= new Promise((resolve, reject) => {
+    const script = document.createElement("script");
+    Object.assign(script, { src: "/static/plotly.min.js", onload: resolve, onerror: reject });
+    requestAnimationFrame(() => setTimeout(() => document.head.append(script)));
+  });
+  return loading;
+}
+
+/** Draws a figure into an element, again when the theme changes; `changes` are to its layout. */
+export async function draw(element, figure, changes = {}) {
+  drawn.set(element, [figure, changes]);
+  await plotly();
+  if (drawn.get(element)[0] !== figure) return; // a newer one has come meanwhile
+  const layout = { ...themed(figure.layout, pageInk()), ...changes };
+  await Plotly.react(element, figure.data, layout, CONFIG);
+}
+
+export function redrawAll() {
+  for (const [element, [figure, changes]] of drawn) draw(element, figure, changes);
+}

@@ -1,0 +1,254 @@
+// The what-if page: inputs, the answer as they move, the timeline once they rest, sweeps on demand.
+//
+// The address holds the what-if (state.js), the server works everything out and makes every figure
+// and word (web/answers.py); here they are only put in place.
+
+import { decode, Timeline } from "/static/timeline.js";
+import { buildToolbar, byId, listenToKeys, Together } from "/static/toolbar.js";
+import { file, json, newest } from "/static/api.js";
+import { Inputs } from "/static/inputs.js";
+import { draw, plotly, redrawAll } from "/static/plots.js";
+import { State } from "/static/state.js";
+import { addSweeps } from "/static/sweeps.js";
+
+const REST_MS = 250; // after which the timeline follows the answer
+const RETRY_MS = 2000;
+const SPEAK_MS = 900;
+// of a figure whose legend is the table beneath it
+const BESIDE_TABLE = { showlegend: false, height: 196, margin: { l: 104, r: 12, t: 12, b: 38 } };
+
+const controls = await json("/api/controls");
+const defaults = Object.fromEntries(
+  [...controls.main, ...controls.more].map(({ name, default: value }) => [name, value]));
+const state = new State(defaults);
+const inputs = new Inputs(
+  controls,
+  (name, text) => { state.set(name, text === "" ? null : text); ask(); },
+  () => state.endGesture(),
+);
+const together = { drawn: null, plan: null, pinned: null };
+let answered = null, spoken = 0, rest = 0, retry = 0;
+
+// -- the answer ------------------------------------------------------------------------------------
+
+const ask = newest(async (signal) => {
+  clearTimeout(retry);
+  byId("content").dataset.stale = "true";
+  try {
+    show(await json(`/api/answer?${state.query}`, { signal }));
+  } catch (error) {
+    if (error.name !== "AbortError") refuse(error);
+  }
+});
+
+function refuse(error) {
+  if (error.gone) retry = setTimeout(ask, RETRY_MS);
+  const shown = inputs.say(error.message, error.field);
+  byId("problem").textContent = error.message;
+  byId("problem").hidden = shown && !error.gone;
+}
+
+function show(answer) {
+  const isFirst = !answered;
+  answered = answer;
+  inputs.say(null);
+  byId("problem").hidden = true;
+  byId("facts").replaceChildren(...answer.facts.map(factElement));
+  byId("facts").dataset.fits = answer.report.fits;
+  for (const name of ["breakdown", "memory"]) {
+    const figure = answer.figures[name], table = byId(`${name}-table`);
+    draw(byId(name), figure, BESIDE_TABLE);
+    putTables(table, answer.tables[name]);
+    addSwatches(table, figure);
+  }
+  putTables(byId("tables"), answer.tables.others);
+  putTables(byId("differences"), answer.differences);
+  byId("warnings").replaceChildren(...answer.report.warnings.map((text) => {
+    const item = document.createElement("li");
+    item.textContent = text;
+    return item;
+  }));
+  byId("command").textContent = answer.report.command;
+  const { mhcplan_version: version, plan_digest: plan, profile_digest: profile } = answer.report;
+  byId("origin").textContent =
+    `mhcplan ${version}, plan ${plan.slice(0, 12)}, profile ${profile.slice(0, 12)}`;
+  showPinned();
+  speak(answer.headline);
+  delete byId("content").dataset.stale;
+  clearTimeout(rest);
+  rest = setTimeout(followTimeline, isFirst ? 0 : REST_MS);
+}
+
+/** Tables come as HTML, escaped where it is made: planner/timeline_page.py. */
+function putTables(element, tables) {
+  element.innerHTML = tables.map((table) => `<div>${table}</div>`).join("");
+}
+
+/** Makes the table beneath a figure its legend. */
+function addSwatches(table, figure) {
+  const colors = new Map(figure.data.map(({ name, marker }) => [name, marker]));
+  for (const cell of table.querySelectorAll("td:first-child")) {
+    const marker = colors.get(cell.textContent);
+    if (!marker) continue;
+    const swatch = document.createElement("span");
+    swatch.className = marker.pattern ? "swatch hatched" : "swatch";
+    swatch.style.backgroundColor = marker.color;
+    cell.prepend(swatch);
+  }
+}
+
+function factElement({ label, value, note, pinned, change }) {
+  const fact = document.createElement("div");
+  const add = (tag, name, text) => {
+    if (!text) return;
+    fact.append(Object.assign(document.createElement(tag), { className: name, textContent: text }));
+  };
+  add("dt", "", label);
+  add("dd", "value", value);
+  add("dd", "note", note);
+  add("dd", "change", pinned && `A ${pinned}${change && `, ${change}`}`);
+  fact.dataset.fact = label;
+  return fact;
+}
+
+/** Tells a screen reader the answer, once the sliders rest. */
+function speak(text) {
+  clearTimeout(spoken);
+  spoken = setTimeout(() => { byId("spoken").textContent = text; }, SPEAK_MS);
+}
+
+function showPinned() {
+  const pinned = Boolean(state.pinned);
+  for (const name of ["swap", "unpin", "name-a", "name-b", "timeline-a", "difference"]) {
+    byId(name).hidden = !pinned;
+  }
+  byId("pin").textContent = pinned ? "Pin this as A" : "Pin as A";
+  byId("name-a").textContent = `A: ${state.pinned ?? ""}`;
+  byId("name-b").textContent = `B: ${state.plan}`;
+}
+
+// -- the timeline ----------------------------------------------------------------------------------
+
+const followTimeline = newest(async (signal) => {
+  byId("timeline-state").textContent = "…";
+  try {
+    await drawTimelines(state.plan, state.pinned, signal);
+    byId("timeline-state").textContent = "";
+    document.documentElement.dataset.ready = "true";
+  } catch (error) {
+    if (error.name !== "AbortError") byId("timeline-state").textContent = error.message;
+  }
+}, 500);
+
+async function drawTimelines(plan, pinned, signal) {
+  const b = await timelineOf("plan", byId("timeline"), plan, signal);
+  const a = pinned ? await timelineOf("pinned", byId("timeline-a"), pinned, signal) : null;
+  const timelines = a ? [a, b] : [b];
+  if (together.drawn) together.drawn.join(timelines);
+  else {
+    await plotly();
+    together.drawn = new Together(timelines);
+    listenToKeys(together.drawn, buildToolbar(together.drawn));
+  }
+  await together.drawn.all("start");
+}
+
+/** The timeline of a query, in an element that it keeps. */
+async function timelineOf(slot, element, query, signal) {
+  if (together[slot]?.query === query) return together[slot].timeline;
+  const { timeline: figure, ops } = await json(`/api/timeline?${query}`, { signal });
+  const decoded = await decode(ops);
+  const timeline = together[slot]?.timeline ?? new Timeline(element, figure, decoded);
+  timeline.load(figure, decoded);
+  together[slot] = { query, timeline };
+  return timeline;
+}
+
+// -- buttons ---------------------------------------------------------------------------------------
+
+/** Goes to another plan, as one step in the history. */
+function go(query, pinned = state.pinned) {
+  state.endGesture();
+  state.pinned = pinned;
+  state.go(query);
+  state.endGesture();
+  inputs.show(state);
+  return ask();
+}
+
+const actions = {
+  reset: () => go("", null),
+  pin: () => go(state.plan, state.plan),
+  swap: () => go(state.pinned, state.plan),
+  unpin: () => go(state.plan, null),
+  open: () => byId("plan-file").click(),
+  "copy-link": () => copy(location.href, "link copied"),
+  "copy-command": () => copy(answered?.report.command ?? "", "command copied"),
+};
+for (const [name, action] of Object.entries(actions)) byId(name).addEventListener("click", action);
+
+async function copy(text, done) {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {
+    done = "the browser does not let this page copy";
+  }
+  byId("copied").textContent = done;
+  setTimeout(() => { byId("copied").textContent = ""; }, RETRY_MS);
+}
+
+byId("plan-file").addEventListener("change", async ({ target }) => {
+  const [chosen] = target.files;
+  target.value = ""; // so that the same file can be opened again
+  if (!chosen) return;
+  try {
+    go((await json("/api/open", { method: "POST", body: chosen })).query);
+  } catch (error) {
+    refuse(error);
+  }
+});
+
+function addDownloads() {
+  const kinds = [
+    ["html", "HTML page with the timeline", ""],
+    ["perfetto", "Perfetto trace", ""],
+    ["plan", "plan (TOML)", ""],
+    ["report", "report (JSON)", ""],
+    ...Object.entries(controls.exports)
+      .filter(([kind]) => kind !== "perfetto")
+      .map(([kind, losses]) => [kind, `${kind} (zip)`, `leaves out ${losses.join("; ")}`]),
+  ];
+  const menu = byId("downloads");
+  menu.lastElementChild.append(...kinds.map(([kind, text, title]) => {
+    const made = document.createElement("button");
+    Object.assign(made, { type: "button", textContent: text, title });
+    made.addEventListener("click", () => { menu.open = false; download(kind); });
+    return made;
+  }));
+}
+
+async function download(kind) {
+  byId("copied").textContent = "preparing…";
+  try {
+    const { name, content } = await file(`/api/download/${kind}?${state.plan}`);
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(content);
+    link.download = name;
+    link.click();
+    URL.revokeObjectURL(link.href);
+    byId("copied").textContent = "";
+  } catch (error) {
+    byId("copied").textContent = error.message;
+  }
+}
+
+// -- begin -----------------------------------------------------------------------------------------
+
+byId("inputs").addEventListener("submit", (event) => event.preventDefault());
+addEventListener("popstate", () => { state.read(); inputs.show(state); ask(); });
+document.addEventListener("theme", () => { redrawAll(); together.drawn?.draw(); });
+addDownloads();
+addSweeps(state, go);
+inputs.show(state);
+window.mhcplan = { together, state }; // for the console, and for tests
+await ask();
