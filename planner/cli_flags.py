@@ -11,10 +11,12 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 from cyclopts.types import PositiveInt
+from pydantic.fields import FieldInfo
 
 from mhcplan.planner.plan_file import resolve_plan
 from mhcplan.planner.spec import Engine, LayoutSpec, PlanSpec, Priority, ScheduleName
-from mhcplan.profiles.specs import ResidualSpec
+from mhcplan.planner.sweep_axes import GLOBAL_BATCH, Axis, axes_of
+from mhcplan.profiles.specs import ResidualKind, ResidualSpec
 
 FLAG_FIELDS: dict[str, str] = {
     "n": "residual.expansion_rate",
@@ -39,10 +41,14 @@ _GLOBAL_BATCH = (
 _SPECS = {"residual": ResidualSpec, "layout": LayoutSpec}
 
 
+def _field(name: str) -> FieldInfo:
+    parent, _, last = FLAG_FIELDS[name].rpartition(".")
+    return _SPECS.get(parent, PlanSpec).model_fields[last]
+
+
 def _flag(name: str) -> Parameter:
     """A flag of the plan field behind ``name``, with its description and its default."""
-    parent, _, last = FLAG_FIELDS[name].rpartition(".")
-    info = _SPECS.get(parent, PlanSpec).model_fields[last]
+    info = _field(name)
 
     def default(_value: object) -> str:
         return str(info.default)
@@ -56,7 +62,7 @@ class PlanFlags:
     """What to change in a preset or a plan file."""
 
     n: Annotated[int | None, _flag("n")] = None
-    residual: Annotated[Literal["mhc", "hc", "plain"] | None, _flag("residual")] = None
+    residual: Annotated[ResidualKind | None, _flag("residual")] = None
     recompute_block: Annotated[
         Literal["auto", "none", "stage"] | PositiveInt | None,
         _flag("recompute_block"),
@@ -105,3 +111,50 @@ class PlanFlags:
         for setting in self.settings:
             words += ["--set", setting]
         return words
+
+
+def _values(name: str) -> Parameter:
+    return Parameter(help=f"{_field(name).description}: values to visit", show_default=False)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class AxisFlags:
+    """Which values of which fields: a list (1,2,4), a range with its ends (16..64..16), or both."""
+
+    n: Annotated[str | None, _values("n")] = None
+    residual: Annotated[str | None, _values("residual")] = None
+    recompute_block: Annotated[str | None, _values("recompute_block")] = None
+    pp: Annotated[str | None, _values("pp")] = None
+    ep: Annotated[str | None, _values("ep")] = None
+    dp: Annotated[str | None, _values("dp")] = None
+    microbatches: Annotated[str | None, _values("microbatches")] = None
+    global_batch: Annotated[str | None, Parameter(help=f"{_GLOBAL_BATCH}: values to visit")] = None
+    micro_batch_size: Annotated[str | None, _values("micro_batch_size")] = None
+    seq_len: Annotated[str | None, _values("seq_len")] = None
+    schedule: Annotated[str | None, _values("schedule")] = None
+    priority: Annotated[str | None, _values("priority")] = None
+    profile: Annotated[str | None, _values("profile")] = None
+    engine: Annotated[str | None, _values("engine")] = None
+    settings: Annotated[
+        list[str],
+        Parameter(
+            name="--set",
+            negative=(),
+            help="field=values: any other field of a plan, by its dotted path; may be repeated",
+        ),
+    ] = field(default_factory=list[str])
+
+    def axes(self) -> tuple[Axis, ...]:
+        """The axes of the flags that were given, in the order of the help, then of ``--set``.
+
+        Raises:
+            SpecError: see :func:`mhcplan.planner.sweep_axes.axes_of`.
+        """
+        paths = FLAG_FIELDS | {GLOBAL_BATCH: GLOBAL_BATCH}
+        given = {
+            path: str(text)
+            for flag, path in paths.items()
+            if (text := getattr(self, flag)) is not None
+        }
+        return axes_of(given, self.settings)

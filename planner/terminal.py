@@ -7,10 +7,23 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import AbstractContextManager, nullcontext
+import time
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+_PATIENCE_SECONDS = 1.0
 _PLAIN_WIDTH = 110  # columns of tables that go to a file or a pipe
 
 
@@ -36,3 +49,33 @@ def progress(what: str) -> AbstractContextManager[object]:
 def note(text: str) -> None:
     """One line on standard error."""
     print(f"mhcplan: {text}", file=sys.stderr)
+
+
+@contextmanager
+def progress_bar(what: str) -> Generator[Callable[[int, int, str], None]]:
+    """A bar on standard error for what takes longer than a second, if a person is watching.
+
+    Yields a function to be called with how much is done, of how much, and a remark.
+    """
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn(f"mhcplan: {what}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        TextColumn("{task.fields[remark]}"), console=console, transient=True,
+    )  # fmt: skip
+    task = bar.add_task(what, remark="")
+    begin = time.monotonic()
+
+    def show(done: int, total: int, remark: str = "") -> None:
+        bar.update(task, completed=done, total=total, remark=remark)
+        if (
+            not bar.live.is_started
+            and console.is_terminal
+            and time.monotonic() - begin > _PATIENCE_SECONDS
+        ):
+            bar.start()
+
+    try:
+        yield show
+    finally:
+        if bar.live.is_started:  # one that was not would end a line that nobody began
+            bar.stop()
