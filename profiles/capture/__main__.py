@@ -14,18 +14,25 @@ from mhcplan.profiles.capture import grid
 from mhcplan.profiles.capture.measure import PARTS, measure, write_merged
 from mhcplan.profiles.capture.ops import OP_BUDGET_NS
 from mhcplan.profiles.schema import ProfileError
+from mhcplan.profiles.store import find_profile
+from mhcplan.profiles.vocabulary import OpKey, parse_key
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m mhcplan.profiles.capture", description=str(sys.modules[__name__].__doc__)
     )
-    parser.add_argument("--out", type=Path, required=True, help="the profile to write")
+    parser.add_argument("--out", type=Path, default=Path("profile.json"),
+                        help="the profile to write (default: profile.json)")  # fmt: skip
     parser.add_argument("--hardware", default="h100-sxm", help="preset that describes the machine")
     parser.add_argument("--name", help="the profile's name (default: the preset's)")
     parser.add_argument("--part", choices=PARTS, action="append", help="measure only this part")
     parser.add_argument("--tier", type=int, action="append", help=f"of {grid.TIERS} (default: all)")
     parser.add_argument("--kind", action="append", default=[], help="measure only this op kind")
+    parser.add_argument("--op", action="append", default=[], metavar="KEY",
+                        help="measure this op, as errors name it, not the grid")  # fmt: skip
+    parser.add_argument("--keys", type=Path, help="measure the ops of this file, one a line")
+    parser.add_argument("--base", metavar="PROFILE", help="add the rows to this profile")
     parser.add_argument("--budget-seconds", type=float, default=1e9, help="for each part")
     parser.add_argument("--op-budget-ms", type=float, default=OP_BUDGET_NS / 1e6)
     parser.add_argument("--compile-workers", type=int, default=0, help="compile kernels beforehand")
@@ -45,6 +52,24 @@ def _check_block(name: str, out: Path, op_budget_ns: int) -> None:
     print(check_block(name, out, torch.device("cuda"), op_budget_ns))
 
 
+def _keys(args: argparse.Namespace) -> list[OpKey] | None:
+    """The ops that were asked for; None for the grid's.
+
+    Raises:
+        ValueError: a text is no op key.
+    """
+    if args.tiny:
+        return grid.tiny_keys()
+    lines = args.keys.read_text(encoding="utf-8").splitlines() if args.keys else []
+    found: list[OpKey] = []
+    for text in (*args.op, *lines):
+        key = parse_key(text)
+        if not isinstance(key, OpKey):
+            raise ValueError(f"{text} is no op: transfers are measured with --part comm")
+        found.append(key)
+    return found if args.op or args.keys else None
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command; 0 done, 2 bad input or a machine that cannot be measured."""
     args = _parser().parse_args(argv)
@@ -54,11 +79,12 @@ def main(argv: list[str] | None = None) -> int:
             write_merged(args.out, args.merge[0], args.merge[1:], args.hardware, args.name)
             return 0
         sizes = {"sizes": (64, 4096)} if args.tiny else {}
+        base = find_profile(args.base) if args.base else None
         for path in measure(
             args.out, hardware=args.hardware, name=args.name, parts=args.part,
             tiers=args.tier or grid.TIERS, kinds=args.kind, budget_seconds=args.budget_seconds,
             op_budget_ns=budget_ns, device_type=args.device, workers=args.compile_workers,
-            keys=grid.tiny_keys() if args.tiny else None, **sizes,
+            keys=_keys(args), base=base, **sizes,
         ):  # fmt: skip
             print(path)
         if args.check_block:

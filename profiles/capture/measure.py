@@ -247,12 +247,39 @@ def merge(ops: OpsPart, comms: Sequence[CommPart], hardware: HardwareSpec, name:
     )  # fmt: skip
 
 
+def extend(base: Profile, ops: OpsPart | None, comms: Sequence[CommPart]) -> Profile:
+    """``base`` with what the parts measured added; of equal rows the parts' count.
+
+    Raises:
+        ProfileError: a part is of another device.
+    """
+    parts = [*([ops] if ops else []), *comms]
+    for part in parts:
+        if part.provenance.device not in {run.device for run in base.provenance}:
+            raise ProfileError(
+                f"device: {base.name} was measured on {base.provenance[0].device!r}, not on"
+                f" {part.provenance.device!r}"
+            )
+    rows = {row.key: row for row in (*base.ops, *(ops.ops if ops else ()))}
+    transfers = {
+        (row.pattern, row.medium, row.group_size, row.bytes): row
+        for row in (*base.transfers, *(row for comm in comms for row in comm.transfers))
+    }
+    return base.model_copy(
+        update={
+            "provenance": (*base.provenance, *(part.provenance for part in parts)),
+            "ops": tuple(rows[key] for key in sorted(rows)),
+            "transfers": tuple(transfers[key] for key in sorted(transfers)),
+        }
+    )
+
+
 def measure(
     out: Path, *, hardware: str = "h100-sxm", name: str | None = None,
     parts: Iterable[Part] | None = None, tiers: Iterable[int] = grid.TIERS,
     kinds: Iterable[str] = (), budget_seconds: float = 1e9, op_budget_ns: int = OP_BUDGET_NS,
     device_type: str | None = None, workers: int = 0, sizes: Sequence[int] = SIZES,
-    keys: Sequence[OpKey] | None = None,
+    keys: Sequence[OpKey] | None = None, base: Profile | None = None,
 ) -> list[Path]:  # fmt: skip
     """Measure this machine and write what came of it.
 
@@ -273,6 +300,7 @@ def measure(
         workers: processes that compile kernels beforehand; 0: none.
         sizes: of transfers, bytes.
         keys: op keys instead of the grid's.
+        base: write this profile with the rows added, instead of a new one.
 
     Returns:
         The files written.
@@ -308,7 +336,12 @@ def measure(
         )  # fmt: skip
         write_whole(comm_path, comm.model_dump_json(by_alias=True, exclude_none=True) + "\n")
         written.append(comm_path)
-    if ops_path.exists():
+    if base is not None:
+        ops = read_part(ops_path, OpsPart) if "ops" in wanted else None
+        comms = [read_part(comm_path, CommPart)] if "comm" in wanted else []
+        write_whole(out, profile_text(extend(base, ops, comms)))
+        written.append(out)
+    elif ops_path.exists():
         write_merged(out, ops_path, [comm_path] if comm_path.exists() else [], hardware, name)
         written.append(out)
     return written

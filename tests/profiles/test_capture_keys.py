@@ -1,0 +1,72 @@
+"""Measuring single ops, and adding them to a profile that is there."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from mhcplan.profiles.capture import grid
+from mhcplan.profiles.capture.__main__ import main
+from mhcplan.profiles.capture.measure import CommPart, OpsPart, extend, read_part
+from mhcplan.profiles.schema import ProfileError, read_profile
+from mhcplan.profiles.vocabulary import op_key
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+NORM = [op_key("norm", p, **grid.TINY["norm"]) for p in "FI"]
+RESIDUAL = op_key("residual", "F", **grid.TINY["residual"])
+QUICK = ["--device", "cpu", "--part", "ops", "--op-budget-ms", "0.01"]
+
+
+def test_keys_of_a_file_are_added_to_a_profile(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    words = [*QUICK, "--out", str(first), "--name", "mine"]
+    assert main([*words, "--op", str(NORM[0]), "--op", str(NORM[1])]) == 0
+    keys = tmp_path / "more.keys"
+    keys.write_text(f"{NORM[1]}\n{RESIDUAL}\n", encoding="utf-8")
+    assert main([*QUICK, "--out", str(second), "--keys", str(keys), "--base", str(first)]) == 0
+    base, found = read_profile(first), read_profile(second)
+    assert [row.key for row in base.ops] == NORM
+    assert {row.key for row in found.ops} == {*NORM, RESIDUAL}
+    assert found.name == "mine"
+    assert (found.rates, found.overheads, found.ops[0]) == (base.rates, base.overheads, base.ops[0])
+    assert found.provenance == (*base.provenance, *found.provenance[-1:])
+    again = {
+        row.key: row for row in read_part(second.with_name("second.json.ops.json"), OpsPart).ops
+    }
+    assert {row.key: row for row in found.ops}[NORM[1]] == again[NORM[1]]
+
+
+def test_transfers_of_larger_groups_are_added(tmp_path: Path) -> None:
+    assert main([*QUICK, "--out", str(tmp_path / "p.json"), "--op", str(RESIDUAL)]) == 0
+    base = read_profile(tmp_path / "p.json")
+    run = base.provenance[0].model_copy(update={"num_devices": 4})
+    row = {"source": "measured", "pattern": "all_to_all", "group_size": 4, "bytes": 64,
+           "duration_ns": 10}  # fmt: skip
+    part = CommPart.model_validate(
+        {"provenance": run.model_dump(), "communicator_bytes": 1, "transfers": [row]}
+    )
+    found = extend(base, None, [part])
+    assert [t.group_size for t in found.transfers] == [4]
+    assert found.ops == base.ops
+    other = part.model_copy(update={"provenance": run.model_copy(update={"device": "another"})})
+    with pytest.raises(ProfileError, match="not on 'another'"):
+        extend(base, None, [other])
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("norm.F hidden=64", "norm has axes"),
+        ("brew.F cups=2", "brew"),
+        ("all_to_all 2/2 64", "--part comm"),
+    ],
+)
+def test_what_is_no_op_is_refused(
+    key: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*QUICK, "--out", str(tmp_path / "p.json"), "--op", key]) == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
