@@ -579,7 +579,8 @@ class Chunk:
 
     @property
     def _coefficient_bytes(self) -> int:
-        return coefficient_bytes(self.work.residual.expansion_rate, self.work.tokens)
+        residual = self.work.residual
+        return coefficient_bytes(residual.num_coefficients, residual.num_logits, self.work.tokens)
 
     @property
     def _has_shared(self) -> bool:

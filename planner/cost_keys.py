@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mhcplan.profiles.specs import Mla
+from mhcplan.profiles.specs import Mla, ResidualKind
 from mhcplan.profiles.vocabulary import OpKey, op_key
 
 if TYPE_CHECKING:
@@ -12,12 +12,23 @@ if TYPE_CHECKING:
     from mhcplan.profiles.specs import Moe
 
 
+# of a site, by the residual's kind: F_pre, and F_post,res
+_SITE_KINDS: dict[ResidualKind, tuple[str, str]] = {
+    "mhc": ("mhc_pre", "mhc_post"),
+    "hc": ("hc_pre", "hc_post"),
+    "identity": ("identity_pre", "identity_post"),
+    "mhc-lite": ("lite_pre", "mhc_post"),
+    "mhc-single-pass": ("single_pre", "mhc_post"),
+    "plain": ("", ""),
+}
+
+
 class CostKeys:
     """Keys of the kinds that have more than one axis in common with others."""
 
     def __init__(self, work: Work) -> None:
         self._work, self._model = work, work.model
-        self.prefix = "hc" if work.residual.kind == "hc" else "mhc"
+        self._pre, self._post = _SITE_KINDS[work.residual.kind]
 
     def hidden(self, kind: str, pass_: str, **more: int) -> OpKey:
         """A kind over the tokens' hidden vectors, with ``more`` axes."""
@@ -34,13 +45,13 @@ class CostKeys:
 
     def pre(self, pass_: str) -> OpKey:
         """Coefficients and F_pre."""
-        if self.prefix == "hc":
-            return self.mhc("hc_pre", pass_)
-        return self.mhc("mhc_pre", pass_, steps=self._work.residual.sinkhorn_steps)
+        residual = self._work.residual
+        steps = {"steps": residual.sinkhorn_steps} if residual.has_sinkhorn else {}
+        return self.mhc(self._pre, pass_, **steps)
 
     def post(self, pass_: str) -> OpKey:
         """F_post,res."""
-        return self.mhc(f"{self.prefix}_post", pass_)
+        return self.mhc(self._post, pass_)
 
     def attention(self, pass_: str) -> OpKey:
         """The attention sublayer; its kind says which."""

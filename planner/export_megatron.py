@@ -53,8 +53,11 @@ def _check(plan: PlanSpec, recompute_block: int | None) -> None:
             f"schedule={plan.schedule} cannot be exported to megatron, which runs 1f1b and"
             " interleaved-1f1b only"
         )
-    if plan.residual.kind == "hc" and not plan.residual.is_plain:
-        raise SpecError("residual.kind=hc cannot be exported to megatron, which has mhc and plain")
+    kind = plan.residual.kind
+    if kind != "mhc" and not plan.residual.is_plain:
+        raise SpecError(
+            f"residual.kind={kind} cannot be exported to megatron, which has mhc and plain"
+        )
     if plan.recompute_layers == "selective" or (
         plan.recompute_layers == "full" and not plan.residual.is_plain
     ):

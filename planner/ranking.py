@@ -20,7 +20,7 @@ from mhcplan.sim.longest_path import StepGraph
 from mhcplan.sim.memory import memory_of, memory_report
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Sequence
 
     from mhcplan.planner.spec import PlanSpec
     from mhcplan.profiles.schema import Profile
@@ -65,33 +65,66 @@ class Refusal:
     reason: str
 
 
-def estimate(plans: Iterable[PlanSpec], profile: Profile) -> Iterator[Estimate | Refusal]:
+def estimate(plans: Sequence[PlanSpec], profile: Profile) -> list[Estimate | Refusal]:
     """Estimate plans under one profile, whatever profile they name, in the order given.
 
-    What plans have in common is worked out once, so plans that share more should follow each other.
-    A plan that the profile cannot price is a :class:`Refusal`; the others go on.
+    A plan that the profile cannot price is a :class:`Refusal`; the others go on. What plans have in
+    common is worked out once, here and from one call to the next: the order of all ops if they
+    differ only in costs and sizes, the baseline if they differ only in the residual.
     """
-    model = CostModel(profile)
-    for plan in plans:
+    estimator = _estimators.get(profile.digest)
+    if estimator is None:
+        while len(_estimators) >= _PROFILES_KEPT:
+            _estimators.pop(next(iter(_estimators)))
+        estimator = _estimators[profile.digest] = _Estimator(profile)
+    found: dict[int, Estimate | Refusal] = {}
+    for i in sorted(range(len(plans)), key=lambda i: _likeness(plans[i])):
         try:
-            yield _estimate(plan, model)
+            found[i] = estimator.estimate(plans[i])
         except (SpecError, ProfileError) as error:
-            yield Refusal(plan, str(error))
+            found[i] = Refusal(plans[i], str(error))
+    return [found[i] for i in range(len(plans))]
 
 
-def _estimate(plan: PlanSpec, model: CostModel) -> Estimate:
-    block = resolve_recompute_block(plan)
-    step_ns, peak_bytes, device_bytes = _step(plan, block, model)
-    baseline_ns = step_ns if plan.residual.is_plain else _step(plan.baseline(), None, model)[0]
-    limit = plan.memory_limit_bytes or model.profile.hardware.memory_bytes
-    return Estimate(plan, block, step_ns, baseline_ns, peak_bytes, device_bytes, limit)
+def _likeness(plan: PlanSpec) -> tuple[object, ...]:
+    """Plans next to each other in this order have most in common."""
+    residual = plan.residual
+    return (
+        plan.model.name, plan.layout.pp, plan.schedule, plan.microbatches, residual.kind,
+        str(residual.recompute_block), plan.digest(),
+    )  # fmt: skip
 
 
-def _step(plan: PlanSpec, recompute_block: int | None, model: CostModel) -> tuple[int, int, int]:
-    """Longest path in ns, peak and device bytes of the rank that needs most."""
-    program = lower(plan, recompute_block)
-    table = model.table(program.cost_keys)
-    report = memory_report(program, table, memory_of(program, table))
-    step_ns = int(StepGraph(program).step_ns([table])[0])
-    peak, device = (max(rank[name] for rank in report) for name in ("peak_bytes", "device_bytes"))
-    return step_ns, peak, device
+class _Estimator:
+    """Estimates under one profile; keeps its prices and the step times of baselines."""
+
+    def __init__(self, profile: Profile) -> None:
+        self._model = CostModel(profile)
+        self._limit_bytes = profile.hardware.memory_bytes
+        self._baselines_ns: dict[str, int] = {}
+
+    def estimate(self, plan: PlanSpec) -> Estimate:
+        block = resolve_recompute_block(plan)
+        program = lower(plan, block)
+        table = self._model.table(program.cost_keys)
+        step_ns = int(StepGraph(program).step_ns([table])[0])
+        ranks = memory_report(program, table, memory_of(program, table))
+        return Estimate(
+            plan, block, step_ns,
+            step_ns if plan.residual.is_plain else self._baseline_ns(plan.baseline()),
+            peak_memory_bytes=max(rank["peak_bytes"] for rank in ranks),
+            device_bytes=max(rank["device_bytes"] for rank in ranks),
+            memory_limit_bytes=plan.memory_limit_bytes or self._limit_bytes,
+        )  # fmt: skip
+
+    def _baseline_ns(self, plan: PlanSpec) -> int:
+        digest = plan.digest()
+        if digest not in self._baselines_ns:
+            program = lower(plan, None)
+            table = self._model.table(program.cost_keys)
+            self._baselines_ns[digest] = int(StepGraph(program).step_ns([table])[0])
+        return self._baselines_ns[digest]
+
+
+_estimators: dict[str, _Estimator] = {}
+_PROFILES_KEPT = 4

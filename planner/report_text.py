@@ -57,12 +57,21 @@ def gb(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:,.2f}"
 
 
+_RESIDUAL_NAMES = {
+    "mhc": "mHC",
+    "hc": "HC",
+    "identity": "identity HC",
+    "mhc-lite": "mHC-lite",
+    "mhc-single-pass": "single-pass mHC",
+}
+
+
 def residual_name(plan: PlanSpec) -> str:
     """The residual in a word: ``mHC n=4``, ``HC n=2``, ``plain residual``."""
     residual = plan.residual
     if residual.is_plain:
         return "plain residual"
-    return f"{'mHC' if residual.kind == 'mhc' else 'HC'} n={residual.expansion_rate}"
+    return f"{_RESIDUAL_NAMES[residual.kind]} n={residual.expansion_rate}"
 
 
 def headline(report: PlanReport) -> str:

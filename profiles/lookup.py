@@ -33,6 +33,12 @@ _PAPER = "arXiv 2512.24880"
 _STAND_IN = {
     "hc_pre": ("mhc_pre", f"the same bytes, without Sinkhorn steps ({_PAPER}, equations 3, 5, 7)"),
     "hc_post": ("mhc_post", f"the same mixing ({_PAPER}, equation 3)"),
+    "identity_pre": ("mhc_pre", f"the same scan for 2n coefficients, no Sinkhorn ({_PAPER})"),
+    "identity_post": ("mhc_post", "the same scan; its backward has no gradient of H_res"),
+    "lite_pre": ("mhc_pre", "the same scan for 2n + n! logits, a softmax for the Sinkhorn"
+                 " (arXiv 2601.05732)"),
+    "single_pre": ("mhc_pre", "F writes u alone, as the scan of F_post,res makes it (arXiv"
+                   " 2609.19969); backward as mHC's"),
     "mhc_collapse": ("mhc_pre", f"a site's projection and pre-apply ({_PAPER}, equations 14-17)"
                      " with n outputs, as in DeepSeek-V4's hc_head"),
 }  # fmt: skip
@@ -124,11 +130,12 @@ class CostModel:
     def _stand_in(self, key: OpKey) -> Cost:
         """Price an unmeasured kind as another one that does the same, by the ratio of rooflines."""
         kind, reason = _STAND_IN[key.kind]
-        shape = dict(key.shape)
-        if "steps" in VOCABULARY[kind].axes:
+        shape, how = dict(key.shape), ""
+        if "steps" in set(VOCABULARY[kind].axes) - set(shape):
             measured = self._rows.get((kind, key.pass_), [])
             # the fewest steps measured: these kinds have none
             shape["steps"] = min((row.shape["steps"] for _, row in measured), default=1)
+            how = f", {shape['steps']} Sinkhorn steps"
         other = op_key(kind, key.pass_, **shape)
         cost = self.op(other)
         work = self._roofline(key) / self._roofline(other)
@@ -137,7 +144,7 @@ class CostModel:
             cost,
             duration_ns=duration_ns,
             source="assumed",
-            explanation=f"{key.kind} was not measured: priced as {kind} ({cost.source}) by"
+            explanation=f"{key.kind} was not measured: priced as {kind} ({cost.source}{how}) by"
             f" roofline: {reason}",
             segments=scale_segments(cost.segments, duration_ns / cost.duration_ns, work),
             workspace_bytes=round(cost.workspace_bytes * work),

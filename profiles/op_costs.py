@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from mhcplan.profiles.costs import Cost, CostMissing, Source, worst
 from mhcplan.profiles.interpolation import MAX_EXTRAPOLATION, Grid, Outside
 from mhcplan.profiles.op_fit import FittedTime
-from mhcplan.profiles.vocabulary import VOCABULARY, OpKey
+from mhcplan.profiles.vocabulary import OP_KINDS, VOCABULARY, OpKey
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -139,12 +139,12 @@ def _explain(how: str, keys: list[OpKey], outside: list[Outside], rows: list[OpT
 
 def saved_bytes(key: OpKey) -> int:
     """What F keeps for I, by the vocabulary's formula; 0 in other passes."""
-    return VOCABULARY[key.kind].saved(dict(key.shape)) if key.pass_ == "F" else 0
+    return OP_KINDS[key.kind].saved(dict(key.shape)) if key.pass_ == "F" else 0
 
 
 def deferred_bytes(key: OpKey) -> int:
     """What I leaves for W, by the vocabulary's formula; 0 in other passes."""
-    return VOCABULARY[key.kind].deferred(dict(key.shape)) if key.pass_ == "I" else 0
+    return OP_KINDS[key.kind].deferred(dict(key.shape)) if key.pass_ == "I" else 0
 
 
 def _scaled_kept(

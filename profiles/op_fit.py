@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mhcplan.profiles.schema import ProfileError
-from mhcplan.profiles.vocabulary import VOCABULARY
+from mhcplan.profiles.vocabulary import OP_KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,7 +53,7 @@ class Roofline:
 
     def work_ns(self, key: OpKey) -> tuple[float, float]:
         """Time of the op's arithmetic and of its bytes, each at the full rate."""
-        kind, shape = VOCABULARY[key.kind], dict(key.shape)
+        kind, shape = OP_KINDS[key.kind], dict(key.shape)
         flops, num_bytes = kind.flops(shape, key.pass_), kind.bytes(shape, key.pass_)
         return flops / self._flops * SECOND_NS, num_bytes / self._bytes * SECOND_NS
 

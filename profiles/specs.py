@@ -10,6 +10,7 @@ in :mod:`mhcplan.profiles.costs`.
 
 from __future__ import annotations
 
+from math import factorial
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
@@ -137,11 +138,20 @@ class ModelSpec(Spec):
         return self.moe is not None and block >= self.num_dense_blocks
 
 
+ResidualKind = Literal["mhc", "hc", "plain", "identity", "mhc-lite", "mhc-single-pass"]
+EXECUTABLE: tuple[ResidualKind, ...] = ("mhc", "hc", "plain")
+MAX_LITE_RATE = 4  # of mHC-lite: 8! permutations would be the largest matrix of the model
+
+
 class ResidualSpec(Spec):
     """How sublayers are joined: the kind, its rate n, Sinkhorn steps, and the recompute block."""
 
     kind: Annotated[
-        Literal["mhc", "hc", "plain"], Field(description="how sublayers are joined")
+        ResidualKind,
+        Field(
+            description="how sublayers are joined: mhc, hc and plain are what the kernels run;"
+            " identity (H_res = I), mhc-lite and mhc-single-pass are priced by their bytes"
+        ),
     ] = "mhc"
     expansion_rate: Annotated[
         Literal[1, 2, 4, 8, 16], Field(description="n, the rows of the residual state")
@@ -157,6 +167,15 @@ class ResidualSpec(Spec):
         ),
     ] = "auto"
 
+    @model_validator(mode="after")
+    def _permutations_are_few(self) -> ResidualSpec:
+        if self.kind == "mhc-lite" and self.expansion_rate > MAX_LITE_RATE:
+            raise ValueError(
+                f"expansion_rate={self.expansion_rate} must be at most {MAX_LITE_RATE} with"
+                " kind=mhc-lite, which weighs all n! permutations"
+            )
+        return self
+
     @property
     def is_plain(self) -> bool:
         """n = 1 is the plain residual by definition: the Sinkhorn of a 1 x 1 matrix is 1."""
@@ -169,18 +188,33 @@ class ResidualSpec(Spec):
 
     @property
     def num_coefficients(self) -> int:
-        """Mixing coefficients a token and site: n (H_pre) + n (H_post) + n^2 (H_res)."""
+        """Mixing coefficients a token and site: n (H_pre) + n (H_post) + n^2 (H_res, unless I)."""
         n = self.expansion_rate
-        return 0 if self.is_plain else n * n + 2 * n
+        if self.is_plain:
+            return 0
+        return 2 * n if self.kind == "identity" else n * n + 2 * n
+
+    @property
+    def num_logits(self) -> int:
+        """Numbers a token and site that the coefficients are made of; mHC-lite has n! for H_res."""
+        if self.kind == "mhc-lite" and not self.is_plain:
+            return 2 * self.expansion_rate + factorial(self.expansion_rate)
+        return self.num_coefficients
+
+    @property
+    def has_sinkhorn(self) -> bool:
+        """Whether Sinkhorn steps make H_res doubly stochastic."""
+        return self.kind in ("mhc", "mhc-single-pass")
 
     def num_parameters(self, hidden_size: int) -> int:
-        """phi, b and the three alphas of one site (paper, equations 14-16)."""
+        """phi, b and the alphas, one a map, of one site (paper, equations 14-16; HC's: 5)."""
         if self.is_plain:
             return 0
         n = self.expansion_rate
-        phi_rows = n * hidden_size if self.kind == "mhc" else hidden_size
-        phi = phi_rows * self.num_coefficients if self.kind == "mhc" else phi_rows * (n + 2)
-        return phi + self.num_coefficients + 3
+        alphas = 2 if self.kind == "identity" else 3
+        if self.kind == "hc":
+            return hidden_size * (n + 2) + self.num_coefficients + alphas
+        return n * hidden_size * self.num_logits + self.num_logits + alphas
 
 
 class Link(Spec):

@@ -60,6 +60,26 @@ def fused_post_res(n: int) -> Traffic:
     return Traffic(n + 1, n, small)
 
 
+def identity_forward(n: int) -> Traffic:
+    """H_res = I: the scans of :func:`fused_forward`, with 2n coefficients.
+
+    >>> identity_forward(4)
+    Traffic(reads=13, writes=5, small_reads=8, small_writes=8)
+    """
+    return Traffic(3 * n + 1, n + 1, 2 * n, 2 * n)
+
+
+def single_pass_forward(n: int) -> Traffic:
+    """Single-pass mHC (arXiv 2609.19969): H_pre is the one of the site before, so that one scan
+    writes the next state, the next sublayer's input and the next coefficients: (2n + 2)C.
+
+    >>> single_pass_forward(4)
+    Traffic(reads=5, writes=5, small_reads=24, small_writes=24)
+    """
+    small = coefficients(n)
+    return Traffic(n + 1, n + 1, small, small)
+
+
 def fused_forward(n: int) -> Traffic:
     """Coefficients, pre-apply and F_post,res as three kernels: (4n + 2)C in all.
 

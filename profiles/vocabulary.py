@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import factorial
 from typing import NamedTuple
 
 Shape = Mapping[str, int]
@@ -48,7 +49,7 @@ def op_key(kind: str, pass_: str, **shape: int) -> OpKey:
         KeyError: the vocabulary has no such kind.
         ValueError: the kind has no such pass, or the axes are not exactly the kind's axes.
     """
-    op = VOCABULARY[kind]
+    op = OP_KINDS[kind]
     if pass_ not in op.passes:
         raise ValueError(f"{kind} has passes {op.passes}, not {pass_!r}")
     if set(shape) != set(op.axes):
@@ -103,12 +104,12 @@ def coefficients(n: int) -> int:
     return n * n + 2 * n
 
 
-def coefficient_bytes(n: int, tokens: int) -> int:
+def coefficient_bytes(coefficients: int, logits: int, tokens: int) -> int:
     """fp32 that a site keeps from F to I: its coefficients, and the projection with 1/r that they
     were made of (equations 14-15), from which the backward walks the Sinkhorn steps again.
     Recompute reads the coefficients only.
     """
-    return (2 * coefficients(n) + 1) * FP32 * tokens
+    return (coefficients + logits + 1) * FP32 * tokens
 
 
 def _mhc_bytes(elements: dict[str, tuple[int, int]]) -> Callable[[Shape, str], int]:
@@ -121,11 +122,19 @@ def _mhc_bytes(elements: dict[str, tuple[int, int]]) -> Callable[[Shape, str], i
     return least
 
 
-def _mhc_pre_flops(s: Shape, p: str) -> int:
-    # projection 2 nC (n^2+2n), applied once in F, once in W (dphi) and once in I (dx)
-    gemm = 2 * s["n"] * s["hidden"] * coefficients(s["n"]) * s["tokens"]
-    mix = 2 * s["n"] * s["hidden"] * s["tokens"]
-    return {"F": gemm + mix, "I": gemm + 2 * mix, "W": gemm, "B": 2 * gemm + 2 * mix}[p]
+def _pre_flops(outputs: Callable[[int], int]) -> Callable[[Shape, str], int]:
+    """F_pre whose projection has ``outputs(n)`` numbers a token."""
+
+    def flops(s: Shape, p: str) -> int:
+        # projection 2 nC outputs, applied once in F, once in W (dphi) and once in I (dx)
+        gemm = 2 * s["n"] * s["hidden"] * outputs(s["n"]) * s["tokens"]
+        mix = 2 * s["n"] * s["hidden"] * s["tokens"]
+        return {"F": gemm + mix, "I": gemm + 2 * mix, "W": gemm, "B": 2 * gemm + 2 * mix}[p]
+
+    return flops
+
+
+_mhc_pre_flops = _pre_flops(coefficients)
 
 
 def _mhc_mix_flops(s: Shape, p: str) -> int:
@@ -423,6 +432,47 @@ VOCABULARY: dict[str, OpKind] = {
         flops=_zero_flops, bytes=lambda s, _p: s["parameters"] * FP32,
     ),
 }  # fmt: skip
+
+
+# -- residuals that have no kernels here: nothing runs them, a profile prices them by their bytes --
+
+
+def lite_logits(n: int) -> int:
+    """Projection of mHC-lite (arXiv 2601.05732): H_pre, H_post, and a weight for each of the n!
+    permutations that H_res is a mixture of.
+    """
+    return 2 * n + factorial(n)
+
+
+def _pre_kind(
+    axes: str, outputs: Callable[[int], int], forward: tuple[int, int] = (2, 1)
+) -> OpKind:
+    return _kind(
+        axes,
+        "FIWB",
+        "mhc",
+        flops=_pre_flops(outputs),
+        bytes=_mhc_bytes({"F": forward, "I": (4, 2), "W": (1, 0), "B": (4, 2)}),
+    )
+
+
+PRICED_ONLY: dict[str, OpKind] = {
+    # H_res = I: 2n coefficients; F_post's backward needs no state, as no map of it is learned
+    "identity_pre": _pre_kind(_MHC, lambda n: 2 * n),
+    "identity_post": _kind(
+        _MHC,
+        "FI",
+        "mhc",
+        flops=lambda s, _p: 2 * s["n"] * s["hidden"] * s["tokens"],
+        bytes=_mhc_bytes({"F": (2, 1), "I": (1, 2)}),
+    ),
+    "lite_pre": _pre_kind(_MHC, lite_logits),
+    # H_pre is the one of the site before (arXiv 2609.19969), so that the scan of F_post,res also
+    # makes u and the coefficients: F writes u and reads no state. Nothing is published of its
+    # backward, which is taken to be mHC's
+    "single_pre": _pre_kind(_MHC + " steps", coefficients, forward=(0, 1)),
+}
+OP_KINDS = VOCABULARY | PRICED_ONLY
 
 
 class TransferKey(NamedTuple):

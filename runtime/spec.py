@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from mhcplan.profiles.specs import SITES_PER_BLOCK, ModelSpec, ResidualSpec
+from mhcplan.profiles.specs import EXECUTABLE, SITES_PER_BLOCK, ModelSpec, ResidualSpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -84,6 +84,10 @@ class RunSpec:
 
     def check(self) -> None:
         """Refuse what cannot run; raises RunError."""
+        if self.residual.kind not in EXECUTABLE:
+            raise RunError(
+                f"residual.kind={self.residual.kind}: the runtime has {', '.join(EXECUTABLE)}"
+            )
         if self.model.tied_embeddings:
             raise RunError("tied_embeddings: the runtime keeps a matrix each for both ends only")
         if self.routing == "learned" and self.ep > 1:

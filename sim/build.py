@@ -33,8 +33,8 @@ COMPUTE, HIGH, EXPERT, PIPE, DATA, DATA_EXPERTS = range(6)
 NUM_ROLES = 6
 OUT, GRAD_OUT = "out", "grad_out"  # what a chunk hands to the next and to the previous stage
 _RESERVED = (OUT, GRAD_OUT)
-_KIND, _CATEGORY, _COST, _BYTES = map(
-    OP_COLUMNS.index, ("kind", "category", "cost", "payload_bytes")
+_KIND, _CATEGORY, _COST, _ROLE, _BYTES = map(
+    OP_COLUMNS.index, ("kind", "category", "cost", "role", "payload_bytes")
 )
 
 
@@ -89,7 +89,6 @@ class ChunkShape:
 class _Done(NamedTuple):
     """An op as others depend on it: ``seq`` counts the ops of its chunk over all its actions."""
 
-    slot: int
     stream: int
     seq: int
     symbol: int
@@ -115,7 +114,7 @@ class ChunkState:
         """
         number = _RESERVED.index(symbol)
         self.foreign[name] = (hop, number)
-        self.producer[name] = _Done(0, stream, 0, number, hop)
+        self.producer[name] = _Done(stream, 0, number, hop)
 
 
 @dataclass(frozen=True)
@@ -167,9 +166,10 @@ class TemplateBuilder:
         self._labels = labels
         self._hold = [frozenset(names) for names in hold] or [frozenset[str]()] * len(states)
         self.states = [_copy(state) for state in states]
-        self._rows: list[dict[str, int]] = []
+        self._rows: list[tuple[int, ...]] = []
+        self._waits: dict[tuple[int, int, int, int], None] = {}  # in order, each once
         self._lists: dict[str, list[tuple[int, int, int, int]]] = {
-            name: [] for name in ("waits", "reads", "writes", "allocs", "frees")
+            name: [] for name in ("reads", "writes", "allocs", "frees")
         }
         self._clocks: dict[int, dict[tuple[int, int], int]] = {}
         for slot, state in enumerate(self.states):
@@ -178,7 +178,7 @@ class TemplateBuilder:
         self._snapshots: dict[tuple[int, int], dict[tuple[int, int], int]] = {}
         self._compute_ops: dict[tuple[int, int], int] = {}
         self._symbols: list[tuple[int, int, int]] = []
-        self._tail = -1
+        self._tail: tuple[int, int, _Done] | None = None  # last on the compute stream: op, slot
 
     def op(
         self,
@@ -191,12 +191,16 @@ class TemplateBuilder:
         category: str,
         site: int = -1,
         name: str = "",
-        reads: Iterable[str] = (),
-        writes: Iterable[str] = (),
+        reads: Sequence[str] = (),
+        writes: Sequence[str] = (),
         new: Sequence[New] = (),
         dead: Iterable[str] = (),
         after_compute: bool = False,
-        **transfer: int,
+        hop: int = 0,
+        is_send: int = 0,
+        payload_bytes: int = 0,
+        group: int = -1,
+        host_sync: int = 0,
     ) -> None:
         """Append an op of the chunk in ``slot``.
 
@@ -205,45 +209,41 @@ class TemplateBuilder:
             name: symbol of the op, unique in its chunk; default kind, pass and site.
             reads, writes: buffers used; ``new``: buffers made here; ``dead``: no use follows.
             after_compute: order it after all compute ops issued before it.
-            transfer: ``hop`` (stage of the other end), ``is_send``, ``payload_bytes``, ``group``.
+            hop: of a message, stages from here to its other end.
+            is_send, payload_bytes, group, host_sync: as in the Program.
         """
-        state, shape, index = self.states[slot], self.states[slot].shape, len(self._rows)
+        state, index, labels = self.states[slot], len(self._rows), self._labels
+        shape, producer, users = state.shape, state.producer, state.users
         symbol = shape.symbol(name or f"{kind}.{pass_}{site}")
-        done = _Done(slot, stream, state.seq, symbol)
+        done = _Done(stream, state.seq, symbol)
         state.seq += 1
-        reads, writes = list(reads), list(writes)
-        for buffer in (*reads, *writes):
-            self._wait(index, stream, state, slot, buffer)
-        numbers = [shape.declare(made) for made in new]
-        if (new or after_compute) and stream != COMPUTE:
+        used = (*reads, *writes)
+        for buffer in used:
+            self._wait_for(index, stream, slot, producer.get(buffer))
+        made = [(it.name, shape.declare(it)) for it in new]
+        if (made or after_compute) and stream != COMPUTE:
             self._order_after_compute(index, stream)
         clock = self._clocks.setdefault(stream, {})
         owner = index if stream == COMPUTE else self._compute_before(clock, index)
-        for made, number in zip(new, numbers, strict=True):
-            self._lists["allocs"].append((owner, slot, 0, number))
-            state.producer[made.name] = done
-            state.users.setdefault(made.name, []).append(done)
-        for buffer in (*reads, *writes):
-            state.users.setdefault(buffer, []).append(done)
-        for buffer in writes:
-            state.producer[buffer] = done
-        for use, names in (("reads", reads), ("writes", [*writes, *(made.name for made in new)])):
-            self._lists[use] += [(index, slot, *self._number(state, b)) for b in names]
+        self._lists["allocs"] += [(owner, slot, 0, number) for _, number in made]
+        written = (*writes, *(buffer for buffer, _ in made))
+        for buffer in (*used, *(buffer for buffer, _ in made)):
+            users.setdefault(buffer, []).append(done)
+        for buffer in written:
+            producer[buffer] = done
+        self._lists["reads"] += [(index, slot, *self._number(state, b)) for b in reads]
+        self._lists["writes"] += [(index, slot, *self._number(state, b)) for b in written]
         clock[slot, stream] = done.seq
-        self._snapshots[slot, done.seq] = dict(clock)
+        self._snapshots[slot, done.seq] = clock.copy()
         self._symbols.append((index, slot, symbol))
-        self._rows.append(
-            {
-                "slot": slot, "kind": self._labels.kind(kind),
-                "category": self._labels.category(category), "pass_": ord(pass_),
-                "cost": self._labels.cost(str(cost)), "role": stream, "site": site,
-                "hop": 0, "is_send": 0, "payload_bytes": 0, "group": -1, "host_sync": 0,
-            }
-            | transfer
-        )  # fmt: skip
+        self._rows.append((
+            slot, labels.kind(kind), labels.category(category), ord(pass_), labels.cost(str(cost)),
+            stream, site, hop, is_send, payload_bytes, group, host_sync,
+        ))  # fmt: skip
         state.pending += dead
         if stream == COMPUTE:
-            self._compute_ops[slot, done.seq] = self._tail = index
+            self._compute_ops[slot, done.seq] = index
+            self._tail = index, slot, done
             self._free_what_is_dead(index)
 
     def release(self, slot: int, cost: object) -> bool:
@@ -262,7 +262,7 @@ class TemplateBuilder:
         index = len(self._rows) - 1
         for buffer in pending:
             for user in state.users.get(buffer, []):
-                self._wait_for(index, COMPUTE, user)
+                self._wait_for(index, COMPUTE, slot, user)
         state.pending = pending
         self._free_what_is_dead(index)
         assert not state.pending
@@ -271,8 +271,8 @@ class TemplateBuilder:
     def wait(self, slot: int, name: str, stream: int) -> None:
         """Let the last op wait for op ``name`` that an earlier template put on ``stream``."""
         symbol = self.states[slot].shape.symbol(name)
-        self._lists["waits"].append((len(self._rows) - 1, slot, 0, symbol))
-        assert self._rows[-1]["role"] != stream
+        self._waits[len(self._rows) - 1, slot, 0, symbol] = None
+        assert self._rows[-1][_ROLE] != stream
 
     def finish(self) -> Template:
         """The template; :attr:`states` are then what the next action of each chunk starts from."""
@@ -281,9 +281,8 @@ class TemplateBuilder:
                 for (owner, other), seq in clock.items():
                     if owner == slot:
                         state.clock[stream, other] = seq
-        ops = np.array([[row[name] for name in OP_COLUMNS] for row in self._rows], np.int64)
+        ops = np.array(self._rows, np.int64).reshape(-1, len(OP_COLUMNS))
         lists = {name: _table(rows, 4) for name, rows in self._lists.items()}
-        waits = lists.pop("waits")
         # OUT and GRAD_OUT name whatever op writes those buffers
         handed_on = [
             (op, slot, number)
@@ -291,45 +290,37 @@ class TemplateBuilder:
             if number < len(_RESERVED) and hop == 0
         ]
         symbols = _table([*self._symbols, *handed_on], 3)
-        return Template(self._labels, ops, waits, lists, symbols, self._tail)
+        tail = self._tail[0] if self._tail else -1
+        return Template(self._labels, ops, _table([*self._waits], 4), lists, symbols, tail)
 
     def _number(self, state: ChunkState, buffer: str) -> tuple[int, int]:
         """(hop, number) of a buffer."""
         return state.foreign.get(buffer) or (0, state.shape.buffers[buffer])
 
-    def _wait(self, index: int, stream: int, state: ChunkState, slot: int, buffer: str) -> None:
-        producer = state.producer.get(buffer)
-        if producer is not None:
-            self._wait_for(index, stream, producer._replace(slot=slot))
-
-    def _wait_for(self, index: int, stream: int, done: _Done) -> None:
-        """Order op ``index`` after ``done`` unless its stream already is."""
+    def _wait_for(self, index: int, stream: int, slot: int, done: _Done | None) -> None:
+        """Order op ``index`` after ``done``, of the chunk in ``slot``, unless its stream is."""
+        if done is None or done.stream == stream:
+            return
         clock = self._clocks.setdefault(stream, {})
-        if done.stream == stream:
-            return
-        known = clock.get((done.slot, done.stream), -1)
-        if done.hop == 0 and known >= done.seq:
-            return
-        wait = (index, done.slot, done.hop, done.symbol)
-        if wait not in self._lists["waits"]:
-            self._lists["waits"].append(wait)
         if done.hop == 0:
-            clock[done.slot, done.stream] = done.seq
-            for key, seq in self._snapshots.get((done.slot, done.seq), {}).items():
-                clock[key] = max(clock.get(key, -1), seq)
+            if clock.get((slot, done.stream), -1) >= done.seq:
+                return
+            clock[slot, done.stream] = done.seq
+            for key, seq in self._snapshots.get((slot, done.seq), {}).items():
+                if clock.get(key, -1) < seq:
+                    clock[key] = seq
+        self._waits[index, slot, done.hop, done.symbol] = None
 
     def _order_after_compute(self, index: int, stream: int) -> None:
         """Memory rule: an off-compute op that allocates is ordered after an op of the compute
         stream. Where its inputs do not imply one of this template, it waits for the last before."""
-        clock = self._clocks.setdefault(stream, {})
-        if self._compute_before(clock, -1) >= 0:
+        if self._compute_before(self._clocks.setdefault(stream, {}), -1) >= 0:
             return
-        if self._tail >= 0:
-            slot, seq = next(key for key, op in self._compute_ops.items() if op == self._tail)
-            symbol = next(s for op, _, s in self._symbols if op == self._tail)
-            self._wait_for(index, stream, _Done(slot, COMPUTE, seq, symbol))
+        if self._tail is not None:
+            _, slot, done = self._tail
+            self._wait_for(index, stream, slot, done)
         else:
-            self._lists["waits"].append((index, TAIL_SLOT, 0, 0))
+            self._waits[index, TAIL_SLOT, 0, 0] = None
 
     def _compute_before(self, clock: dict[tuple[int, int], int], default: int) -> int:
         """Last compute op of this template that a stream with ``clock`` is ordered after."""
@@ -340,19 +331,27 @@ class TemplateBuilder:
         return max(found) if max(found) >= 0 else default
 
     def _free_what_is_dead(self, index: int) -> None:
-        clock = self._clocks[COMPUTE]
+        clock, frees = self._clocks[COMPUTE], self._lists["frees"]
         for slot, state in enumerate(self.states):
+            if not state.pending:
+                continue
             kept: list[str] = []
             for buffer in state.pending:
-                users = state.users.get(buffer, [])
-                if buffer not in self._hold[slot] and all(
-                    user.stream == COMPUTE or clock.get((slot, user.stream), -1) >= user.seq
-                    for user in users
+                if buffer in self._hold[slot] or not _is_past(
+                    clock, slot, state.users.get(buffer, ())
                 ):
-                    self._lists["frees"].append((index, slot, *self._number(state, buffer)))
-                else:
                     kept.append(buffer)
+                else:
+                    frees.append((index, slot, *self._number(state, buffer)))
             state.pending = kept
+
+
+def _is_past(clock: dict[tuple[int, int], int], slot: int, users: Iterable[_Done]) -> bool:
+    """Whether the compute stream, at ``clock``, comes after all these ops of a chunk."""
+    for user in users:
+        if user.stream != COMPUTE and clock.get((slot, user.stream), -1) < user.seq:
+            return False
+    return True
 
 
 def _copy(state: ChunkState) -> ChunkState:

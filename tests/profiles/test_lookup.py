@@ -221,7 +221,7 @@ def test_unmeasured_hc_is_assumed_from_mhc(profile: Profile) -> None:
     shape = {"n": 4, "hidden": 2560, "tokens": 4096}
     cost = model.op(op_key("hc_pre", "F", **shape))
     assert cost.source == "assumed"
-    assert "priced as mhc_pre (measured)" in cost.explanation
+    assert "priced as mhc_pre (measured, 20 Sinkhorn steps)" in cost.explanation
     assert cost.duration_ns == synthetic_ns(op_key("mhc_pre", "F", steps=20, **shape))
     assert model.op(op_key("hc_post", "I", **shape)).source == "assumed"
 

@@ -13,6 +13,8 @@ from benchmarks.stability_run import MODELS, SCHEMES, pinned_bias
 from mhcplan.kernels import mhc, reference
 from mhcplan.planner.diagnose import judge
 from mhcplan.planner.diagnose_file import Recording, read_recording
+from mhcplan.planner.spec import make_plan
+from mhcplan.runtime.spec import RunError, RunSpec
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -66,3 +68,9 @@ def test_pinned_maps_are_what_they_should_be(n: int) -> None:
     assert torch.allclose(torch.sigmoid(bias["pre"]), torch.full((n,), 1 / n))
     assert torch.allclose(2 * torch.sigmoid(bias["post"]), torch.ones(n))
     assert torch.allclose(reference.sinkhorn(bias["res"]), torch.eye(n), atol=1e-9)
+
+
+def test_residuals_that_are_only_priced_are_not_run() -> None:
+    plan = make_plan({"model": "mhc-3b", "residual": {"kind": "mhc-lite"}, "schedule": "1f1b"})
+    with pytest.raises(RunError, match="kind=mhc-lite: the runtime has mhc, hc, plain"):
+        RunSpec.from_plan(plan.model_dump(mode="json"))
