@@ -20,8 +20,10 @@ from mhcplan.profiles.vocabulary import OpKey, parse_key
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m mhcplan.profiles.capture", description=str(sys.modules[__name__].__doc__)
-    )
+        prog="python -m mhcplan.profiles.capture", description=str(sys.modules[__name__].__doc__),
+        epilog="mhcplan profile measure --from-trace TRACE --plan PLAN makes a profile of a torch"
+        " profiler trace of your own run instead.",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("profile.json"),
                         help="the profile to write (default: profile.json)")  # fmt: skip
     parser.add_argument("--hardware", default="h100-sxm", help="preset that describes the machine")
