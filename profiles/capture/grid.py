@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 SINKHORN_STEPS = 20
+SINKHORN_SWEEP = (1, 5, 10, 40)  # at one shape: what t_max costs, and what a site costs without it
 EXPANSION_RATES = (4, 2, 8)
 RECOMPUTE_SITES = (1, 2, 4, 8)
 EXPERT_PARALLEL = (8, 4, 2, 1)
@@ -161,6 +162,9 @@ def _second_tier() -> Iterator[OpKey]:
                 yield from residual_keys(n, hidden, tokens)
     for tokens in (4096, 2048):
         yield from _model_keys("mhc-3b", tokens, min(tokens, SEQ))
+    shape = {"n": 4, "hidden": MODELS["mhc-27b"].hidden_size, "tokens": 4096}
+    for steps in SINKHORN_SWEEP:
+        yield from _all_passes("mhc_pre", **shape, steps=steps)
 
 
 def _third_tier() -> Iterator[OpKey]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import stability
+from benchmarks import stability, stability_sinkhorn
 from benchmarks.stability_run import MODELS, SCHEMES, pinned_bias
 from mhcplan.kernels import mhc, reference
 from mhcplan.planner.diagnose import judge
@@ -74,3 +75,30 @@ def test_residuals_that_are_only_priced_are_not_run() -> None:
     plan = make_plan({"model": "mhc-3b", "residual": {"kind": "mhc-lite"}, "schedule": "1f1b"})
     with pytest.raises(RunError, match="kind=mhc-lite: the runtime has mhc, hc, plain"):
         RunSpec.from_plan(plan.model_dump(mode="json"))
+
+
+def test_price_of_the_constraint_by_another_sinkhorn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logits = np.random.default_rng(0).normal(size=(3, 5, 4, 4))
+    np.save(tmp_path / "some.logits.npy", logits)
+    answers = tmp_path / "out.json"
+    stability_sinkhorn.main(
+        ["--logits", str(tmp_path / "some.logits.npy"), "--steps", "1", "4", "--sites", "2",
+         "--tokens", "2", "--json", str(answers)]
+    )  # fmt: skip
+    rows = json.loads(answers.read_text())["rows"]
+    found = {row["steps"]: row for row in rows if row["source"] == "some.logits.npy"}
+    for steps, row in found.items():
+        maps = np.exp(logits)
+        for _ in range(steps):
+            maps = maps / maps.sum(-2, keepdims=True)
+            maps = maps / maps.sum(-1, keepdims=True)
+        errors = np.abs(maps.sum(-2) - 1).max(-1)
+        gains = np.abs((maps[2] @ maps[1] @ maps[0]).sum(-2)).max(-1)
+        shorter = [np.abs(m.sum(-2)).max(-1) for m in (maps[2] @ maps[1], maps[2])]
+        assert row["column_error_most"] == pytest.approx(errors.max())
+        assert row["column_error_mean"] == pytest.approx(errors.mean())
+        assert row["gain_mean"] == pytest.approx(np.max([gains, *shorter], axis=0).mean())
+    assert found[4]["column_error_most"] < found[1]["column_error_most"]
+    assert "some.logits.npy" in capsys.readouterr().out
