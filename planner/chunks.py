@@ -25,11 +25,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from mhcplan.planner.cost_keys import CostKeys
+from mhcplan.planner.kept import Kept
 from mhcplan.profiles.specs import SITES_PER_BLOCK
-from mhcplan.profiles.vocabulary import BF16, FP32, NO_COST, VOCABULARY, coefficient_bytes
+from mhcplan.profiles.vocabulary import BF16, NO_COST, VOCABULARY, coefficient_bytes
 from mhcplan.sim.build import COMPUTE, EXPERT, GRAD_OUT, OUT, PIPE, New
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mhcplan.planner.work import StageShape, Work
     from mhcplan.profiles.vocabulary import OpKey
     from mhcplan.sim.build import TemplateBuilder
@@ -53,12 +56,15 @@ _FIRST, _AGAIN = _Run("F", "", "activations"), _Run("R", "r", "recompute")
 class Chunk:
     """Emits the phases of one stage's chunk into the slot of a template."""
 
+    branch_gradient = ""
+    """Another gradient of the last hidden vectors than the output head's, by its buffer's name."""
+
     def __init__(self, work: Work, shape: StageShape, builder: TemplateBuilder, slot: int) -> None:
         self.work, self.shape, self.slot = work, shape, slot
         self.plain = work.residual.is_plain
         self._builder = builder
         self._model = work.model
-        self._recomputed = not self.plain and work.recompute_block is not None
+        self._kept = Kept(work, shape)
         self._keys = CostKeys(work)
 
     # -- boxes of figure 4, forward
@@ -116,14 +122,14 @@ class Chunk:
             self._op("unpermute", "F", self.work.post_stream(is_ffn=True),
                      self._keys.unpermute("F"), site=j, reads=[f"ret{j}", f"route{j}", *shared],
                      new=[self._hidden(f"f{j}")],
-                     dead=[*dead, *self._unless_kept(f"ret{j}", j)])  # fmt: skip
+                     dead=[*dead, *self._kept.unless_left(f"ret{j}", j)])  # fmt: skip
         self._post_forward(j)
 
     def leave(self) -> None:
         """Last stage: rows collapse to one, final norm, logits and loss."""
         if not self.shape.last:
             return
-        last = self._x(self.shape.num_sites)
+        last = self._kept.x(self.shape.num_sites)
         if not self.plain:
             self._op("mhc_collapse", "F", COMPUTE, self._keys.mhc("mhc_collapse", "F"),
                      category="mhc", reads=[last], new=[self._hidden("z")])  # fmt: skip
@@ -144,15 +150,24 @@ class Chunk:
         sites = self.shape.num_sites
         key = self._keys.vocabulary("head", "I")
         self._op("head", "I", COMPUTE, key, reads=["dlogits"], new=[self._hidden("dhz")])
-        z = self._x(sites) if self.plain else "z"
-        made = self._state(self._g(sites)) if self.plain else self._hidden("dz")
+        z = self._kept.x(sites) if self.plain else "z"
+        top = self._state(self._kept.g(sites))
+        alone = not self.branch_gradient
         self._op("norm", "I", COMPUTE, self._keys.hidden("norm", "I"), name="norm.I.head",
-                 reads=["dhz", z], new=[made], dead=["dhz", z])  # fmt: skip
+                 reads=["dhz", z], new=[top if self.plain and alone else self._hidden("dz")],
+                 dead=["dhz", z])  # fmt: skip
+        gradient = "dz"
+        if not alone:
+            gradients = ["dz", self.branch_gradient]
+            self._op("residual", "I", COMPUTE, self._keys.hidden("residual", "I"),
+                     name="residual.I.head", reads=gradients, dead=gradients,
+                     new=[top if self.plain else self._hidden("dz_sum")])  # fmt: skip
+            gradient = "dz_sum"
         if not self.plain:
-            last = self._x(sites)
+            last = self._kept.x(sites)
             self._op("mhc_collapse", "B", COMPUTE, self._keys.mhc("mhc_collapse", "B"),
-                     category="mhc", reads=["dz", last], new=[self._state(self._g(sites))],
-                     dead=["dz", last])  # fmt: skip
+                     category="mhc", reads=[gradient, last], new=[top],
+                     dead=[gradient, last])  # fmt: skip
 
     def recompute(self, block: int, *, of_ffn: bool) -> None:
         """Rebuild what the backward of this sublayer is about to need and F did not keep: a
@@ -161,14 +176,14 @@ class Chunk:
         Only local data is read (paper 4.3.3), so it may run before the gradient arrives.
         """
         j = self._ffn_site(block) if of_ffn else SITES_PER_BLOCK * block
-        for sites in self._recompute_blocks():
+        for sites in self._kept.recompute_blocks():
             if sites[-1] == j:
                 self._rebuild_states(sites)
-        if not self._runs_again(j):
+        if not self._kept.runs_again(j):
             return
-        if not self._recomputed:
-            source = self._x(j) if self.plain else f"u{j}"
-            self._norm_again(j, COMPUTE, [source, *self._arrived(j)])
+        if not self._kept.rebuilds_states:
+            source = self._kept.x(j) if self.plain else f"u{j}"
+            self._norm_again(j, COMPUTE, [source, *self._kept.arrived(j)])
         if not of_ffn:
             self._sublayer(self._keys.attention("F"), j, _AGAIN)
         elif self.shape.moe[block]:
@@ -185,7 +200,7 @@ class Chunk:
         gradient = self._post_backward(j)
         if self.shape.moe[block]:
             made = f"dback{j}" if self.work.ep > 1 else f"dy{j}"
-            returned = self._kept("ret", j)
+            returned = self._kept.left("ret", j)
             self._op("unpermute", "I", self.work.post_stream(is_ffn=True),
                      self._keys.unpermute("I"), site=j, reads=[gradient, returned, f"route{j}"],
                      new=[self._routed(made)], dead=[returned])  # fmt: skip
@@ -199,22 +214,22 @@ class Chunk:
     def ffn_backward(self, block: int) -> None:
         """MLP(B)."""
         j = self._ffn_site(block)
-        gradient = self._g(j + 1) if self.plain else f"df{j}"
+        gradient = self._kept.g(j + 1) if self.plain else f"df{j}"
         if not self.shape.moe[block]:
             self._sublayer_backward(self._keys.dense_ffn("I"), j, gradient)
             return
         if self._has_shared:
             key = self._keys.shared_experts("I")
-            kept = self._kept("keep_shared", j)
+            kept = self._kept.left("keep_shared", j)
             self._op("shared_experts", "I", COMPUTE, key, site=j, reads=[gradient, kept],
                      new=[self._hidden(f"dhs{j}"), self._defer(j, key, "defer_shared")],
                      dead=[kept])  # fmt: skip
         if not self.plain:
-            self._builder.states[self.slot].pending.append(f"df{j}")
+            self._bury(f"df{j}")
         rows = self._to_expert_order("I", j, f"dback{j}", f"dgot{j}", f"dy{j}")
         key = self._keys.experts("I")
         made = f"drows{j}" if self.work.ep > 1 else f"dsent{j}"
-        kept = self._kept("keep", j)
+        kept = self._kept.left("keep", j)
         self._op("experts", "I", COMPUTE, key, site=j, reads=[rows, kept],
                  new=[self._routed(made), self._defer(j, key)], dead=[rows, kept])  # fmt: skip
         if self.work.ep > 1:
@@ -232,13 +247,14 @@ class Chunk:
         """MLP(W)."""
         j = self._ffn_site(block)
         if not self.shape.moe[block]:
-            self._weights(self._keys.dense_ffn("W"), j, self._h(j))
+            self._weights(self._keys.dense_ffn("W"), j, self._kept.h(j))
             return
         if self._has_shared:
             key = self._keys.shared_experts("W")
+            deferred = f"defer_shared{j}"
             self._op("shared_experts", "W", COMPUTE, key, site=j,
-                     reads=[self._h(j), f"defer_shared{j}"], dead=[f"defer_shared{j}"])  # fmt: skip
-        self._weights(self._keys.experts("W"), j, self._rows(j))
+                     reads=[self._kept.h(j), deferred], dead=[deferred])  # fmt: skip
+        self._weights(self._keys.experts("W"), j, self._kept.rows(j))
 
     def ffn_enter_backward(self, block: int) -> None:
         """F_pre^M(B), in a MoE block behind the router's gradient."""
@@ -265,10 +281,10 @@ class Chunk:
         j = self._ffn_site(block)
         if self.shape.moe[block]:
             self._op("router", "W", COMPUTE, self._keys.router("W"), site=j,
-                     reads=[self._h(j), f"defer_route{j}"],
-                     dead=[self._h(j), f"defer_route{j}"])  # fmt: skip
+                     reads=[self._kept.h(j), f"defer_route{j}"],
+                     dead=[self._kept.h(j), f"defer_route{j}"])  # fmt: skip
         a = SITES_PER_BLOCK * block
-        self._weights(self._keys.attention("W"), a, self._h(a))
+        self._weights(self._keys.attention("W"), a, self._kept.h(a))
 
     def leave_backward(self) -> None:
         """First stage: n gradients of the embedding sum up to one."""
@@ -295,14 +311,14 @@ class Chunk:
         """Receive the state (F; it stays as the stage's stored input) or its gradient (I)."""
         size = self.work.received_bytes
         forward = New("x0", size), -1
-        backward = New(self._g(self.shape.num_sites), size, "communication"), 1
+        backward = New(self._kept.g(self.shape.num_sites), size, "communication"), 1
         new, hop = forward if pass_ == "F" else backward
         self._op("pp_recv", pass_, PIPE, self.work.pipe_key, category="pp", new=[new], hop=hop,
                  payload_bytes=self.work.state_bytes)  # fmt: skip
 
     def await_message(self, pass_: str) -> None:
         """Let the compute stream wait for a receive before anything needs it."""
-        name = "x0" if pass_ == "F" else self._g(self.shape.num_sites)
+        name = "x0" if pass_ == "F" else self._kept.g(self.shape.num_sites)
         self._op("await", pass_, COMPUTE, NO_COST, reads=[name])
 
     def send(self, pass_: str) -> None:
@@ -314,7 +330,7 @@ class Chunk:
     # -- parts of the boxes
 
     def _pre_forward(self, j: int) -> None:
-        source = self._x(j)
+        source = self._kept.x(j)
         if not self.plain:
             new = [self._hidden(f"u{j}"), New(f"coef{j}", self._coefficient_bytes)]
             key = self._keys.pre("F")
@@ -323,46 +339,46 @@ class Chunk:
             source = f"u{j}"
         self._op("norm", "F", self.work.pre_stream, self._keys.hidden("norm", "F"), site=j,
                  reads=[source], new=[self._hidden(f"h{j}")],
-                 dead=self._if_recomputed(source))  # fmt: skip
+                 dead=self._kept.if_rebuilt(source))  # fmt: skip
 
     def _post_forward(self, j: int) -> None:
         stream = self.work.post_stream(is_ffn=j % SITES_PER_BLOCK == 1)
-        made = self._state(self._x(j + 1))
+        made = self._state(self._kept.x(j + 1))
         if self.plain:
             self._op("residual", "F", stream, self._keys.hidden("residual", "F"), site=j,
-                     reads=[self._x(j), f"f{j}"], new=[made], dead=[f"f{j}"])  # fmt: skip
+                     reads=[self._kept.x(j), f"f{j}"], new=[made], dead=[f"f{j}"])  # fmt: skip
             return
-        starts = {sites.start for sites in self._recompute_blocks()}
-        dead = [self._x(j)] if self._recomputed and j not in starts else []
+        starts = {sites.start for sites in self._kept.recompute_blocks()}
+        dead = [self._kept.x(j)] if self._kept.rebuilds_states and j not in starts else []
         key = self._keys.post("F")
         self._op(key.kind, "F", stream, key, category="mhc", site=j,
-                 reads=[self._x(j), f"f{j}", f"coef{j}"], new=[made], dead=dead)  # fmt: skip
+                 reads=[self._kept.x(j), f"f{j}", f"coef{j}"], new=[made], dead=dead)  # fmt: skip
 
     def _post_backward(self, j: int) -> str:
         """F_post,res(B): returns the name of the gradient of the sublayer's output."""
         if self.plain:
-            return self._g(j + 1)
+            return self._kept.g(j + 1)
         stream = self.work.post_stream(is_ffn=j % SITES_PER_BLOCK == 1)
         key = self._keys.post("I")
         self._op(key.kind, "I", stream, key, category="mhc", site=j,
-                 reads=[self._g(j + 1), self._x_again(j), f"f{j}", f"coef{j}"],
+                 reads=[self._kept.g(j + 1), self._kept.x_again(j), f"f{j}", f"coef{j}"],
                  new=[self._hidden(f"df{j}"), New(f"dcoef{j}", self._coefficient_bytes)],
                  dead=[f"f{j}"])  # fmt: skip
         return f"df{j}"
 
     def _pre_backward(self, j: int) -> None:
         """F_pre(B): the norm, then everything that adds up to the gradient of x{j}."""
-        u = self._x(j) if self.plain else self._u(j)
-        made = self._state(self._g(j))
+        u = self._kept.x(j) if self.plain else self._kept.u(j)
+        made = self._state(self._kept.g(j))
         self._op("norm", "I", self.work.pre_stream, self._keys.hidden("norm", "I"), site=j,
                  reads=[f"dh{j}", u], new=[self._hidden(f"du{j}")],
                  dead=[f"dh{j}", u])  # fmt: skip
-        gradient = self._g(j + 1)
+        gradient = self._kept.g(j + 1)
         if self.plain:
             self._op("residual", "I", COMPUTE, self._keys.hidden("residual", "I"), site=j,
                      reads=[gradient, f"du{j}"], new=[made], dead=[gradient, f"du{j}"])  # fmt: skip
             return
-        x = self._x_again(j)
+        x = self._kept.x_again(j)
         key = self._keys.pre("B")
         self._op(key.kind, "B", self.work.pre_stream, key, category="mhc", site=j,
                  reads=[gradient, x, f"du{j}", f"coef{j}", f"dcoef{j}"], new=[made],
@@ -370,13 +386,15 @@ class Chunk:
 
     def _sublayer(self, key: OpKey, j: int, run: _Run) -> None:
         """F of attention or of a dense FFN."""
-        new = [self._hidden(f"f{j}")] if run is _FIRST else []
+        made = [self._hidden(f"f{j}")] if run is _FIRST else []
+        again = run is _AGAIN
         self._op(key.kind, run.pass_, COMPUTE, key, category=run.category("compute"), site=j,
-                 reads=[self._source(j, run)], new=[*new, *self._keep_in(run, j, key)],
-                 dead=self._dead_source(j, run))  # fmt: skip
+                 reads=[self._kept.source(j, again=again)],
+                 new=[*made, *self._keep_in(run, j, key)],
+                 dead=self._kept.dead_source(j, again=again))  # fmt: skip
 
     def _sublayer_backward(self, key: OpKey, j: int, gradient: str) -> None:
-        kept = self._kept("keep", j)
+        kept = self._kept.left("keep", j)
         self._op(key.kind, "I", COMPUTE, key, site=j, reads=[gradient, kept],
                  new=[self._hidden(f"dh{j}"), self._defer(j, key)],
                  dead=[kept, *([] if self.plain else [gradient])])  # fmt: skip
@@ -392,7 +410,7 @@ class Chunk:
         routes = [self._keep(j, key, "route")] if run is _FIRST else []
         follow = [] if run is _FIRST else [f"route{j}"]
         self._op("router", run.pass_, COMPUTE, key, category=run.category("compute"), site=j,
-                 reads=[self._source(j, run), *follow],
+                 reads=[self._kept.source(j, again=run is _AGAIN), *follow],
                  new=[self._routed(f"sent{run.mark}{j}", run.component), *routes])  # fmt: skip
 
     def _dispatch(self, j: int, run: _Run) -> None:
@@ -406,16 +424,16 @@ class Chunk:
             key = self._keys.shared_experts("F")
             made = [self._hidden(f"s{j}")] if run is _FIRST else []
             self._op("shared_experts", run.pass_, COMPUTE, key, category=category, site=j,
-                     reads=[self._source(j, run)],
+                     reads=[self._kept.source(j, again=run is _AGAIN)],
                      new=[*made, *self._keep_in(run, j, key, "keep_shared")])  # fmt: skip
-        self._builder.states[self.slot].pending += self._dead_source(j, run)
+        self._bury(*self._kept.dead_source(j, again=run is _AGAIN))
         rows = self._to_expert_order(
             run.pass_, j, f"sent{mark}{j}", f"got{mark}{j}", f"rows{mark}{j}", run.component
         )
         key = self._keys.experts("F")
         returned = f"ret{mark}{j}"
         made = f"y{mark}{j}" if self.work.ep > 1 else returned
-        dead = self._unless_kept(rows, j) if run is _FIRST else []
+        dead = self._kept.unless_left(rows, j) if run is _FIRST else []
         self._op("experts", run.pass_, COMPUTE, key, category=category, site=j, reads=[rows],
                  new=[self._routed(made, run.component), *self._keep_in(run, j, key)],
                  dead=dead)  # fmt: skip
@@ -444,9 +462,9 @@ class Chunk:
 
     def _rebuild_states(self, sites: range) -> None:
         """A recompute block of mHC: the states before its sites, and what the sublayers read."""
-        stored = self._x(sites.start)
+        stored = self._kept.x(sites.start)
         reads = [stored, *(f"coef{j}" for j in sites), *(f"f{j}" for j in sites[:-1])]
-        reads += self._arrived(sites[-1])
+        reads += self._kept.arrived(sites[-1])
         made = [self._hidden(f"ur{j}", "recompute") for j in sites]
         made += [self._state(f"xr{j}", "recompute") for j in sites[1:]]
         stream = self.work.recompute_stream
@@ -460,13 +478,8 @@ class Chunk:
         self._op("norm", "R", stream, self._keys.hidden("norm", "R"), category="recompute",
                  site=j, reads=reads, new=[self._hidden(f"hr{j}", "recompute")])  # fmt: skip
 
-    def _arrived(self, j: int) -> list[str]:
-        """What recompute for site j waits for where it may not run ahead: the gradient above it."""
-        arrives = j + 1 < self.shape.num_sites or not self.shape.last
-        return [] if self.work.overlap_recompute or not arrives else [self._g(j + 1)]
-
     def _transfer(
-        self, kind: str, pass_: str, j: int, source: str, target: str, dead: list[str] | None = None
+        self, kind: str, pass_: str, j: int, source: str, target: str, dead: Sequence[str] = ()
     ) -> None:
         self._op(kind, pass_, EXPERT, self.work.expert_key, category="ep", site=j, reads=[source],
                  new=[self._routed(target, "communication")], dead=dead,
@@ -482,71 +495,24 @@ class Chunk:
         category: str = "compute",
         site: int = -1,
         name: str = "",
-        reads: list[str] | None = None,
-        new: list[New] | None = None,
-        dead: list[str] | None = None,
+        reads: Sequence[str] = (),
+        new: Sequence[New] = (),
+        dead: Sequence[str] = (),
         hop: int = 0,
         is_send: int = 0,
         payload_bytes: int = 0,
     ) -> None:
         self._builder.op(
             self.slot, kind, pass_, stream, key, category=category, site=site, name=name,
-            reads=reads or (), new=new or (), dead=dead or (),
+            reads=reads, new=new, dead=dead,
             hop=hop, is_send=is_send, payload_bytes=payload_bytes,
         )  # fmt: skip
 
-    # -- names and sizes
+    def _bury(self, *buffers: str) -> None:
+        """Buffers whose last use has been issued, but on more than the last op's stream."""
+        self._builder.states[self.slot].pending += buffers
 
-    def _x(self, j: int) -> str:
-        return OUT if j == self.shape.num_sites and not self.shape.last else f"x{j}"
-
-    def _g(self, j: int) -> str:
-        return GRAD_OUT if j == 0 and not self.shape.first else f"g{j}"
-
-    def _runs_again(self, j: int) -> bool:
-        """Whether the sublayer keeps nothing and runs again before its backward."""
-        is_attention = j % SITES_PER_BLOCK == 0
-        layers = self.work.recompute_layers
-        return layers == "full" or (layers == "selective" and is_attention)
-
-    def _x_again(self, j: int) -> str:
-        """The state before site j as the backward finds it: stored, or recomputed."""
-        stored = {sites.start for sites in self._recompute_blocks()}
-        return self._x(j) if not self._recomputed or j in stored else f"xr{j}"
-
-    def _u(self, j: int) -> str:
-        return f"ur{j}" if self._recomputed else f"u{j}"
-
-    def _h(self, j: int) -> str:
-        """What the sublayer read, as the backward finds it."""
-        return f"hr{j}" if self._recomputed or self._runs_again(j) else f"h{j}"
-
-    def _source(self, j: int, run: _Run) -> str:
-        return f"h{j}" if run is _FIRST else self._h(j)
-
-    def _dead_source(self, j: int, run: _Run) -> list[str]:
-        """The sublayer's input after F, if it will be rebuilt."""
-        return [f"h{j}"] if run is _FIRST and self._h(j) != f"h{j}" else []
-
-    def _kept(self, name: str, j: int) -> str:
-        """What F left for I and W, as the backward finds it."""
-        return f"{name}r{j}" if self._runs_again(j) else f"{name}{j}"
-
-    def _unless_kept(self, name: str, j: int) -> list[str]:
-        return [name] if self._runs_again(j) else []
-
-    def _rows(self, j: int) -> str:
-        return self._kept("rows" if self.work.ep > 1 else "sent", j)
-
-    def _if_recomputed(self, name: str) -> list[str]:
-        return [name] if self._recomputed else []
-
-    def _recompute_blocks(self) -> list[range]:
-        """Sites of each recompute block of the stage; the last may be shorter."""
-        size, sites = self.work.recompute_block, self.shape.num_sites
-        if self.plain or size is None:
-            return []
-        return [range(start, min(start + size, sites)) for start in range(0, sites, size)]
+    # -- sizes
 
     @staticmethod
     def _ffn_site(block: int) -> int:
@@ -566,7 +532,7 @@ class Chunk:
 
     def _keep_in(self, run: _Run, j: int, key: OpKey, name: str = "keep") -> list[New]:
         """What F keeps for I, in the run that the backward finds it from."""
-        if self._runs_again(j) and run is _FIRST:
+        if self._kept.runs_again(j) and run is _FIRST:
             return []
         kept = self._keep(j, key, f"{name}{run.mark}")
         return [kept._replace(component=run.component)]
@@ -585,8 +551,3 @@ class Chunk:
     @property
     def _has_shared(self) -> bool:
         return self._model.moe is not None and self._model.moe.num_shared_experts > 0
-
-
-def optimizer_bytes_per_parameter() -> int:
-    """fp32 master and AdamW's two moments, sharded by ZeRO-1."""
-    return 3 * FP32

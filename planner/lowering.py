@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mhcplan.planner.chunks import optimizer_bytes_per_parameter
 from mhcplan.planner.placement import placement_of, tables_of
 from mhcplan.planner.spec import schedule_of
 from mhcplan.planner.stage_templates import (
@@ -42,7 +41,12 @@ from mhcplan.planner.stage_templates import (
 )
 from mhcplan.planner.stamp_rows import Bundle, RowKey, stamp_rows
 from mhcplan.planner.work import StageShape, Work
-from mhcplan.profiles.parameters import ParameterCounts, stage_parameters
+from mhcplan.profiles.parameters import (
+    ParameterCounts,
+    entry_parameters,
+    mtp_parameters,
+    stage_parameters,
+)
 from mhcplan.profiles.vocabulary import BF16, FP32
 from mhcplan.sim.build import DATA, DATA_EXPERTS, HIGH, Labels, Template
 from mhcplan.sim.program import COMPONENTS
@@ -54,6 +58,8 @@ if TYPE_CHECKING:
     from mhcplan.planner.placement import Tables
     from mhcplan.planner.spec import PlanSpec
     from mhcplan.sim.program import Program
+
+_OPTIMIZER_BYTES = 3 * FP32  # of a parameter: master weight and AdamW's two moments
 
 
 def lower(plan: PlanSpec, recompute_block: int | None) -> Program:
@@ -76,6 +82,7 @@ def work_of(plan: PlanSpec, recompute_block: int | None) -> Work:
         overlap_recompute=plan.overlap_recompute,
         pipe_ranks_per_node=placement.pipe.per_node, overlap_order=plan.overlap_order,
         recompute_layers=plan.recompute_layers, receive_buffers=plan.receive_buffers,
+        mtp=plan.mtp,
     )  # fmt: skip
 
 
@@ -103,10 +110,11 @@ class _Lowering:
         self.labels = Labels()
         self.shapes = stage_shapes(plan)
         self.placement = placement_of(plan)
-        self._counts = _counts(self.work, plan.stages)
         self._held = [
             sorted(set(self.schedule.stages_of(rank))) for rank in range(self.schedule.num_ranks)
         ]
+        last_rank = self.schedule.rank_of(self.schedule.num_stages - 1, 0)
+        self._counts = _counts(self.work, plan.stages, 0 in self._held[last_rank])
         self._stages = {shape: stage_templates(self.work, shape) for shape in self.shapes}
         # The holders of a DualPipe stage finish it in opposite order. Where weight gradients come
         # from the high-priority stream, the last releases order the compute stream after it.
@@ -185,7 +193,7 @@ class _Lowering:
             held, own = sum(s.elements for s in shards), sum(s.own_elements for s in shards)
             static[rank, COMPONENTS.index("parameters")] = BF16 * held
             static[rank, COMPONENTS.index("gradients")] = FP32 * held
-            static[rank, COMPONENTS.index("optimizer")] = optimizer_bytes_per_parameter() * own
+            static[rank, COMPONENTS.index("optimizer")] = _OPTIMIZER_BYTES * own
             if self.work.receive_buffers == "per_microbatch":
                 shapes = [self.shapes[stage] for stage in stages]
                 buffers = sum((not shape.first) + (not shape.last) for shape in shapes)
@@ -204,8 +212,16 @@ class _Lowering:
 
 
 @lru_cache(maxsize=256)
-def _counts(work: Work, stages: tuple[range, ...]) -> tuple[ParameterCounts, ...]:
-    return tuple(stage_parameters(work.model, work.residual, blocks) for blocks in stages)
+def _counts(
+    work: Work, stages: tuple[range, ...], embedding_beside_head: bool
+) -> tuple[ParameterCounts, ...]:
+    """Parameters of every stage; whether one rank holds both ends of the model matters to MTP."""
+    counts = [stage_parameters(work.model, work.residual, blocks) for blocks in stages]
+    if work.mtp:
+        counts[-1] += mtp_parameters(work.model, work.residual)
+        if not embedding_beside_head:
+            counts[-1] += entry_parameters(work.model)
+    return tuple(counts)
 
 
 def _template(bundle: StageTemplates | Template, part: str) -> Template:

@@ -15,6 +15,7 @@ from mhcplan.planner.report import (
     tokens_per_second,
 )
 from mhcplan.profiles.costs import sources_percent
+from mhcplan.profiles.presets import MTP_OFF
 from mhcplan.sim.device import NOT_MODELLED
 from mhcplan.sim.memory import memory_report
 
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from mhcplan.profiles.costs import Source
 
 _UNSPLIT = "tensor and context parallelism are 1: a GPU has its layers whole"
+_MTP = (
+    "the multi-token-prediction head is one block like the model's last, with embedding and output"
+    " head shared and its projection priced as a SwiGLU of as many weights"
+)
 _BALANCED = "routing is balanced, every expert gets the same number of tokens"
 
 
@@ -84,7 +89,10 @@ def _shares(step: Step) -> Iterator[tuple[Source, int]]:
 def _warnings(prediction: Prediction) -> Iterator[str]:
     plan = prediction.plan
     for text in plan.model.assumed:
-        yield f"{plan.model.name}: {text}"
+        if not (plan.mtp and text == MTP_OFF):
+            yield f"{plan.model.name}: {text}"
+    if plan.mtp:
+        yield f"assumed: {_MTP}"
     for text in _assumed_costs(prediction.step):
         yield f"assumed cost: {text}"
     if plan.model.moe is not None:

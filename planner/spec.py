@@ -156,6 +156,14 @@ class PlanSpec(Spec):
         CommStreams,
         _about("expert and pipeline traffic: two have streams of their own, one shares a stream"),
     ] = "two"
+    mtp: Annotated[
+        bool,
+        Field(
+            strict=True,
+            description="a multi-token-prediction head of depth 1 on the last stage, as"
+            " DeepSeek-V3's",
+        ),
+    ] = False
     recompute_layers: Annotated[
         RecomputeLayers,
         _about(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from mhcplan.planner.chunks import Chunk
+from mhcplan.planner.mtp import make_chunk
 from mhcplan.planner.phase_orders import backward_layer, forward_layer, overlapped_layers
 from mhcplan.profiles.vocabulary import BF16, FP32, NO_COST, TransferKey, op_key
 from mhcplan.sim.build import (
@@ -29,6 +29,7 @@ from mhcplan.sim.build import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from mhcplan.planner.chunks import Chunk
     from mhcplan.planner.placement import Team
     from mhcplan.planner.work import StageShape, Work
 
@@ -73,8 +74,8 @@ def pair_template(work: Work, forward: StageShape, backward: StageShape) -> Temp
     first, second = stage_templates(work, forward), stage_templates(work, backward)
     hold = first.left_by_f, second.left_by_i
     builder = TemplateBuilder(Labels(), first.before_f, second.before_i, hold=hold)
-    f = Chunk(work, forward, builder, 0)
-    b = Chunk(work, backward, builder, 1)
+    f = make_chunk(work, forward, builder, 0)
+    b = make_chunk(work, backward, builder, 1)
     known = first.chunk.size, second.chunk.size
     f.enter()
     b.enter_backward()
@@ -195,7 +196,7 @@ class _Recorder:
         hold: frozenset[str] = frozenset(),
     ) -> tuple[Template, ChunkState]:
         builder = TemplateBuilder(self.labels, state, hold=(hold,))
-        emit(Chunk(self.work, self.shape, builder, 0))
+        emit(make_chunk(self.work, self.shape, builder, 0))
         return builder.finish(), builder.states[0]
 
     def _release(self, state: ChunkState) -> Template | None:

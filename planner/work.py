@@ -56,6 +56,7 @@ class Work:
     overlap_order: OverlapOrder
     recompute_layers: str
     receive_buffers: str
+    mtp: bool
 
     @cached_property
     def state_bytes(self) -> int:

@@ -33,6 +33,7 @@ class ParameterCounts:
         routed_experts: all of them; the one part that expert parallelism splits.
         mhc: phi, b and the three alphas of each site.
         collapse: phi, b and alpha of the exit, which weighs n rows into one.
+        mtp: the projection of a multi-token-prediction head, which is no part of the model's count.
     """
 
     embedding: int = 0
@@ -45,6 +46,7 @@ class ParameterCounts:
     routed_experts: int = 0
     mhc: int = 0
     collapse: int = 0
+    mtp: int = 0
 
     @property
     def vocab(self) -> int:
@@ -112,6 +114,18 @@ def exit_parameters(model: ModelSpec, residual: ResidualSpec) -> ParameterCounts
         # phi n x nC, b n, alpha: as DeepSeek-V4's checkpoints have it (hc_head_fn, _base, _scale)
         collapse=0 if residual.is_plain else n * n * hidden + n + 1,
     )
+
+
+def mtp_parameters(model: ModelSpec, residual: ResidualSpec) -> ParameterCounts:
+    """A multi-token-prediction head of depth 1 (arXiv 2412.19437, section 2.2): projection, one
+    block of the last kind, its norms and exit; embedding and output head are the model's own."""
+    end = exit_parameters(model, residual)
+    own = ParameterCounts(
+        norms=end.norms + 2 * model.hidden_size,
+        collapse=end.collapse,
+        mtp=2 * model.hidden_size * model.hidden_size,
+    )
+    return own + block_parameters(model, residual, model.num_blocks - 1)
 
 
 def stage_parameters(

@@ -23,6 +23,8 @@ class UnknownPresetError(ValueError):
     """No preset has this name; the message lists close matches, or all names."""
 
 
+MTP_OFF = "the multi-token-prediction module is off"
+
 # -- models ---------------------------------------------------------------------------------------
 
 _MHC_ASSUMED = (
@@ -57,7 +59,7 @@ _DEEPSEEK_V3 = ModelSpec(
     dense_ffn_dim=18432,
     moe=Moe(num_experts=256, top_k=8, num_shared_experts=1, ffn_dim=2048),
     source=f"{V3_REPORT}, section 4.2; inference/configs/config_671B.json of its repository",
-    assumed=("the multi-token-prediction module is off", "bf16 GEMMs, where V3 trained in FP8"),
+    assumed=(MTP_OFF, "bf16 GEMMs, where V3 trained in FP8"),
 )
 
 
@@ -81,7 +83,7 @@ def _v4(
         assumed=(
             attention,
             "the first three blocks are routed by hash in V4: priced like the others",
-            "the multi-token-prediction module is off",
+            MTP_OFF,
         ),
     )
 
