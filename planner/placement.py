@@ -68,7 +68,8 @@ def placement_of(plan: PlanSpec) -> Placement:
 def tables_of(plan: PlanSpec) -> Tables:
     """Streams and process groups of a plan."""
     pipeline = schedule_of(plan).placement
-    return _tables(pipeline, _sizes_of(plan), plan.p2p, plan.comm_streams)
+    urgent = plan.comm_priority == "high"
+    return _tables(pipeline, _sizes_of(plan), plan.p2p, plan.comm_streams, urgent)
 
 
 class _Sizes(NamedTuple):
@@ -108,17 +109,26 @@ def _placement(pipeline: Pipeline, layout: _Sizes) -> Placement:
 
 
 @lru_cache(maxsize=_KEPT)
-def _tables(pipeline: Pipeline, layout: _Sizes, p2p: P2P, comm_streams: CommStreams) -> Tables:
-    return Tables(pipeline, _placement(pipeline, layout), p2p, comm_streams)
+def _tables(
+    pipeline: Pipeline, layout: _Sizes, p2p: P2P, comm_streams: CommStreams, urgent: bool
+) -> Tables:
+    return Tables(pipeline, _placement(pipeline, layout), p2p, comm_streams, urgent=urgent)
 
 
 class Tables:
     """Streams and process groups of every rank; the arrays are those of sim.tiling.Places."""
 
     def __init__(
-        self, pipeline: Pipeline, placement: Placement, p2p: P2P, comm_streams: CommStreams
+        self,
+        pipeline: Pipeline,
+        placement: Placement,
+        p2p: P2P,
+        comm_streams: CommStreams,
+        *,
+        urgent: bool = False,
     ) -> None:
-        """Number them."""
+        """Number them; ``urgent``: communication has the high-priority streams' priority."""
+        self._priority = HIGH_PRIORITY if urgent else NORMAL_PRIORITY
         self.streams: list[Stream] = []
         self.groups: list[Group] = []
         ranks = range(len(placement.ranks))
@@ -161,7 +171,7 @@ class Tables:
         number = self._group(full_name, members, team.gpus, team.medium)
         for rank in members:
             self.role_group[rank, role] = number
-            self.role_stream[rank, role] = self._stream(rank, name, NORMAL_PRIORITY, number)
+            self.role_stream[rank, role] = self._stream(rank, name, self._priority, number)
 
     def _flows(self, pipeline: Pipeline, medium: str) -> None:
         """A group and its two streams for every flow that the pipeline has."""
@@ -174,14 +184,14 @@ class Tables:
                     number = self._group(name, (source, target), 2, medium)
                     self.pipe_group[forward, source, target] = number
                     for end, rank in enumerate((source, target)):
-                        stream = self._stream(rank, name, NORMAL_PRIORITY, number)
+                        stream = self._stream(rank, name, self._priority, number)
                         self.pipe_stream[forward, source, target, end] = stream
 
     def _one_pipe_group(self, ranks: range, medium: str) -> None:
         """One group over all ranks, as DeepSeek's DualPipe has it; messages go in batches."""
         self.pipe_group[:] = number = self._group("pp", tuple(ranks), len(ranks), medium)
         for rank in ranks:
-            self._pipe_on(rank, self._stream(rank, "pp", NORMAL_PRIORITY, number))
+            self._pipe_on(rank, self._stream(rank, "pp", self._priority, number))
 
     def _one_communication_stream(self, placement: Placement, medium: str) -> None:
         """Expert and pipeline traffic on one CUDA stream: each group's calls are made on it
@@ -189,7 +199,7 @@ class Tables:
         ranks = range(len(placement.ranks))
         self.pipe_group[:] = self._group("pp", tuple(ranks), len(ranks), medium)
         for rank, teams in enumerate(placement.ranks):
-            stream = self._stream(rank, "comm", NORMAL_PRIORITY)
+            stream = self._stream(rank, "comm", self._priority)
             self._pipe_on(rank, stream)
             team = teams.experts
             if team.gpus > 1:

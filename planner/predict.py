@@ -92,7 +92,9 @@ def predict(plan: PlanSpec, profile: Profile | None = None) -> Prediction:
 def play(plan: PlanSpec, model: CostModel, recompute_block: int | None) -> Step:
     """Lower, price and simulate one plan."""
     program = lower(plan, recompute_block)
-    costs, table = model.costs(program.cost_keys), model.table(program.cost_keys)
+    costs, table = (
+        model.costs(program.cost_keys, plan.gpu), model.table(program.cost_keys, plan.gpu)
+    )  # fmt: skip
     timeline = simulate(program, table, plan.engine)
     return Step(
         program, costs, table, timeline, memory_of(program, table), breakdown(program, timeline)

@@ -32,6 +32,7 @@ from pydantic import (
 from mhcplan.planner.phase_orders import OverlapOrder
 from mhcplan.planner.schedules import Schedule, build_schedule
 from mhcplan.planner.spec_errors import describe
+from mhcplan.profiles.loads import Attention, GpuSettings
 from mhcplan.profiles.parameters import model_parameters
 from mhcplan.profiles.presets import find_model
 from mhcplan.profiles.specs import ModelSpec, ResidualSpec, Spec
@@ -49,6 +50,8 @@ CommStreams = Literal["two", "one"]
 ReceiveBuffers = Literal["pooled", "per_microbatch"]
 RecomputeLayers = Literal["none", "selective", "full"]
 Engine = Literal["compiled", "simpy"]
+Contention = Literal["on", "off"]
+CommPriority = Literal["normal", "high"]
 
 MAX_CELLS = 1 << 18  # P x M: a step beyond this is too large to play op by op
 MAX_BLOCKS = 4096
@@ -156,6 +159,38 @@ class PlanSpec(Spec):
         CommStreams,
         _about("expert and pipeline traffic: two have streams of their own, one shares a stream"),
     ] = "two"
+    contention: Annotated[
+        Contention,
+        _about(
+            "on: kernels and communication share SMs, memory and links, as far as the profile says"
+            " how; off: they leave each other alone"
+        ),
+    ] = "off"
+    comm_ctas: Annotated[
+        Annotated[int, _count(64)] | None,
+        _about("SMs that a communication kernel takes; without it, as many as was measured"),
+    ] = None
+    comm_priority: Annotated[
+        CommPriority, _about("priority of the communication streams; high as mHC's own stream")
+    ] = "normal"
+    compute_sms: Annotated[
+        Annotated[int, _count(1024)] | None,
+        _about("SMs that compute kernels may use, as by a green context; without it, all"),
+    ] = None
+    attention: Annotated[
+        Attention,
+        _about(
+            "CTAs of attention kernels: persistent ones stay to the kernel's end, preemptible ones"
+            " end one by one and let urgent kernels in"
+        ),
+    ] = "persistent"
+    max_connections: Annotated[
+        int,
+        Field(
+            ge=1, le=32, strict=True,
+            description="hardware queues that a GPU's streams share: CUDA_DEVICE_MAX_CONNECTIONS",
+        ),
+    ] = 8
     mtp: Annotated[
         bool,
         Field(
@@ -203,6 +238,7 @@ class PlanSpec(Spec):
         _check_experts(self)
         _check_stages(self)
         _check_messages(self)
+        _check_gpu(self)
         return self
 
     @property
@@ -229,6 +265,15 @@ class PlanSpec(Spec):
     def num_stages(self) -> int:
         """Stages of one copy of the model."""
         return schedule_of(self).num_stages
+
+    @property
+    def gpu(self) -> GpuSettings | None:
+        """How contention is played; None: not at all."""
+        if self.contention == "off":
+            return None
+        return GpuSettings(
+            self.comm_ctas, self.compute_sms, self.attention, self.max_connections
+        )  # fmt: skip
 
     def baseline(self) -> PlanSpec:
         """The same plan with the plain residual: what mHC's overhead is measured against."""
@@ -338,3 +383,10 @@ def _check_stages(plan: PlanSpec) -> None:
         raise ValueError(
             f"layout.blocks_per_stage={list(cut)} must be {stages} numbers that sum to {blocks}"
         )
+
+
+def _check_gpu(plan: PlanSpec) -> None:
+    """Settings of the contention model mean nothing without it."""
+    for name in ("comm_ctas", "compute_sms"):
+        if plan.contention == "off" and getattr(plan, name) is not None:
+            raise ValueError(f"{name}={getattr(plan, name)} needs contention=on")

@@ -23,7 +23,7 @@ Row = dict[str, Any]
 HOLDOUT = 5  # one pair in so many
 _SHORT_NS = 3_000  # memsets and the like: counted as gaps
 _LONG_CTA_NS = 20_000
-_FIXED_NS = 8_000  # of a message alone: what 1 MiB takes beyond its bytes
+FIXED_NS = 8_000  # of a message alone: what 1 MiB takes beyond its bytes
 # bytes a ns that one CTA moves, from the messages of 8 MiB and 2 or 4 CTAs, where nothing else
 # limits them; of all_to_all the own part counts too, as it does in num_bytes
 CTA_BYTES_PER_NS = {"send_recv": 33.0, "send_recv_both": 20.5, "all_to_all": 19.5}
@@ -59,6 +59,7 @@ TRAITS: dict[str, Trait] = {
     "sdpa_sm90_flash_bprop": Trait(512, dealt=False, tail_share=0.326),
     "flash_fwd_kernel": Trait(tail_share=0.37),
     "flash_bwd_dq_dk_dv": Trait(tail_share=0.167),
+    "nvjet": Trait(dealt=False),  # of other shapes: any number of tiles
 }
 
 
@@ -155,7 +156,7 @@ class Pairs:
         gap = min(max(500.0, float(min(gaps))), period / 2)
         alone = period - gap
         ctas = row["traffic_launch"][0] if row["traffic_launch"] else 0
-        fixed = min(0.9 * alone, _FIXED_NS) if ctas else 0.0
+        fixed = min(0.9 * alone, FIXED_NS) if ctas else 0.0
         chain = 0.0
         if ctas:
             chain = min(alone - fixed, size / (ctas * CTA_BYTES_PER_NS[pattern]))

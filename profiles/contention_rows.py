@@ -5,7 +5,14 @@ from __future__ import annotations
 import statistics
 from typing import TYPE_CHECKING, Any
 
-from mhcplan.profiles.contention_fit import Pairs, Trait, kernels_of
+from mhcplan.profiles.contention_fit import (
+    CTA_BYTES_PER_NS,
+    FIXED_NS,
+    HBM_FACTOR,
+    Pairs,
+    Trait,
+    kernels_of,
+)
 from mhcplan.profiles.schema import (
     ContentionModel,
     ContentionOp,
@@ -13,6 +20,7 @@ from mhcplan.profiles.schema import (
     KernelTrait,
     PriorityLatency,
     Segment,
+    TrafficTrait,
 )
 
 if TYPE_CHECKING:
@@ -21,6 +29,8 @@ if TYPE_CHECKING:
     from mhcplan.profiles.contention import Parameters
 
 Row = dict[str, Any]
+
+_ATTENTION = "sdpa"  # in the names of its kernels
 
 
 def contention_ops(source: Pairs) -> list[ContentionOp]:
@@ -82,17 +92,63 @@ def contention_pairs(source: Pairs) -> list[ContentionPair]:
 
 
 def contention_model(
-    parameters: Parameters, traits: Mapping[str, Trait], held_out: Iterable[tuple[float, float]]
+    parameters: Parameters,
+    traits: Mapping[str, Trait],
+    traffic: Iterable[TrafficTrait],
+    held_out: Iterable[tuple[float, float]],
 ) -> ContentionModel:
     """The fitted model with its errors (compute, traffic) on pairs it was not fitted on."""
     errors = list(held_out)
     means = [100 * statistics.mean(values) for values in zip(*errors, strict=True)] or [0.0, 0.0]
     return ContentionModel(
         source="measured", parameters={k: float(v) for k, v in vars(parameters).items()},
-        traits=tuple(KernelTrait(name=name, **vars(trait)) for name, trait in traits.items()),
-        held_out_pairs=len(errors), compute_error_percent=round(means[0], 2),
-        traffic_error_percent=round(means[1], 2),
+        traits=tuple(
+            KernelTrait(name=name, **vars(trait), is_attention=_ATTENTION in name)
+            for name, trait in traits.items()
+        ),
+        traffic=tuple(traffic), held_out_pairs=len(errors),
+        compute_error_percent=round(means[0], 2), traffic_error_percent=round(means[1], 2),
     )  # fmt: skip
+
+
+def traffic_traits(source: Pairs) -> list[TrafficTrait]:
+    """Rows of all patterns: those that were overlapped, and what is assumed of the others."""
+    found: dict[str, TrafficTrait] = {}
+    for pattern, rate in CTA_BYTES_PER_NS.items():
+        sent, received = HBM_FACTOR[pattern]
+        found[pattern] = TrafficTrait(
+            source="measured", pattern=pattern,  # type: ignore[arg-type]
+            ctas=_usual_ctas(source, pattern), cta_bytes_per_ns=rate, fixed_ns=FIXED_NS,
+            sent_hbm_factor=sent, received_hbm_factor=received,
+        )  # fmt: skip
+    rows = list(found.values())
+    for pattern in ("all_reduce", "reduce_scatter", "all_gather"):
+        citation = f"{pattern} is taken to use SMs and memory as all_to_all was measured to"
+        rows.append(_assumed(found["all_to_all"], citation, pattern=pattern))
+    citation = (
+        "a message between nodes is taken to use 2 SMs: NCCL src/graph/paths.cc,"
+        " ncclTopoGetNchannels, two channels for each network card"
+    )
+    network = {"medium": "inter_node", "ctas": ((0, 2),)}
+    return [*rows, _assumed(found["send_recv"], citation, **network)]
+
+
+def _assumed(row: TrafficTrait, citation: str, **changes: object) -> TrafficTrait:
+    return row.model_copy(update={"source": "assumed", "citation": citation, **changes})
+
+
+def _usual_ctas(source: Pairs, pattern: str) -> tuple[tuple[int, int], ...]:
+    """Pairs of least bytes and CTAs that the library took where nothing bounded them."""
+    sizes: dict[int, int] = {}
+    for row in source.rows.values():
+        traffic, launch = row["traffic"], row.get("traffic_launch")
+        if traffic and launch and traffic["pattern"] == pattern and not traffic["ctas"]:
+            sizes[traffic["num_bytes"]] = launch[0]
+    steps: list[tuple[int, int]] = []
+    for size in sorted(sizes):
+        if not steps or steps[-1][1] != sizes[size]:
+            steps.append((size if steps else 0, sizes[size]))
+    return tuple(steps)
 
 
 def priority_latencies(lines: Iterable[Row]) -> list[PriorityLatency]:

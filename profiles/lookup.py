@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mhcplan.profiles.costs import Cost, CostMissing, cost_table
+from mhcplan.profiles.loads import LoadModel
 from mhcplan.profiles.op_costs import (
     OpCosts,
     deferred_bytes,
@@ -25,6 +26,7 @@ from mhcplan.profiles.vocabulary import VOCABULARY, OpKey, TransferKey, op_key, 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from mhcplan.profiles.loads import GpuSettings
     from mhcplan.profiles.schema import OpTiming, Profile
     from mhcplan.sim.program import CostTable
 
@@ -65,6 +67,7 @@ class CostModel:
         self._rows = dict(rows)
         self._tables: dict[tuple[str, str], OpCosts] = {}
         self._transfers = TransferCosts(profile)
+        self._loads = LoadModel(profile)
         self._cache: dict[OpKey | TransferKey, Cost] = {}
 
     def op(self, key: OpKey) -> Cost:
@@ -89,18 +92,32 @@ class CostModel:
             cost = self._cache[key] = self._transfers.price(key)
         return cost
 
-    def costs(self, cost_keys: Sequence[str]) -> tuple[Cost, ...]:
+    def costs(self, cost_keys: Sequence[str], gpu: GpuSettings | None = None) -> tuple[Cost, ...]:
         """Costs of a Program's ``cost_keys``, in order.
+
+        Args:
+            cost_keys: to be priced.
+            gpu: how the plan uses the GPUs, where contention is to be played; None: undisturbed.
 
         Raises:
             CostMissing: see :meth:`op` and :meth:`transfer`.
             ValueError: a text is no key of this vocabulary.
         """
-        return tuple(self._cost(parse_key(text)) for text in cost_keys)
+        costs = [self._cost(parse_key(text)) for text in cost_keys]
+        if gpu is not None and gpu.comm_ctas is not None:
+            for i, key in enumerate(map(parse_key, cost_keys)):
+                if isinstance(key, TransferKey):
+                    costs[i] = self._loads.with_ctas(key, costs[i], gpu.comm_ctas)
+        return tuple(costs)
 
-    def table(self, cost_keys: Sequence[str]) -> CostTable:
-        """The engine's table of a Program's ``cost_keys``; raises as :meth:`costs`."""
-        return cost_table(self.costs(cost_keys), self.profile.overheads)
+    def table(self, cost_keys: Sequence[str], gpu: GpuSettings | None = None) -> CostTable:
+        """The engine's table of a Program's ``cost_keys``; arguments, errors as :meth:`costs`."""
+        costs = self.costs(cost_keys, gpu)
+        table = cost_table(costs, self.profile.overheads)
+        if gpu is None:
+            return table
+        keys = [parse_key(text) for text in cost_keys]
+        return replace(table, loads=self._loads.loads(keys, costs, gpu))
 
     def _cost(self, key: OpKey | TransferKey | None) -> Cost:
         if key is None:  # nothing runs; the host makes a stream wait

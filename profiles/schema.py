@@ -185,21 +185,43 @@ class PriorityLatency(Figure):
 
 class KernelTrait(Spec):
     """What a launch does not show of kernels whose name contains ``name``: see
-    :class:`mhcplan.profiles.contention.Kernel`."""
+    :class:`mhcplan.sim.device_kernels.Kernel`; ``is_attention``: a plan may ask for CTAs that end
+    one by one instead."""
 
     name: str
     pieces: NonNegativeInt = 0
     dealt: bool = True
     tail_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    is_attention: bool = False
+
+
+class TrafficTrait(Figure):
+    """What a duration does not show of the library's kernels for one pattern.
+
+    ``ctas``: pairs of least bytes and the CTAs that messages from that size on take, ascending;
+    ``cta_bytes_per_ns``: that one CTA moves, of the bytes of :class:`TransferTiming`; ``fixed_ns``:
+    what does not depend on the size; ``sent_hbm_factor``, ``received_hbm_factor``: bytes of memory
+    traffic at a sender, and at a receiver or a member of a collective, for each of those bytes.
+    Between nodes, a pattern without a row of its own has that of ``intra_node``.
+    """
+
+    pattern: Pattern
+    medium: Medium = "intra_node"
+    ctas: Annotated[tuple[tuple[NonNegativeInt, PositiveInt], ...], Field(min_length=1)]
+    cta_bytes_per_ns: Annotated[float, Field(gt=0)]
+    fixed_ns: NonNegativeInt
+    sent_hbm_factor: Annotated[float, Field(ge=0)]
+    received_hbm_factor: Annotated[float, Field(ge=0)]
 
 
 class ContentionModel(Figure):
-    """The fitted model: fields of :class:`mhcplan.profiles.contention.Parameters`, traits of
-    kernels, and its mean error |predicted / measured - 1| on ``held_out_pairs`` it was not fitted
-    on."""
+    """The fitted model: fields of :class:`mhcplan.sim.device_kernels.Parameters`, traits of
+    kernels and of traffic, and its mean error |predicted / measured - 1| on ``held_out_pairs`` it
+    was not fitted on."""
 
     parameters: dict[str, float]
     traits: tuple[KernelTrait, ...] = ()
+    traffic: tuple[TrafficTrait, ...] = ()
     held_out_pairs: NonNegativeInt = 0
     compute_error_percent: Annotated[float, Field(ge=0)] = 0.0
     traffic_error_percent: Annotated[float, Field(ge=0)] = 0.0

@@ -51,7 +51,7 @@ def simulate_compiled(program: Program, costs: CostTable) -> Timeline:
             rate=loop.rate,
             rated_at=loop.rated_at,
             here_ns=ints(np.zeros(program.num_ops, np.int64)),
-            placed=ints(np.zeros(program.num_ops, np.int64)),
+            placed=ints(np.full(program.num_ops, NEVER, np.int64)),
             placed_ns=times.placed_ns,
         ),
     )
@@ -99,7 +99,7 @@ def _loop(program: Program, order: Order, links: Csr, place: Array, places: Arra
     return Loop(
         rate=ints(per_op),
         rated_at=ints(per_op.copy()),
-        given_rate=ints(per_op.copy()),
+        given_rate=ints(per_op + device_sms.NOT_PLACED),
         under_way=ints(np.bincount(order.first[is_transfer], minlength=ops)),
         absent=ints(np.bincount(order.meeting[is_transfer], minlength=transfers)),
         due=ints(np.full(2 * leaves, FAR, np.int64)),

@@ -105,7 +105,7 @@ class State(NamedTuple):
         start_ns: when it has begun, a transfer to move; or a negative number.
         work, rate, rated_at: work left at ``rated_at``, and the rate since; of compute ops.
         here_ns: when a transfer's member came to wait for SMs.
-        placed, placed_ns: SMs that it holds there, and since when it has had one.
+        placed, placed_ns: SMs that it holds there, and since when; negative before.
     """
 
     start_ns: Ints
@@ -143,8 +143,8 @@ def share_gpu(
         op = running[i]
         rate[i], watch[i] = 0, FAR
         if gpu.ctas[op] >= 0:
-            held += state.placed[op]
-            waits |= state.placed[op] < gpu.ctas[op] or state.placed_ns[op] < 0
+            held += max(state.placed[op], 0)
+            waits |= state.placed[op] < gpu.ctas[op]
             continue
         if state.rate[op] > 0:
             current = i
@@ -276,17 +276,17 @@ def _place_all(
         if member < 0:
             break
         before, before_priority = member, gpu.priority[member]
-        lacks = gpu.ctas[member] - state.placed[member]
-        if lacks == 0 and state.placed_ns[member] >= 0:
+        lacks = gpu.ctas[member] - max(state.placed[member], 0)
+        if lacks == 0 and state.placed[member] >= 0:
             continue
         in_use = 0
         if chosen >= 0:
             in_use = _in_use(member, now, running[chosen], kernel, left, blocked, gpu, state)
         take = min(lacks, max(gpu.machine[_SMS] - in_use - held, 0))
         if take > 0 or gpu.ctas[member] == 0:
-            if state.placed_ns[member] < 0:
+            if state.placed[member] < 0:
                 state.placed_ns[member] = now
-            state.placed[member] += take
+            state.placed[member] = max(state.placed[member], 0) + take
             held += take
             lacks -= take
         if lacks > 0 and chosen >= 0:
@@ -343,19 +343,24 @@ def _rate_transfers(
     if chosen >= 0:
         beside = gpu.cost[running[chosen]]
         delay, squeeze = gpu.delay[beside], gpu.squeeze[beside]
-    burden = 0
+    burden = moving = 0
+    for i in range(begin, end):
+        op = running[i]
+        moving += gpu.ctas[op] >= 0 and state.start_ns[op] >= 0
     for i in range(begin, end):
         op = running[i]
         if gpu.ctas[op] < 0:
             continue
-        if state.placed_ns[op] < 0:
+        if state.placed[op] < 0:
             rate[i] = NOT_PLACED
             continue
-        crowd = _crowd(begin, end, running, op, gpu, state)
-        rate[i] = _transfer_rate(gpu.cost[op], gpu.ctas[op], state.placed[op], delay,
-                                 squeeze * crowd // SHARE, gpu)  # fmt: skip
-        if state.start_ns[op] >= 0:
-            burden += gpu.burden[op] * rate[i] // FULL_RATE
+        if state.start_ns[op] < 0:
+            continue  # its peers are not there
+        crowd = SHARE if moving == 1 else _crowd(begin, end, running, op, gpu, state)
+        rate[i] = _transfer_rate(
+            gpu.cost[op], gpu.ctas[op], state.placed[op], delay, squeeze * crowd // SHARE, gpu
+        )
+        burden += gpu.burden[op] * rate[i] // FULL_RATE
     return min(burden, _MOST_BURDEN)
 
 
@@ -365,7 +370,7 @@ def _crowd(begin: int, end: int, running: Ints, op: int, gpu: Gpu, state: State)
     out = into = 0
     for i in range(begin, end):
         other = running[i]
-        if gpu.ctas[other] >= 0 and (other == op or state.start_ns[other] >= 0):
+        if gpu.ctas[other] >= 0 and state.start_ns[other] >= 0:
             share = gpu.link[gpu.cost[other]]
             out += share if gpu.out_link[other] == gpu.out_link[op] else 0
             into += share if gpu.in_link[other] == gpu.in_link[op] else 0

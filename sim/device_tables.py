@@ -93,6 +93,7 @@ def _row(kernel: Kernel, duration_ns: float, p: Parameters, sms: int) -> tuple[i
     if not kernel.ctas:
         return (1, 0, 0, sms, 0, 1, 1, 1, bound, 1, 0)
     count, fit = units(kernel), kernel.ctas_per_sm
+    is_fluid = not kernel.dealt and not kernel.pieces  # pieces of unknown number
     usual = min(fit, -(-kernel.ctas // p.num_sms))
     waves = -(-count // (usual * sms))
     wave = work / waves
@@ -102,7 +103,7 @@ def _row(kernel: Kernel, duration_ns: float, p: Parameters, sms: int) -> tuple[i
     drain = 0.0 if stays or usual == 1 else p.drain_lives * wave / FULL_RATE
     return (
         0 if stays else max(round(wave), 1), round(tail), idle,
-        min(sms, -(-min(kernel.ctas, count) // usual)), count, usual, fit,
+        min(sms, -(-min(kernel.ctas, count) // usual)), 0 if is_fluid else count, usual, fit,
         -(-count // (usual * p.num_sms)), bound, int(loose), round(drain),
     )  # fmt: skip
 
@@ -145,17 +146,19 @@ def _transfer_columns(program: Program, loads: Loads, duration_ns: Array) -> tup
             ctas[key] = traffic.ctas
             sent[key] = min(round(traffic.sent_hbm_bytes * per_ns), SHARE)
             received[key] = min(round(traffic.received_hbm_bytes * per_ns), SHARE)
-    cost, is_transfer = program.cost, program.group >= 0
-    first = batch_first(program)
-    size = np.bincount(first, minlength=program.num_ops)[first]
-    of_op = np.where(is_transfer, -(-np.maximum(ctas[cost], 0) // size), -1)
-    burden = np.where(program.is_send, sent[cost], received[cost])
+    ops = np.flatnonzero(program.group >= 0)
+    cost, is_send, collective = program.cost[ops], program.is_send[ops], program.peer[ops] < 0
+    first = batch_first(program)[ops]
+    batch = np.bincount(first, minlength=1)[first]
     media = {medium: i for i, medium in enumerate(dict.fromkeys(g.medium for g in program.groups))}
-    medium = np.array([*(media[group.medium] for group in program.groups), 0])[program.group]
-    collective = program.peer < 0
-    out = np.where(is_transfer & (program.is_send | collective), medium, -1)
-    into = np.where(is_transfer & (~program.is_send | collective), medium, -1)
-    return of_op, np.where(is_transfer, burden, 0), out, into
+    medium = np.array([media[group.medium] for group in program.groups], np.int64)
+    medium = medium[program.group[ops]]
+    columns = np.full((4, program.num_ops), -1, np.int64)
+    columns[0, ops] = -(-np.maximum(ctas[cost], 0) // batch)
+    columns[1, ops] = np.where(is_send, sent[cost], received[cost])
+    columns[2, ops] = np.where(is_send | collective, medium, -1)
+    columns[3, ops] = np.where(~is_send | collective, medium, -1)
+    return tuple(columns)
 
 
 def _transfer_keys(traffic: tuple[Traffic | None, ...], durations: list[int]) -> tuple[Array, ...]:

@@ -137,11 +137,11 @@ class _Step:
         self._gpu = device_sms.Gpu(*(column.tolist() for column in map(np.asarray, gpu)))
         self._has_contention = costs.loads is not None
         self._state = device_sms.State(
-            self.start, self._work, self._rate, self._rated_at, [0] * n, [0] * n, self.placed
+            self.start, self._work, self._rate, self._rated_at, [0] * n, [NEVER] * n, self.placed
         )
         self._watch = [device_sms.FAR] * n  # when the op's rank is to be looked at again
         self._running: list[list[int]] = [[] for _ in range(self.program.num_ranks)]
-        self._given_rate = [0] * self.program.num_ops  # by the op's rank
+        self._given_rate = [device_sms.NOT_PLACED] * n  # by the op's rank
         self._changed_ranks: set[int] = set()
 
     def _prepare_transfers(self) -> None:

@@ -151,7 +151,7 @@ def test_rows_of_a_profile_come_from_rows_of_a_capture() -> None:
     assert {(p.compute_slowdown, p.traffic_slowdown, p.queue_ns) for p in pairs} == {
         (1.25, 2.0, 30_000)
     }
-    model = contention_model(Parameters(), {"nvjet": Trait(512)}, [(0.1, 0.2), (0.3, 0.4)])
+    model = contention_model(Parameters(), {"nvjet": Trait(512)}, (), [(0.1, 0.2), (0.3, 0.4)])
     assert (model.held_out_pairs, model.compute_error_percent) == (2, 20.0)
     assert model.parameters == {k: float(v) for k, v in vars(Parameters()).items()}
 

@@ -1,0 +1,239 @@
+"""What the ops of a step put on a GPU: kernels and traffic, from a profile's measurements.
+
+An op's kernels were measured with it: CTAs, CTAs per SM, whether they stay to the kernel's end, and
+the op's memory traffic. What a launch does not show (pieces of work, tails) and how traffic behaves
+beside kernels is the profile's contention model, fitted to overlapped pairs. Two things are
+assumed, and :func:`assumptions` says so:
+
+* Which kernel of an op moves its bytes: those of very many short CTAs, which wait for memory, take
+  nearly all the bandwidth there is while they run, and the others share the rest by their time.
+* How many SMs a collective takes that was not overlapped: as many as the profile's row for it says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from mhcplan.profiles.costs import worst
+from mhcplan.profiles.transfer_costs import traffic_factor
+from mhcplan.profiles.vocabulary import OpKey, TransferKey
+from mhcplan.sim.device_kernels import Kernel, Loads, Parameters, Traffic
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from mhcplan.profiles.costs import Cost
+    from mhcplan.profiles.schema import KernelTrait, Profile, Segment, TrafficTrait
+
+Attention = Literal["persistent", "preemptible"]
+
+SHORT_NS = 3_000  # memsets and the like: counted as gaps between kernels
+_STREAMING_CTAS_PER_SM = 4  # kernels of at least so many small CTAs wait for memory ...
+_STREAMING_WAVES = 2  # ... if there are more of them than fit at once
+_STREAMING_SHARE = 0.9  # of the bandwidth, that they take
+
+
+@dataclass(frozen=True)
+class GpuSettings:
+    """How a plan uses the GPUs.
+
+    Attributes:
+        comm_ctas: SMs that communication kernels take; None: as the profile measured them.
+        compute_sms: SMs that compute kernels may use; None for all.
+        attention: whether attention's CTAs stay to the kernel's end, or end one by one.
+        connections: hardware queues that streams are dealt to.
+    """
+
+    comm_ctas: int | None = None
+    compute_sms: int | None = None
+    attention: Attention = "persistent"
+    connections: int = 8
+
+
+class LoadModel:
+    """Loads of ops and transfers on the machine of a profile; answers are cached."""
+
+    def __init__(self, profile: Profile) -> None:
+        """Take the contention model of ``profile``, which may have none."""
+        self._model = profile.contention_model
+        if self._model is None:
+            return
+        values = dict(self._model.parameters)
+        num_sms = round(values.pop("num_sms"))
+        self._parameters = Parameters(num_sms=num_sms, **values)
+        self._traffic_traits = {(row.pattern, row.medium): row for row in self._model.traffic}
+        self._link_bytes_per_ns = _link_bytes_per_ns(profile)
+        self._kernels: dict[tuple[OpKey, Attention], tuple[Kernel, ...]] = {}
+
+    def loads(
+        self,
+        keys: Sequence[OpKey | TransferKey | None],
+        costs: Sequence[Cost],
+        settings: GpuSettings,
+    ) -> Loads | None:
+        """Loads of a step's cost keys; None where the profile has no contention model."""
+        if self._model is None:
+            return None
+        kernels: list[tuple[Kernel, ...]] = []
+        traffic: list[Traffic | None] = []
+        for key, cost in zip(keys, costs, strict=True):
+            traffic.append(self._traffic(key, cost) if isinstance(key, TransferKey) else None)
+            has_kernels = isinstance(key, OpKey)
+            kernels.append(self._kernels_of(key, cost, settings.attention) if has_kernels else ())
+        return Loads(
+            tuple(kernels), tuple(traffic), self._parameters, settings.compute_sms,
+            settings.connections,
+        )  # fmt: skip
+
+    def with_ctas(self, key: TransferKey, cost: Cost, ctas: int) -> Cost:
+        """The cost of a transfer whose kernel takes ``ctas`` SMs: never below what that many chains
+        of loads and stores take."""
+        trait = self._trait(key) if self._model is not None else None
+        if trait is None:
+            return cost
+        least_ns = round(_fixed_ns(cost, trait) + key.num_bytes / (ctas * trait.cta_bytes_per_ns))
+        if least_ns <= cost.duration_ns:
+            return replace(cost, ctas=ctas)
+        return replace(
+            cost,
+            ctas=ctas,
+            duration_ns=least_ns,
+            source=worst([cost.source, "extrapolated"]),
+            explanation=f"{ctas} CTAs at {trait.cta_bytes_per_ns} B/ns each; {cost.explanation}",
+        )
+
+    def _kernels_of(self, key: OpKey, cost: Cost, attention: Attention) -> tuple[Kernel, ...]:
+        """Kernels of an op, without the very short ones unless there are no others."""
+        assert self._model is not None
+        found = self._kernels.get((key, attention))
+        if found is None:
+            kept = [s for s in cost.segments if s.duration_ns >= SHORT_NS] or cost.segments
+            moved = _bytes_of(kept, sum(s.hbm_bytes for s in cost.segments), self._parameters)
+            found = self._kernels[key, attention] = tuple(
+                _kernel(segment, size, self._model.traits, attention)
+                for segment, size in zip(kept, moved, strict=True)
+            )
+        return found
+
+    def _trait(self, key: TransferKey) -> TrafficTrait | None:
+        found = self._traffic_traits.get((key.pattern, _medium(key)))
+        return found or self._traffic_traits.get((key.pattern, "intra_node"))
+
+    def _traffic(self, key: TransferKey, cost: Cost) -> Traffic:
+        """The kernel of a transfer; one that no row describes takes no SMs, as a copy engine."""
+        carried = cost.link_bytes / max(cost.duration_ns, 1)
+        link_share = min(carried / self._link_bytes_per_ns[_medium(key)], 1.0)
+        trait = self._trait(key)
+        if trait is None:
+            return Traffic(0, link_share=link_share)
+        ctas, fixed_ns = _usual_ctas(key, cost, trait), _fixed_ns(cost, trait)
+        chain_ns = round(key.num_bytes / (ctas * trait.cta_bytes_per_ns))
+        return Traffic(
+            ctas=ctas,
+            fixed_ns=fixed_ns,
+            chain_ns=min(chain_ns, cost.duration_ns - fixed_ns),
+            sent_hbm_bytes=round(key.num_bytes * trait.sent_hbm_factor),
+            received_hbm_bytes=round(key.num_bytes * trait.received_hbm_factor),
+            link_share=link_share,
+        )
+
+
+def assumptions(profile: Profile, settings: GpuSettings) -> Iterator[str]:
+    """What contention takes for granted, in sentences for a report."""
+    model = profile.contention_model
+    if model is None:
+        yield (
+            f"profile {profile.name} has no contention model: NCCL and kernels do not slow each"
+            " other down"
+        )
+        return
+    yield (
+        "of an op's kernels, those of many short CTAs are taken to use"
+        f" {100 * _STREAMING_SHARE:.0f} % of the memory bandwidth; the others share the op's other"
+        " bytes by their time"
+    )
+    yield from dict.fromkeys(row.citation for row in model.traffic if row.source == "assumed")
+    if settings.attention == "preemptible":
+        yield "attention's CTAs end one by one, at the speed that was measured of persistent ones"
+
+
+def _kernel(
+    segment: Segment, hbm_bytes: int, traits: Sequence[KernelTrait], attention: Attention
+) -> Kernel:
+    kernel = Kernel(
+        segment.duration_ns, segment.ctas, segment.ctas_per_sm, hbm_bytes, segment.persistent
+    )
+    trait = next((trait for trait in traits if trait.name in segment.name), None)
+    if trait is None:
+        return kernel
+    if attention == "preemptible" and trait.is_attention and segment.persistent:
+        ctas = max(trait.pieces, segment.ctas)
+        return replace(kernel, persistent=False, ctas=ctas, tail_share=trait.tail_share)
+    return replace(kernel, pieces=trait.pieces, dealt=trait.dealt, tail_share=trait.tail_share)
+
+
+def _bytes_of(segments: Sequence[Segment], total: int, p: Parameters) -> list[int]:
+    """Memory traffic of each kernel of an op that moves ``total`` bytes."""
+    most = [
+        segment.duration_ns * p.hbm_bytes_per_ns * _STREAMING_SHARE
+        if _is_streaming(segment, p) else 0.0
+        for segment in segments
+    ]  # fmt: skip
+    left = total - sum(most)
+    others = sum(s.duration_ns for s, size in zip(segments, most, strict=True) if not size)
+    if left <= 0 or not others:  # all there is, by time where they are alike
+        weight = sum(most) or 1.0
+        shares = [size / weight for size in most]
+        if not sum(most):
+            shares = [s.duration_ns / sum(x.duration_ns for x in segments) for s in segments]
+        return [round(total * share) for share in shares]
+    return [
+        round(size or left * segment.duration_ns / others)
+        for segment, size in zip(segments, most, strict=True)
+    ]
+
+
+def _is_streaming(segment: Segment, p: Parameters) -> bool:
+    fits = segment.ctas_per_sm * p.num_sms
+    return (
+        not segment.persistent
+        and segment.ctas_per_sm >= _STREAMING_CTAS_PER_SM
+        and segment.ctas >= _STREAMING_WAVES * fits
+    )
+
+
+def _medium(key: TransferKey) -> str:
+    return "intra_node" if key.ranks_per_node == key.group_size else "inter_node"
+
+
+def _usual_ctas(key: TransferKey, cost: Cost, trait: TrafficTrait) -> int:
+    """What the library takes for a message of this size, if the profile does not say."""
+    if cost.ctas is not None:
+        return cost.ctas
+    fitting = [ctas for least_bytes, ctas in trait.ctas if least_bytes <= key.num_bytes]
+    return fitting[-1] if fitting else trait.ctas[0][1]
+
+
+def _fixed_ns(cost: Cost, trait: TrafficTrait) -> int:
+    return min(trait.fixed_ns, cost.duration_ns * 9 // 10)
+
+
+def _link_bytes_per_ns(profile: Profile) -> dict[str, float]:
+    """What a rank's link carries: the most that a measured transfer reached, or the network's."""
+    measured = {
+        medium: max(
+            (
+                row.bytes * traffic_factor(row.pattern, row.group_size) / row.duration_ns
+                for row in profile.transfers
+                if row.medium == medium
+            ),
+            default=0.0,
+        )
+        for medium in ("intra_node", "inter_node")
+    }
+    network = profile.hardware.inter_node.bytes_per_second / 1e9
+    return {
+        "intra_node": measured["intra_node"] or network,
+        "inter_node": measured["inter_node"] or network,
+    }
