@@ -36,7 +36,8 @@ def megatron_files(
 
 
 def pipeline_layout(plan: PlanSpec) -> str:
-    """The layout: E embedding, t a layer, L the loss; | between stages.
+    """The layout: E embedding, t a layer, m the multi-token-prediction head, L the loss; | between
+    stages.
 
     >>> from mhcplan.planner.spec import make_plan
     >>> layout = {"pp": 4, "ep": 1, "blocks_per_stage": [2, 3, 3, 4]}
@@ -44,7 +45,7 @@ def pipeline_layout(plan: PlanSpec) -> str:
     'Et*2|t*3|t*3|t*4L'
     """
     stages = [f"t*{len(blocks)}" if len(blocks) > 1 else "t" for blocks in plan.stages]
-    return "E" + "|".join(stages) + "L"
+    return "E" + "|".join(stages) + ("mL" if plan.mtp else "L")
 
 
 def _check(plan: PlanSpec, recompute_block: int | None) -> None:
@@ -96,6 +97,8 @@ def _flags(plan: PlanSpec, recompute_block: int | None) -> Iterator[str]:
     yield f"--global-batch-size {plan.micro_batch_size * plan.microbatches * layout.replicas}"
     yield f"--seq-length {plan.seq_len}"
     yield f"--max-position-embeddings {plan.seq_len}"
+    if plan.mtp:
+        yield "--mtp-num-layers 1"
     yield "--bf16"
     yield "--use-distributed-optimizer"
     yield from _residual_flags(plan, recompute_block)

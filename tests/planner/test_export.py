@@ -277,6 +277,12 @@ def test_megatron_layout_has_a_stage_a_part() -> None:
     assert pipeline_layout(plan) == "Et|t*5|t*6L"
 
 
+def test_megatron_places_the_multi_token_prediction_head_with_the_loss() -> None:
+    flags = text(small("1f1b", mtp=True), "megatron", "megatron.args")
+    assert "--mtp-num-layers 1" in flags
+    assert 't*6mL"' in flags
+
+
 @pytest.mark.parametrize("block", [1, 3, 5])
 def test_megatron_refuses_half_a_layer(block: int) -> None:
     with pytest.raises(SpecError, match=rf"recompute_block={block} .* of 2 sites each"):
