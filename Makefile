@@ -1,5 +1,6 @@
 # make demo   predict the paper's 27B model from shipped measurements; no GPU, no torch
 # make test   everything that CI runs
+# make docs   the site of the documents, in out/site
 #
 # Both create $(VENV) and install into it what they need. PYTHON picks the interpreter (3.11+).
 
@@ -9,13 +10,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types layers wheel pytest clean
+.PHONY: help demo test docs lint types layers wheel pytest clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -4
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -5
 
 demo: $(VENV)/.installed
 	$(BIN)/mhcplan predict mhc-27b --pp 8 --ep 8 --n 4 --microbatches 64 --schedule dualpipe --out out/demo
+
+docs: $(VENV)/.installed-test
+	$(BIN)/mkdocs build --strict
 
 test: lint types layers wheel pytest
 

@@ -131,15 +131,12 @@ def _predict(
     from mhcplan.planner.predict import predict as predict_step
     from mhcplan.planner.report_make import make_report
     from mhcplan.planner.uncertainty import intervals as intervals_of
-    from mhcplan.planner.uncertainty import measured_errors
-    from mhcplan.profiles.accuracy import shipped_rows
 
     plan = flags.plan(source)
     with progress(f"simulating {plan.model.name}"):
         prediction = predict_step(plan)
         command = shlex.join(["mhcplan", "predict", source, *flags.arguments()])
-        errors = measured_errors(shipped_rows()) if intervals else None
-        sure = intervals_of(prediction, errors) if intervals else None
+        sure = intervals_of(prediction) if intervals else None
         return prediction, make_report(prediction, command, sure)
 
 

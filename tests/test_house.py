@@ -1,10 +1,9 @@
-"""The house: documents whose commands run, pinned requirements, how it is packed, the gates."""
+"""The house: how it is packed, pinned requirements, the gates."""
 
 from __future__ import annotations
 
 import os
 import re
-import shlex
 import stat
 import subprocess
 import sys
@@ -15,108 +14,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 import mhcplan
-from mhcplan.planner.cli import main
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("sim", "kernels", "profiles", "planner", "runtime", "web")
-DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-
-
-def blocks(document: Path, language: str) -> Iterator[str]:
-    """Code blocks of a document whose info string is ``language``."""
-    text = document.read_text(encoding="utf-8")
-    yield from re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-
-
-def lines(language: str) -> list[str]:
-    """Lines of such blocks in all documents."""
-    return [
-        line
-        for document in DOCUMENTS
-        for block in blocks(document, language)
-        for line in block.splitlines()
-        if line and not line.startswith("#")
-    ]
-
-
-# -- documents -------------------------------------------------------------------------------------
-
-
-def test_readme_shows_commands() -> None:
-    assert len(lines("sh")) >= 8
-    assert "make demo" in lines("sh make")
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_commands_of_a_document_run_in_order(
-    document: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for block in blocks(document, "sh"):
-        for line in block.splitlines():
-            program, *words = shlex.split(line)
-            assert program == "mhcplan", line
-            with pytest.raises(SystemExit) as exit_:
-                main(words)
-            assert exit_.value.code == 0, f"{line}\n{capsys.readouterr().err}"
-
-
-def test_answer_in_the_readme_is_what_the_command_says(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    ((command, shown),) = re.findall(r"^```text (mhcplan .*)\n(.*?)^```", text, re.M | re.S)
-    with pytest.raises(SystemExit):
-        main(shlex.split(command)[1:])
-    said = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
-    for line in shown.splitlines():
-        assert line in said, f"README.md shows {line!r}; now it is {said[0]!r} and so on"
-
-
-def test_python_of_the_documents_runs() -> None:
-    for document in DOCUMENTS:
-        for block in blocks(document, "python"):
-            exec(compile(block, str(document), "exec"), {})
-
-
-def test_pip_lines_do_what_make_does() -> None:
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    demo = next(line for line in lines("sh pip") if "mhcplan predict" in line)
-    assert demo.removeprefix(".venv/bin/") in makefile
-    installs = [line for line in lines("sh pip") if "pip install" in line]
-    assert [shlex.split(line)[-1] for line in installs] == [".", ".[test]"]
-
-
-def test_make_targets_of_the_documents_exist() -> None:
-    for line in lines("sh make"):
-        done = subprocess.run(
-            [*shlex.split(line), "--dry-run"], cwd=ROOT, capture_output=True, check=False
-        )
-        assert done.returncode == 0, line
-
-
-def test_measure_options_of_the_documents_exist(capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("torch")
-    with pytest.raises(SystemExit):
-        main(["profile", "measure", "--help"])
-    options = capsys.readouterr().out
-    for line in lines("sh gpu"):
-        assert line.startswith("mhcplan profile measure "), line
-        for word in shlex.split(line):
-            assert not word.startswith("--") or word in options, line
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_links_within_the_repository_lead_somewhere(document: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
-        assert "://" in target or (document.parent / target).exists(), target
 
 
 # -- package ---------------------------------------------------------------------------------------

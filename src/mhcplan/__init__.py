@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mhcplan.planner.predict import predict
+    from mhcplan.planner.api import compare, export, predict
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "predict"]
+__all__ = ["__version__", "compare", "export", "predict"]
 
-_HOME = {"predict": "mhcplan.planner.predict"}
+_HOME = dict.fromkeys(__all__[1:], "mhcplan.planner.api")
 
 
 def __getattr__(name: str) -> object:

@@ -13,13 +13,6 @@ if TYPE_CHECKING:
 GOLDEN = Path(__file__).parent / "golden"
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """Adds the only way to rewrite golden files: ``pytest tests/planner --update-golden``."""
-    parser.addoption(
-        "--update-golden", action="store_true", help="rewrite golden files with today's output"
-    )
-
-
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
     """``golden(name, text)`` asserts that the file holds the text, or writes it there if asked."""

@@ -35,21 +35,23 @@ def varied(percent: float) -> Prediction:
 
 
 def test_ops_that_do_not_vary_make_no_interval() -> None:
-    found = intervals(varied(0))
+    found = intervals(varied(0), ModelErrors())
     assert found.step_time_ns == (small().step.timeline.step_ns,) * 2
     assert found.overhead_percent == pytest.approx((small().overhead_percent,) * 2)
     assert "100.0 % of op time has no recorded spread" in found.notes
 
 
 def test_equal_input_gives_equal_intervals_around_the_answer() -> None:
-    found = intervals(varied(5))
-    assert found == intervals(varied(5))
+    found = intervals(varied(5), ModelErrors())
+    assert found == intervals(varied(5), ModelErrors())
     low, high = found.step_time_ns
     assert low < small().step.timeline.step_ns < high
 
 
 def test_twice_the_spread_is_twice_the_interval() -> None:
-    (low, high), (lower, higher) = (intervals(varied(p)).step_time_ns for p in (1, 2))
+    (low, high), (lower, higher) = (
+        intervals(varied(p), ModelErrors()).step_time_ns for p in (1, 2)
+    )
     assert higher - lower == pytest.approx(2 * (high - low), rel=0.2)
 
 
@@ -106,7 +108,7 @@ def test_risk_of_running_out_is_the_share_of_draws_beyond_the_limit() -> None:
 
 
 def test_what_is_missing_is_said() -> None:
-    report = make_report(small(), "", intervals(varied(1)))
+    report = make_report(small(), "", intervals(varied(1), ModelErrors()))
     line = certainty(report)
     assert line.startswith("90 % of drawn runs: ")
     assert "the model's own error is not measured yet" in line

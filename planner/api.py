@@ -1,0 +1,261 @@
+"""The Python API: what the commands do, as functions whose results show themselves in a notebook.
+
+``import mhcplan`` has these functions. Plans are named as on the command line, by a preset, a plan
+file or a :class:`~mhcplan.planner.spec.PlanSpec`, and changed by keywords that are called as the
+flags are (``n=2``, ``recompute_block="none"``); ``settings`` reaches every other field by its path:
+
+>>> import mhcplan
+>>> answer = mhcplan.predict("mhc-3b", pp=2, microbatches=4, settings={"p2p": "grouped"})
+>>> answer.report.gpus
+16
+
+Every function raises :class:`~mhcplan.planner.spec.SpecError` for a plan that cannot be, and
+:class:`~mhcplan.profiles.schema.ProfileError` for one that cannot be priced; the message is the
+line that the command line would print.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mhcplan.planner import report_text
+from mhcplan.planner.cli_flags import FLAG_FIELDS
+from mhcplan.planner.plan_file import changed_plan, source_fields
+from mhcplan.planner.predict import predict as predict_step
+from mhcplan.planner.report_make import make_report
+from mhcplan.planner.spec import PlanSpec, SpecError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from mhcplan.planner.compare import Comparison
+    from mhcplan.planner.explain import Explanation
+    from mhcplan.planner.export_formats import ExportFormat
+    from mhcplan.planner.predict import Prediction
+    from mhcplan.planner.report import PlanReport
+    from mhcplan.planner.sides import Side
+
+Source = str | os.PathLike[str] | PlanSpec
+
+
+@dataclass(frozen=True, repr=False)
+class Predicted:
+    """A predicted plan.
+
+    Attributes:
+        report: every figure, as ``predict --json`` prints them.
+        prediction: the simulated steps themselves: programs, costs, timelines, memory.
+    """
+
+    report: PlanReport
+    prediction: Prediction
+
+    def explain(self) -> Explanation:
+        """Why the step takes as long as it does, and what would help: simulates a dozen plans."""
+        from mhcplan.planner.explain import explain
+
+        return explain(self.prediction, self.report.command)
+
+    def page(self) -> str:
+        """The HTML page with the timeline, as ``predict --out`` writes it."""
+        from mhcplan.planner.timeline_page import timeline_page
+
+        return timeline_page(self.prediction, self.report)
+
+    def __repr__(self) -> str:
+        """The answer in one line."""
+        return report_text.headline(self.report)
+
+    def _repr_html_(self) -> str:
+        lines = (report_text.headline(self.report), report_text.certainty(self.report))
+        return _html(lines, report_text.sections(self.report), report_text.remarks(self.report))
+
+
+@dataclass(frozen=True, repr=False)
+class Compared:
+    """Two steps side by side.
+
+    Attributes:
+        comparison: every figure, as ``compare --json`` prints them.
+        sides: what was compared, with its timelines where there are any.
+    """
+
+    comparison: Comparison
+    sides: tuple[Side, Side]
+
+    def page(self) -> str:
+        """The HTML page with both timelines, as ``compare --out`` writes it."""
+        from mhcplan.planner.compare_page import compare_page
+
+        return compare_page(self.comparison, *self.sides)
+
+    def __repr__(self) -> str:
+        """The answer in one line."""
+        from mhcplan.planner.compare_text import headline
+
+        return headline(self.comparison)
+
+    def _repr_html_(self) -> str:
+        from mhcplan.planner.compare_text import headline, remarks, sections
+
+        found = self.comparison
+        return _html((headline(found),), sections(found), tuple(remarks(found)))
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A step in another tool's format.
+
+    Attributes:
+        files: content by file name.
+        losses: what the format leaves out of this plan, a line each.
+    """
+
+    files: dict[str, str | bytes]
+    losses: tuple[str, ...]
+
+
+def predict(
+    source: Source = "mhc-27b",
+    /,
+    *,
+    settings: Mapping[str, object] | None = None,
+    intervals: bool = True,
+    **flags: object,
+) -> Predicted:
+    """Predict a training step: what mHC adds to its time and memory, and whether it fits.
+
+    Args:
+        source: a model preset, a plan file, or a plan.
+        settings: fields of the plan by their dotted path.
+        intervals: also say how sure the figures are, which takes about as long again.
+        flags: fields of the plan as the command line names them.
+    """
+    plan = plan_of(source, settings, **flags)
+    prediction = predict_step(plan)
+    return Predicted(_report(prediction, source, settings, flags, intervals), prediction)
+
+
+def compare(a: Source | Predicted, b: Source | Predicted, /) -> Compared:
+    """Lay two steps side by side: what changed, and what it did, op class by op class.
+
+    Args:
+        a: a preset or a plan file, with flags in one text (``"mhc-27b --n 2"``); a plan or what
+            was predicted of one; or the path of a report or a trace.
+        b: the same.
+    """
+    from mhcplan.planner.compare import compare_sides
+
+    sides = _side(a), _side(b)
+    command = shlex.join(["mhcplan", "compare", *(side.figures.name for side in sides)])
+    return Compared(compare_sides(*sides, command), sides)
+
+
+def export(
+    source: Source | Predicted,
+    /,
+    to: ExportFormat,
+    folder: str | os.PathLike[str] | None = None,
+    *,
+    settings: Mapping[str, object] | None = None,
+    **flags: object,
+) -> Exported:
+    """Write a predicted step in another tool's format.
+
+    Args:
+        source: a model preset, a plan file, a plan, or what was predicted of one.
+        to: stream-json, torch-csv, torchtitan, megatron, piper or perfetto.
+        folder: where to write the files; None writes none.
+        settings: fields of the plan by their dotted path.
+        flags: fields of the plan as the command line names them.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    from mhcplan.planner.export import export as export_step
+    from mhcplan.planner.output import write_files
+
+    if isinstance(source, Predicted):
+        if settings or flags:
+            raise SpecError("what was predicted cannot be changed: predict the changed plan")
+        prediction = source.prediction
+    else:
+        prediction = predict_step(plan_of(source, settings, **flags))
+    files, losses = export_step(prediction, to)
+    if folder is not None:
+        write_files(Path(folder), files)
+    return Exported(files, losses)
+
+
+def plan_of(
+    source: Source, settings: Mapping[str, object] | None = None, **flags: object
+) -> PlanSpec:
+    """The plan of ``source`` with these changes; raises SpecError."""
+    global_batch = flags.pop("global_batch", None)
+    changes: dict[str, object] = {}
+    for flag, value in flags.items():
+        if flag not in FLAG_FIELDS:
+            known = ", ".join([*FLAG_FIELDS, "global_batch"])
+            raise SpecError(f"{flag}={value!r} is not one of {known}; settings reaches the others")
+        changes[FLAG_FIELDS[flag]] = value
+    if not isinstance(global_batch, int | None):
+        raise SpecError(f"global_batch={global_batch!r} must be a whole number")
+    if isinstance(source, PlanSpec):
+        fields: dict[str, object] = source.model_dump(mode="json")
+    else:
+        fields = source_fields(os.fspath(source))
+    return changed_plan(fields, changes | dict(settings or {}), global_batch)
+
+
+def _report(
+    prediction: Prediction,
+    source: Source,
+    settings: Mapping[str, object] | None,
+    flags: Mapping[str, object],
+    intervals: bool,
+) -> PlanReport:
+    from mhcplan.planner.uncertainty import intervals as intervals_of
+
+    name = "plan.toml" if isinstance(source, PlanSpec) else os.fspath(source)
+    words = [f"--{flag.replace('_', '-')}={value}" for flag, value in flags.items()]
+    words += [f"--set={path}={_toml(value)}" for path, value in (settings or {}).items()]
+    command = shlex.join(["mhcplan", "predict", name, *words])
+    sure = intervals_of(prediction) if intervals else None
+    return make_report(prediction, command, sure)
+
+
+def _toml(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _side(source: Source | Predicted) -> Side:
+    from mhcplan.planner.compare_commands import plan_of_words
+    from mhcplan.planner.sides import predicted_side, read_side, side_of
+
+    if isinstance(source, Predicted):
+        return side_of(source.report.command, source.prediction, source.report)
+    if isinstance(source, PlanSpec):
+        return predicted_side(source.model.name, source)
+    return read_side(os.fspath(source), plan_of_words)
+
+
+def _html(
+    lines: Iterable[str], sections: Iterable[report_text.Section], remarks: Iterable[str]
+) -> str:
+    """What a notebook shows: lines, tables, remarks."""
+    from mhcplan.planner.timeline_page import table_html
+
+    said = "".join(f"<li>{escape(remark)}</li>" for remark in remarks)
+    return "".join(
+        [
+            *(f"<p><strong>{escape(line)}</strong></p>" for line in lines if line),
+            *map(table_html, sections),
+            f"<ul>{said}</ul>" if said else "",
+        ]
+    )
