@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import hashlib
 import statistics
 import sysconfig
@@ -137,6 +138,7 @@ def train(
     options: argparse.Namespace, settings: Settings, device: torch.device, until: float
 ) -> None:
     for name in options.runs:
+        gc.collect()  # a run before it holds itself in cycles, and its memory with it
         if not Training(name, settings, device).run(until):
             print("the minutes are over: run the same command again to go on")
             return
@@ -146,6 +148,7 @@ def train(
 def time_steps(options: argparse.Namespace, settings: Settings, device: torch.device) -> None:
     total = 0.0
     for name in options.runs:
+        gc.collect()
         training = Training(name, settings, device)
         seconds = []
         for _ in range(WARM_UP + TIMED_STEPS):
@@ -164,6 +167,7 @@ def time_steps(options: argparse.Namespace, settings: Settings, device: torch.de
 
 def time_recording(options: argparse.Namespace, settings: Settings, device: torch.device) -> None:
     for name in options.runs:
+        gc.collect()
         times = recording_cost(Training(name, settings, device), rounds=10)
         recorded, alone = map(statistics.median, times)
         print(

@@ -230,12 +230,15 @@ def _rows(recording: Recording) -> Iterator[Alarm]:
         return
     step = int(recording.steps[-1])
     limit = THRESHOLDS["rows"].value
-    if similarity.mean() > limit:
+    means = recording.figure("row_similarity")[:, :, 0].mean(1)
+    if means[-1] > limit:
+        least = int(means.argmin())
         yield Alarm(
             name="rows",
             step=step,
-            message=f"rows are near copies of each other: their mean cosine is"
-            f" {similarity.mean():.4f}, above {limit:g}",
+            message=f"rows are near copies of each other: their mean cosine is {means[-1]:.4f},"
+            f" above {limit:g}; its lowest was {means[least]:.4f} at step"
+            f" {recording.steps[least]}",
         )
     least = THRESHOLDS["row_lost"].value / n
     if share.min() < least:

@@ -220,6 +220,8 @@ def test_collapsing_rows_sound() -> None:
     records = calm_records()
     records["row_similarity"][-1] = 0.97
     assert names(records) == {"rows"}
+    (alarm,) = judge(recording(records)).alarms
+    assert "0.9700, above 0.95; its lowest was 0.3000 at step 3" in alarm.message
     records = calm_records()
     records["row_share"][-1, 2] = (0.999, 0.001)
     assert names(records) == {"row_lost"}
