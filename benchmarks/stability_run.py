@@ -56,6 +56,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "moe": {"num_experts": 4, "top_k": 2, "num_shared_experts": 1, "ffn_dim": 32},
     },
 }  # fmt: skip
+MODELS["deep"] = MODELS["tiny"] | {"name": "stability-deep", "num_blocks": 24}  # for a CPU
 
 
 @dataclass(frozen=True)
