@@ -8,7 +8,6 @@ price, is left out.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -18,18 +17,17 @@ from mhcplan.planner.plan_file import changed_plan
 from mhcplan.planner.predict import play, simulate
 from mhcplan.planner.recompute import resolve_recompute_block
 from mhcplan.planner.spec import Priority, ScheduleName, SpecError
-from mhcplan.profiles.costs import CostMissing, cost_table
+from mhcplan.profiles.costs import CostMissing
 from mhcplan.profiles.lookup import CostModel
 from mhcplan.sim.memory import memory_report
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
     from mhcplan.planner.predict import Prediction, Step
-    from mhcplan.profiles.costs import Cost
-    from mhcplan.profiles.schema import Overheads
+    from mhcplan.sim.device_kernels import Loads, Traffic
     from mhcplan.sim.program import CostTable, Program
 
     Mask = NDArray[np.bool_]
@@ -64,57 +62,83 @@ def counterfactuals(prediction: Prediction) -> Iterator[Counterfactual]:
 # -- the same program, other costs ----------------------------------------------------------------
 
 
-def _free(cost: Cost) -> Cost:
-    return replace(cost, duration_ns=0, host_ns=0, segments=())
+@dataclass(frozen=True)
+class Change:
+    """What some ops cost instead, as a factor of what they cost: on the stream, and to the host."""
+
+    time: float = 1.0
+    host: float = 1.0
 
 
-def _twice_as_fast(cost: Cost) -> Cost:
-    return replace(cost, duration_ns=math.ceil(cost.duration_ns / 2))
-
-
-def _issued_at_once(cost: Cost) -> Cost:
-    return replace(cost, host_ns=0)
+FREE = Change(time=0, host=0)
+TWICE_AS_FAST = Change(time=0.5)
+ISSUED_AT_ONCE = Change(host=0)
 
 
 def _other_costs(prediction: Prediction) -> Iterator[Counterfactual]:
     plan, step = prediction.plan, prediction.step
     program = step.program
     transfers = program.group >= 0
-    cases: tuple[tuple[str, Kind, Mask, Callable[[Cost], Cost]], ...] = (
-        ("mHC kernels free", "free", _of_category(program, "mhc"), _free),
-        ("recompute free", "free", _of_category(program, "recompute"), _free),
-        ("expert traffic free", "free", _of_traffic(program, "ep"), _free),
-        ("pipeline messages free", "free", _of_traffic(program, "pp"), _free),
-        ("gradient traffic free", "free", _of_traffic(program, "dp"), _free),
-        ("optimizer free", "free", _of_category(program, "optimizer"), _free),
-        ("network twice as fast", "faster", transfers, _twice_as_fast),
-        ("host free", "free", np.ones(program.num_ops, np.bool_), _issued_at_once),
+    everything = np.ones(program.num_ops, np.bool_)
+    cases: tuple[tuple[str, Kind, Mask, Change], ...] = (
+        ("mHC kernels free", "free", _of_category(program, "mhc"), FREE),
+        ("recompute free", "free", _of_category(program, "recompute"), FREE),
+        ("expert traffic free", "free", _of_traffic(program, "ep"), FREE),
+        ("pipeline messages free", "free", _of_traffic(program, "pp"), FREE),
+        ("gradient traffic free", "free", _of_traffic(program, "dp"), FREE),
+        ("optimizer free", "free", _of_category(program, "optimizer"), FREE),
+        ("network twice as fast", "faster", transfers, TWICE_AS_FAST),
+        ("host free", "free", everything, ISSUED_AT_ONCE),
     )
     for name, kind, ops, change in cases:
         if ops.any():
-            changed = changed_costs(step, ops, change, prediction.profile.overheads)
-            timeline = simulate(*changed, plan.engine)
+            timeline = simulate(*changed_costs(program, step.table, ops, change), plan.engine)
             yield Counterfactual(
                 name, kind, timeline.step_ns, plan.tokens_per_step, _device_bytes(step)
             )
 
 
 def changed_costs(
-    step: Step, ops: Mask, change: Callable[[Cost], Cost], overheads: Overheads
+    program: Program, table: CostTable, ops: Mask, change: Change
 ) -> tuple[Program, CostTable]:
-    """The step's program and costs with ``change`` made to the cost of ``ops`` and no others.
+    """The program and its costs with ``change`` made to the cost of ``ops`` and of no others.
 
     Ops of different classes may share a cost, so those in ``ops`` get cost keys of their own.
     """
-    program = step.program
     affected = np.unique(program.cost[ops])
-    renumbered = np.arange(len(step.costs))
-    renumbered[affected] = len(step.costs) + np.arange(len(affected))
+    renumbered = np.arange(len(program.cost_keys))
+    renumbered[affected] = len(program.cost_keys) + np.arange(len(affected))
     cost = np.where(ops, renumbered[program.cost], program.cost).astype(program.cost.dtype)
     numbers: list[int] = affected.tolist()
     keys = (*program.cost_keys, *(f"{program.cost_keys[i]} changed" for i in numbers))
-    costs = (*step.costs, *(change(step.costs[i]) for i in numbers))
-    return replace(program, cost=cost, cost_keys=keys), cost_table(costs, overheads)
+    duration, host = table.duration_ns, table.host_ns
+    more = replace(
+        table,
+        duration_ns=np.append(duration, _scaled(duration[affected], change.time)),
+        host_ns=np.append(host, _scaled(host[affected], change.host)),
+        workspace_bytes=np.append(table.workspace_bytes, table.workspace_bytes[affected]),
+        loads=table.loads and _with_changed_loads(table.loads, numbers, change.time),
+    )
+    return replace(program, cost=cost, cost_keys=keys), more
+
+
+def _scaled(ns: NDArray[np.int64], factor: float) -> NDArray[np.int64]:
+    return np.ceil(ns * factor).astype(np.int64)
+
+
+def _with_changed_loads(loads: Loads, affected: Sequence[int], time: float) -> Loads:
+    """What ops that take ``time`` as long put on a GPU: nothing, if they take none."""
+    kernels = (loads.kernels[i] if time else () for i in affected)
+    traffic = (loads.traffic[i] for i in affected)
+    faster = (load and _faster(load, time) for load in traffic)
+    return replace(loads, kernels=(*loads.kernels, *kernels), traffic=(*loads.traffic, *faster))
+
+
+def _faster(load: Traffic, time: float) -> Traffic:
+    if not time:
+        return replace(load, ctas=0, fixed_ns=0, chain_ns=0, sent_hbm_bytes=0,
+                       received_hbm_bytes=0, link_share=0.0)  # fmt: skip
+    return replace(load, fixed_ns=round(load.fixed_ns * time), chain_ns=round(load.chain_ns * time))
 
 
 def _of_category(program: Program, name: str) -> Mask:

@@ -137,7 +137,7 @@ def step_ratios(step: Step, common: Floats, draws: np.random.Generator) -> Float
     )
     own_ns = np.sqrt(1 - COMMON_SHARE) * sigma_ns
     graph = StepGraph(replace(program, cost=np.arange(program.num_ops, dtype=np.int32)))
-    each = replace(table, duration_ns=duration, host_ns=table.host_ns[program.cost])
+    each = replace(table, duration_ns=duration, host_ns=table.host_ns[program.cost], loads=None)
     (reference,) = graph.step_ns([each])
     steps = np.empty(len(common))
     for i, factors in enumerate(common):

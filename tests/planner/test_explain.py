@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mhcplan.planner.cli import main
-from mhcplan.planner.counterfactuals import _free, changed_costs
+from mhcplan.planner.counterfactuals import FREE, Change, changed_costs
 from mhcplan.planner.explain import Explanation, explain, phase_ends_ns
 from mhcplan.planner.explain_text import sections, sentences
 from mhcplan.planner.predict import Prediction, predict, simulate
@@ -86,7 +86,7 @@ def test_changed_costs_touch_the_chosen_ops_only() -> None:
     norms = np.flatnonzero([step.program.kinds[k] == "norm" for k in step.program.kind])
     chosen = np.zeros(step.program.num_ops, np.bool_)
     chosen[norms[::2]] = True
-    program, table = changed_costs(step, chosen, _free, prediction.profile.overheads)
+    program, table = changed_costs(step.program, step.table, chosen, FREE)
     duration, before = table.duration_ns[program.cost], step.table.duration_ns[step.program.cost]
     assert (duration[chosen] == 0).all()
     assert (duration[~chosen] == before[~chosen]).all()
@@ -96,10 +96,10 @@ def test_changed_costs_touch_the_chosen_ops_only() -> None:
 def test_nothing_changed_and_everything_free_are_the_step_and_nothing() -> None:
     prediction = small()
     everything = np.ones(prediction.step.program.num_ops, np.bool_)
-    overheads = prediction.profile.overheads
-    same = changed_costs(prediction.step, everything, lambda cost: cost, overheads)
+    step = prediction.step
+    same = changed_costs(step.program, step.table, everything, Change())
     assert simulate(*same, "compiled").step_ns == prediction.step.timeline.step_ns
-    free = changed_costs(prediction.step, everything, _free, overheads)
+    free = changed_costs(step.program, step.table, everything, FREE)
     assert simulate(*free, "compiled").step_ns == 0
 
 
