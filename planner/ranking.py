@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from mhcplan.planner.lowering import lower
 from mhcplan.planner.recompute import resolve_recompute_block
 from mhcplan.planner.spec import SpecError
-from mhcplan.profiles.lookup import CostModel
+from mhcplan.profiles.lookup import cost_model_of
 from mhcplan.profiles.schema import ProfileError
 from mhcplan.sim.longest_path import StepGraph
 from mhcplan.sim.memory import memory_of, memory_report
@@ -99,7 +99,7 @@ class _Estimator:
     """Estimates under one profile; keeps its prices and the step times of baselines."""
 
     def __init__(self, profile: Profile) -> None:
-        self._model = CostModel(profile)
+        self._model = cost_model_of(profile)
         self._limit_bytes = profile.hardware.memory_bytes
         self._baselines_ns: dict[str, int] = {}
 

@@ -46,6 +46,25 @@ _STAND_IN = {
 }  # fmt: skip
 
 
+_MODELS_KEPT = 4
+_models: dict[str, CostModel] = {}
+
+
+def cost_model_of(profile: Profile) -> CostModel:
+    """Prices under a profile; those of the last few profiles are kept, as are their answers.
+
+    Raises:
+        ProfileError: the profile lacks a rate that the roofline needs.
+    """
+    found = _models.get(profile.digest)
+    if found is None:
+        found = CostModel(profile)
+        while len(_models) >= _MODELS_KEPT:
+            _models.pop(next(iter(_models)), None)
+        _models[profile.digest] = found
+    return found
+
+
 class CostModel:
     """Prices the ops and transfers of a step on the machine of ``profile``.
 

@@ -24,8 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from mhcplan.sim.intervals import Union, fresh_lengths
-from mhcplan.sim.order import NO_OP, batch_first, waited_ops
-from mhcplan.sim.program import match_transfers
+from mhcplan.sim.order import NO_OP, order_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -165,7 +164,7 @@ def _add_busy(axis: _Axis, ns: Ints) -> None:
         ops = np.flatnonzero(ran & (urgency == level))
         begin, end = axis.begin[ops], axis.end[ops]
         fresh = end - begin - seen.common(begin, end)
-        np.add.at(ns, (program.rank[ops], class_[ops]), fresh)
+        np.add.at(ns.reshape(-1), program.rank[ops] * len(CLASSES) + class_[ops], fresh)
         seen = Union.of(np.concatenate([seen.begin, begin]), np.concatenate([seen.end, end]))
 
 
@@ -270,9 +269,10 @@ def _awaited_transfers(axis: _Axis, gaps: _Gaps) -> tuple[Ints, Ints]:
 def _data_ready_ns(axis: _Axis) -> Ints:
     """For every transfer op, when the ops that its senders wait for had ended."""
     program = axis.program
-    first, meeting = batch_first(program), match_transfers(program)
+    order = order_of(program)
+    first, meeting = order.first, order.meeting
     ready = np.zeros(program.num_ops, np.int64)
-    np.maximum.at(ready, first[program.waits.owners], axis.end_ns[waited_ops(program)])
+    np.maximum.at(ready, first[program.waits.owners], axis.end_ns[order.waited.values])
     senders = np.flatnonzero((meeting >= 0) & (program.is_send | (program.peer < 0)))
     by_meeting = np.zeros(int(meeting.max(initial=-1)) + 1, np.int64)
     np.maximum.at(by_meeting, meeting[senders], ready[first[senders]])
