@@ -282,6 +282,7 @@ class Training:
                     continue
                 late = time.monotonic() > until
                 if late or self.step_number % s.save_every == 0 or self.step_number == s.steps:
+                    recorder.flush()
                     self._save()
                 if self.step_number % (10 * s.every) == 0 or late:
                     loss = self.trainer.losses()[0]

@@ -7,8 +7,8 @@
             recorder.step(loss, gradient_norm)
             optimizer.step()
 
-:meth:`Recorder.attach` hooks the sites of :mod:`mhcplan.kernels.modules`; code that is made of
-explicit parts hands over states and gradients itself (:meth:`Recorder.state`,
+:meth:`Recorder.attach` hooks the sites of :mod:`mhcplan.kernels.modules` (not compiled ones); code
+that is made of explicit parts hands over states and gradients itself (:meth:`Recorder.state`,
 :meth:`Recorder.gradient`). ``mhcplan diagnose`` reads the file.
 
 On most steps nothing happens but that two scalars are noted. On every ``every``-th, a few tokens'
@@ -79,7 +79,7 @@ class Recorder:
         if first_step % every:
             raise ValueError(f"first_step={first_step} must be a multiple of every={every}")
         self.sites, self.every, self.tokens = tuple(sites), every, tokens
-        self._step, self._noted, self._began = first_step, 0, time.monotonic()
+        self._step, self._began = first_step, time.monotonic()
         self._shapes = figure_shapes(len(sites), sites[0].expansion_rate)
         dtype = record_dtype(every, self._shapes)
         known = about_sites(sites, every, tokens) | dict(about or {})
@@ -176,20 +176,21 @@ class Recorder:
         curve = self._curve.to(self._states.device)
         flat = torch.cat([curve.flatten(), *(made[name].flatten() for name in self._shapes)])
         self.last_states, self._states, self._gradients = self._states, None, None
-        self._flush()
-        elapsed_s = time.monotonic() - self._began
-        if not flat.is_cuda:
-            self._pending = flat, self._step, elapsed_s, None
-            self._flush()
-            return
-        host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
-        host.copy_(flat, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self._pending = host, self._step, elapsed_s, event
+        self.flush()  # the record before: it arrived long ago
+        host, event = flat, None
+        if flat.is_cuda:
+            host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
+            host.copy_(flat, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._pending = host, self._step, time.monotonic() - self._began, event
+        if event is None:
+            self.flush()
 
-    def _flush(self) -> None:
-        """Write the record that is on its way; it arrived long ago, unless the run ends."""
+    def flush(self) -> None:
+        """Write the record that is on its way, if one is; call it before saving a checkpoint, so
+        that a run that goes on from there misses none.
+        """
         if self._pending is None:
             return
         values, step, elapsed_s, event = self._pending
@@ -203,7 +204,7 @@ class Recorder:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        self._flush()
+        self.flush()
         self._writer.close()
 
     def __enter__(self) -> Self:

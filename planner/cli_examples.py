@@ -28,6 +28,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "mhcplan explain mhc-27b",
         "mhcplan explain plan.toml --priority none",
     ),
+    "diagnose": (
+        "mhcplan diagnose run.recording",
+        "mhcplan diagnose hc.recording mhc.recording --out out",
+        "mhcplan diagnose checkpoint.pt --sinkhorn-steps 20",
+    ),
     "init": (
         "mhcplan init mhc-27b -o plan.toml",
         "mhcplan init --from config.json --pp 8 -o plan.toml",
