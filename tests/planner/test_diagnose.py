@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import zlib
-from typing import TYPE_CHECKING
+from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -14,9 +15,7 @@ from hypothesis import strategies as st
 from mhcplan.planner.cli import main
 from mhcplan.planner.diagnose import THRESHOLDS, Diagnosis, judge
 from mhcplan.planner.diagnose_file import Recording, RecordingError, read_recording
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from mhcplan.planner.report import json_schema
 
 L, N, EVERY, RECORDS = 3, 2, 4, 40
 PAIRS = (
@@ -290,6 +289,14 @@ def test_json_is_one_object_a_recording(tmp_path: Path, capsys: pytest.CaptureFi
     assert run(str(tmp_path / "a"), str(tmp_path / "a"), "--json") == 0
     lines = capsys.readouterr().out.splitlines()
     assert [Diagnosis.model_validate_json(line).name for line in lines] == ["a", "a"]
+
+
+def test_published_schema_is_current() -> None:
+    file = Path(__file__).parents[2] / "docs" / "schemas" / "diagnosis.schema.json"
+    text = json_schema(Diagnosis, "mhcplan diagnosis, version 1")
+    assert file.read_text(encoding="utf-8") == text, "write json_schema(...) to this file"
+    verdict = json.loads(judge(recording(calm_records())).model_dump_json())
+    jsonschema.Draft202012Validator(json.loads(text)).validate(verdict)
 
 
 def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
