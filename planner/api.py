@@ -21,8 +21,11 @@ import os
 import shlex
 from dataclasses import dataclass
 from html import escape
+from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
+
+from rich.console import Console
 
 from mhcplan.planner import report_text
 from mhcplan.planner.cli_flags import FLAG_FIELDS
@@ -30,6 +33,7 @@ from mhcplan.planner.plan_file import changed_plan, source_fields
 from mhcplan.planner.predict import predict as predict_step
 from mhcplan.planner.report_make import make_report
 from mhcplan.planner.spec import PlanSpec, SpecError
+from mhcplan.planner.sweep_axes import GLOBAL_BATCH, Axis
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -40,8 +44,12 @@ if TYPE_CHECKING:
     from mhcplan.planner.predict import Prediction
     from mhcplan.planner.report import PlanReport
     from mhcplan.planner.sides import Side
+    from mhcplan.planner.sweep import Sweep
+    from mhcplan.planner.sweep_row import SweepRow
 
 Source = str | os.PathLike[str] | PlanSpec
+
+_WIDTH = 110  # columns of a sweep's table
 
 
 @dataclass(frozen=True, repr=False)
@@ -108,6 +116,49 @@ class Compared:
         return _html((headline(found),), sections(found), tuple(remarks(found)))
 
 
+@dataclass(frozen=True, repr=False)
+class Swept:
+    """A sweep.
+
+    Attributes:
+        sweep: its rows in the order of its combinations, and what was noted on the way.
+    """
+
+    sweep: Sweep
+
+    @property
+    def best(self) -> list[SweepRow]:
+        """Predicted rows, those that fit first, by tokens a second of a GPU."""
+        from mhcplan.planner.sweep import ranked
+
+        return ranked(self.sweep.rows)
+
+    def records(self) -> list[dict[str, object]]:
+        """A flat dictionary a row, as ``pandas.DataFrame`` takes them."""
+        records: list[dict[str, object]] = []
+        for row in self.sweep.rows:
+            figures = row.figures.model_dump() if row.figures else {}
+            about = {"status": row.status, "reason": row.reason, "gpus": row.gpus}
+            records.append({**row.values, **about, **figures})
+        return records
+
+    def __repr__(self) -> str:
+        """The table, as the command prints it."""
+        console = Console(file=StringIO(), record=True, width=_WIDTH, color_system=None)
+        self._print(console)
+        return console.export_text()
+
+    def _repr_html_(self) -> str:
+        console = Console(file=StringIO(), record=True, width=_WIDTH)
+        self._print(console)
+        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+
+    def _print(self, console: Console) -> None:
+        from mhcplan.planner.sweep_text import print_sweep
+
+        print_sweep(self.sweep, console)
+
+
 @dataclass(frozen=True)
 class Exported:
     """A step in another tool's format.
@@ -140,6 +191,42 @@ def predict(
     plan = plan_of(source, settings, **flags)
     prediction = predict_step(plan)
     return Predicted(_report(prediction, source, settings, flags, intervals), prediction)
+
+
+def sweep(
+    source: Source = "mhc-27b",
+    /,
+    *,
+    settings: Mapping[str, object] | None = None,
+    fast: bool = False,
+    jobs: int | None = None,
+    store: str | os.PathLike[str] | None = None,
+    **flags: object,
+) -> Swept:
+    """Predict every combination of some fields' values; illegal ones are rows with the reason.
+
+    Args:
+        source: a model preset, a plan file, or a plan.
+        settings: fields of the plan by their dotted path: a list of values, or one.
+        fast: estimate by a lower bound, and let the engine play the best five.
+        jobs: processes; None is one a core.
+        store: file of finished points, so that none is ever worked out twice; None keeps none.
+        flags: fields of the plan as the command line names them: a list of values, or one.
+
+    Raises:
+        StoreError: the store cannot be opened.
+    """
+    from mhcplan.planner.sweep import SweepOptions
+    from mhcplan.planner.sweep import sweep as sweep_plans
+
+    values = _by_path(flags) | dict(settings or {})
+    axes = [Axis(path, _values(given)) for path, given in values.items()]
+    options = SweepOptions(
+        method="estimate" if fast else "engine",
+        jobs=jobs,
+        store=None if store is None else Path(store),
+    )
+    return Swept(sweep_plans(_named(source), axes, options))
 
 
 def compare(a: Source | Predicted, b: Source | Predicted, /) -> Compared:
@@ -197,20 +284,25 @@ def plan_of(
     source: Source, settings: Mapping[str, object] | None = None, **flags: object
 ) -> PlanSpec:
     """The plan of ``source`` with these changes; raises SpecError."""
-    global_batch = flags.pop("global_batch", None)
-    changes: dict[str, object] = {}
-    for flag, value in flags.items():
-        if flag not in FLAG_FIELDS:
-            known = ", ".join([*FLAG_FIELDS, "global_batch"])
-            raise SpecError(f"{flag}={value!r} is not one of {known}; settings reaches the others")
-        changes[FLAG_FIELDS[flag]] = value
+    changes = _by_path(flags)
+    global_batch = changes.pop(GLOBAL_BATCH, None)
     if not isinstance(global_batch, int | None):
         raise SpecError(f"global_batch={global_batch!r} must be a whole number")
-    if isinstance(source, PlanSpec):
-        fields: dict[str, object] = source.model_dump(mode="json")
-    else:
-        fields = source_fields(os.fspath(source))
-    return changed_plan(fields, changes | dict(settings or {}), global_batch)
+    return changed_plan(source_fields(_named(source)), changes | dict(settings or {}), global_batch)
+
+
+def _by_path(flags: Mapping[str, object]) -> dict[str, object]:
+    """Values by the field path that a flag stands for."""
+    known = FLAG_FIELDS | {GLOBAL_BATCH: GLOBAL_BATCH}
+    for flag, value in flags.items():
+        if flag not in known:
+            names = ", ".join(known)
+            raise SpecError(f"{flag}={value!r} is not one of {names}; settings reaches the others")
+    return {known[flag]: value for flag, value in flags.items()}
+
+
+def _named(source: Source) -> str | PlanSpec:
+    return source if isinstance(source, PlanSpec) else os.fspath(source)
 
 
 def _report(
@@ -228,6 +320,13 @@ def _report(
     command = shlex.join(["mhcplan", "predict", name, *words])
     sure = intervals_of(prediction) if intervals else None
     return make_report(prediction, command, sure)
+
+
+def _values(given: object) -> tuple[Any, ...]:
+    """Values of an axis: those of a list or a range, or one."""
+    if isinstance(given, list | tuple | range):
+        return tuple(cast("list[object]", given))
+    return (given,)
 
 
 def _toml(value: object) -> str:

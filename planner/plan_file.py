@@ -152,8 +152,8 @@ def parse_setting(text: str) -> tuple[str, object]:
     return path, parsed["value"] if set(parsed) == {"value"} else value.strip()
 
 
-def source_fields(source: str) -> Fields:
-    """The fields that a preset's name, a plan file or a model's config.json gives.
+def source_fields(source: str | PlanSpec) -> Fields:
+    """The fields that a preset's name, a plan file, a model's config.json or a plan gives.
 
     Those of a plan file are not yet validated.
 
@@ -161,6 +161,8 @@ def source_fields(source: str) -> Fields:
         SpecError: no such preset or file, or see :func:`read_plan` and
             :func:`mhcplan.planner.hf_config.model_of_config`.
     """
+    if isinstance(source, PlanSpec):
+        return source.model_dump(mode="json")
     if source in MODELS:
         return {"model": source}
     path = Path(source)

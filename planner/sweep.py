@@ -99,7 +99,7 @@ class SweepOptions:
 
 
 def sweep(
-    source: str,
+    source: str | PlanSpec,
     axes: Sequence[Axis],
     options: SweepOptions = SweepOptions(),
     report: Callable[[Progress], None] = lambda _: None,
@@ -109,7 +109,7 @@ def sweep(
     Ctrl-C leaves what is finished in the store.
 
     Args:
-        source: a model preset, or a plan file, that the values change.
+        source: a model preset, a plan file, or a plan, that the values change.
         axes: fields and their values.
         options: how to work it out.
         report: called whenever points were finished.
@@ -127,7 +127,7 @@ def sweep(
 class SweepRun:
     """A sweep on its way, whose finished part can be asked for at any time."""
 
-    def __init__(self, source: str, axes: Sequence[Axis], options: SweepOptions) -> None:
+    def __init__(self, source: str | PlanSpec, axes: Sequence[Axis], options: SweepOptions) -> None:
         """List the combinations; raises as :func:`sweep`."""
         self._options = options
         self._points = list(points(source_fields(source), axes))

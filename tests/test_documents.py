@@ -151,5 +151,5 @@ def test_site_is_built_without_a_warning_and_has_every_command(tmp_path: Path) -
     for name in ("predict", "compare", "explain", "profile measure"):
         assert f"mhcplan {name}" in commands
     functions = (tmp_path / "api.html").read_text(encoding="utf-8")
-    for name in ("predict", "compare", "export"):
+    for name in ("predict", "sweep", "compare", "export"):
         assert f'id="mhcplan.planner.api.{name}"' in functions

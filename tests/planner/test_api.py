@@ -154,3 +154,34 @@ def test_prediction_explains_itself_and_draws_its_page(answer: Predicted) -> Non
 def test_plan_is_what_was_predicted(answer: Predicted) -> None:
     assert isinstance(answer.report.plan, PlanSpec)
     assert mhcplan.predict(answer.report.plan).report.step_time_ns == answer.report.step_time_ns
+
+
+def test_sweep_takes_lists_and_single_values(profile: str, tmp_path: Path) -> None:
+    found = mhcplan.sweep(
+        "mhc-3b", n=[2, 4], pp=(2, 3), microbatches=4, profile=profile, jobs=1,
+        settings={"layout.gpus_per_node": [8]}, store=tmp_path / "points.sqlite",
+    )  # fmt: skip
+    records = found.records()
+    assert [(r["residual.expansion_rate"], r["layout.pp"]) for r in records] == [
+        (2, 2), (2, 3), (4, 2), (4, 3),
+    ]  # fmt: skip
+    assert [r["status"] for r in records] == ["predicted", "illegal", "predicted", "illegal"]
+    one = mhcplan.predict("mhc-3b", n=2, **FLAGS, profile=profile, intervals=False).report
+    assert records[0]["step_time_ns"] == one.step_time_ns
+    assert found.best[0].values["residual.expansion_rate"] == 2
+    assert "4 combinations" in repr(found)
+    assert "".join(Texts(found._repr_html_()).texts).split() == repr(found).split()
+    again = mhcplan.sweep(
+        "mhc-3b", n=[2, 4], pp=(2, 3), microbatches=4, profile=profile, jobs=1,
+        settings={"layout.gpus_per_node": [8]}, store=tmp_path / "points.sqlite",
+    )  # fmt: skip
+    assert again.sweep.stored == 2
+
+
+def test_sweep_of_a_plan(answer: Predicted) -> None:
+    rows = mhcplan.sweep(answer.report.plan, n=[1, 2], jobs=1).sweep.rows
+    assert [row.values for row in rows] == [
+        {"residual.expansion_rate": 1}, {"residual.expansion_rate": 2},
+    ]  # fmt: skip
+    with pytest.raises(SpecError, match="tp=2 is not one of"):
+        mhcplan.sweep("mhc-3b", tp=2)
