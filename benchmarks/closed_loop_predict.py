@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.closed_loop_rows import BLIND, SETS, missing_fields
+from benchmarks.closed_loop_rows import BLIND, SETS
 from mhcplan.planner.claim import claim, programs_of
 from mhcplan.planner.spec import PlanSpec, make_plan
 from mhcplan.profiles.accuracy import BASELINE, MHC, Claim, append_lines, latest, read_lines
@@ -35,15 +35,12 @@ PREDICTIONS = Path(__file__).parents[1] / "profiles" / "data" / "predictions.jso
 
 
 def plans_of(sets: Iterable[str], profile: str) -> dict[tuple[str, str], PlanSpec]:
-    """Plans by (set, row); rows that this version cannot express are named and left out."""
-    found: dict[tuple[str, str], PlanSpec] = {}
-    for set_ in sets:
-        for name, fields in SETS[set_].items():
-            if missing := missing_fields(fields):
-                print(f"{name}: left out, plans have no {', '.join(missing)} yet")
-                continue
-            found[set_, name] = make_plan({**fields, "profile": profile})
-    return found
+    """Plans by (set, row)."""
+    return {
+        (set_, name): make_plan({**fields, "profile": profile})
+        for set_ in sets
+        for name, fields in SETS[set_].items()
+    }
 
 
 def unmeasured(plans: Iterable[PlanSpec], profile: Profile) -> list[OpKey]:

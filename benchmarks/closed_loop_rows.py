@@ -1,14 +1,11 @@
 """The rows of the closed loop: what is predicted, then run, by set.
 
-Every set runs on one number of GPUs (``GPUS``). A field that this version's plans lack leaves its
-rows out; :func:`missing_fields` says which.
+Every set runs on one number of GPUs (``GPUS``).
 """
 
 from __future__ import annotations
 
 from typing import Any
-
-from mhcplan.planner.spec import PlanSpec
 
 Fields = dict[str, Any]
 
@@ -33,6 +30,8 @@ def row(
     """A plan as ``make_plan`` takes it."""
     if schedule.startswith("dualpipe"):
         fields.setdefault("p2p", "grouped" if pp > 1 else "eager")
+    fields.setdefault("contention", "on")
+    fields.setdefault("max_connections", 32)  # as the runtime sets it
     return {
         "model": model(hidden, blocks),
         "residual": {"expansion_rate": n, "recompute_block": recompute},
@@ -114,7 +113,7 @@ TINY_MODEL: Fields = {
 
 def tiny(schedule: str, n: int, *, blocks: int = 4, **options: Any) -> Fields:  # noqa: ANN401
     """A row that CPUs run in no time: is the script sound?"""
-    small = {"model": TINY_MODEL | {"num_blocks": blocks}, "engine": "simpy"}
+    small = {"model": TINY_MODEL | {"num_blocks": blocks}, "contention": "off"}
     return row(schedule, n, 2 if n > 1 else "none", tokens=64, **options) | small
 
 
@@ -134,8 +133,3 @@ SETS: dict[str, dict[str, Fields]] = {
 }  # fmt: skip
 GPUS = {"pp2": 2, "ep2": 2, "ablation": 2, "four": 4, "eight": 8, "dry4": 4, "dry8": 8}
 BLIND = ("pp2", "ep2", "four", "eight")  # sets whose rows judge the model
-
-
-def missing_fields(fields: Fields) -> list[str]:
-    """Fields of a row that plans do not have in this version."""
-    return sorted(set(fields) - set(PlanSpec.model_fields))

@@ -17,14 +17,13 @@ import numpy as np
 
 import mhcplan
 from mhcplan.planner.lowering import lower
-from mhcplan.planner.predict import simulate
+from mhcplan.planner.predict import play, simulate
 from mhcplan.planner.recompute import resolve_recompute_block
 from mhcplan.profiles.accuracy import (
     BASELINE,
     MHC,
     RESOURCES,
     Claim,
-    Mode,
     ProgramClaim,
     Resource,
     StepClaim,
@@ -34,16 +33,18 @@ from mhcplan.profiles.accuracy import (
 from mhcplan.profiles.lookup import CostModel
 from mhcplan.profiles.store import find_profile
 from mhcplan.sim.files import program_json
-from mhcplan.sim.memory import memory_of, memory_report
+from mhcplan.sim.memory import memory_report
 
 if TYPE_CHECKING:
+    from mhcplan.planner.predict import Step
     from mhcplan.planner.spec import PlanSpec
     from mhcplan.profiles.schema import Profile
-    from mhcplan.sim.program import CostTable, Program
+    from mhcplan.sim.program import Program
     from mhcplan.sim.timeline import Timeline
 
+    Lines = dict[Resource | None, Timeline]  # by what took longer; None: nothing did
+
 _NUDGE = 1.02  # factor on durations that elasticities are taken over
-MODES: tuple[Mode, ...] = ("issued", "captured")
 
 
 def programs_of(plan: PlanSpec) -> dict[str, Program]:
@@ -73,45 +74,44 @@ def claim(plan: PlanSpec, row: str, set_: str, profile: Profile | None = None) -
     profile = profile or find_profile(plan.profile)
     models: dict[Resource | None, CostModel] = {None: CostModel(profile)}
     models |= {r: CostModel(scaled(profile, r, _NUDGE)) for r in RESOURCES}
+    plans = {MHC: plan} if plan.residual.is_plain else {MHC: plan, BASELINE: plan.baseline()}
     return Claim(
         row=row, set=set_, gpus=plan.layout.gpus, plan=plan.model_dump(mode="json"),
         plan_digest=plan.digest(), profile=profile.name, profile_digest=profile.digest,
         mhcplan_version=mhcplan.__version__,
         written=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        programs={
-            name: _program_claim(program, plan, models)
-            for name, program in programs_of(plan).items()
-        },
+        programs={name: _program_claim(plan, models) for name, plan in plans.items()},
     )  # fmt: skip
 
 
-def _program_claim(
-    program: Program, plan: PlanSpec, models: dict[Resource | None, CostModel]
-) -> ProgramClaim:
-    tables = {name: model.table(program.cost_keys) for name, model in models.items()}
-    steps: dict[Mode, StepClaim] = {}
-    lines: dict[Mode, Timeline] = {}
-    for mode in MODES:
-        played = {
-            name: simulate(program, _as_run(table, mode), plan.engine)
-            for name, table in tables.items()
-        }
-        lines[mode] = line = played[None]
-        elasticity: dict[Resource, float] = {
-            resource: math.log(played[resource].step_ns / line.step_ns) / math.log(_NUDGE)
-            for resource in RESOURCES
-        }
-        steps[mode] = StepClaim(step_ns=line.step_ns, elasticity=elasticity)
-    memory = memory_report(program, tables[None], memory_of(program, tables[None]))
+def _program_claim(plan: PlanSpec, models: dict[Resource | None, CostModel]) -> ProgramClaim:
+    block = resolve_recompute_block(plan)
+    played: dict[Resource | None, Step] = {
+        name: play(plan, model, block) for name, model in models.items()
+    }
+    step = played[None]
+    issued: Lines = {name: of.timeline for name, of in played.items()}
+    captured: Lines = {name: _captured(of, plan) for name, of in played.items()}
+    memory = memory_report(step.program, step.table, step.memory)
     return ProgramClaim(
-        program_digest=program_digest(program),
-        steps=steps,
+        program_digest=program_digest(step.program),
+        steps={"issued": _step_claim(issued), "captured": _step_claim(captured)},
         peak_bytes=tuple(rank["peak_bytes"] for rank in memory),
         reserved_bytes=tuple(rank["reserved_bytes"] for rank in memory),
-        timeline=figures_of(program, lines["captured"]),
+        timeline=figures_of(step.program, captured[None]),
     )
 
 
-def _as_run(table: CostTable, mode: Mode) -> CostTable:
-    """A captured step has no host."""
-    return table if mode == "issued" else replace(table, host_ns=np.zeros_like(table.host_ns))
+def _captured(step: Step, plan: PlanSpec) -> Timeline:
+    """The step as a CUDA graph: no op takes time of the host."""
+    table = replace(step.table, host_ns=np.zeros_like(step.table.host_ns))
+    return simulate(step.program, table, plan.engine)
+
+
+def _step_claim(lines: Lines) -> StepClaim:
+    step_ns = lines[None].step_ns
+    elasticity: dict[Resource, float] = {
+        resource: math.log(lines[resource].step_ns / step_ns) / math.log(_NUDGE)
+        for resource in RESOURCES
+    }
+    return StepClaim(step_ns=step_ns, elasticity=elasticity)
