@@ -122,7 +122,7 @@ class Chunk:
             self._op("unpermute", "F", self.work.post_stream(is_ffn=True),
                      self._keys.unpermute("F"), site=j, reads=[f"ret{j}", f"route{j}", *shared],
                      new=[self._hidden(f"f{j}")],
-                     dead=[*dead, *self._kept.unless_left(f"ret{j}", j)])  # fmt: skip
+                     dead=[*dead, *self._kept.dead_if_again(f"ret{j}", j)])  # fmt: skip
         self._post_forward(j)
 
     def leave(self) -> None:
@@ -339,7 +339,7 @@ class Chunk:
             source = f"u{j}"
         self._op("norm", "F", self.work.pre_stream, self._keys.hidden("norm", "F"), site=j,
                  reads=[source], new=[self._hidden(f"h{j}")],
-                 dead=self._kept.if_rebuilt(source))  # fmt: skip
+                 dead=self._kept.dead_if_rebuilt(source))  # fmt: skip
 
     def _post_forward(self, j: int) -> None:
         stream = self.work.post_stream(is_ffn=j % SITES_PER_BLOCK == 1)
@@ -433,7 +433,7 @@ class Chunk:
         key = self._keys.experts("F")
         returned = f"ret{mark}{j}"
         made = f"y{mark}{j}" if self.work.ep > 1 else returned
-        dead = self._kept.unless_left(rows, j) if run is _FIRST else []
+        dead = self._kept.dead_if_again(rows, j) if run is _FIRST else []
         self._op("experts", run.pass_, COMPUTE, key, category=category, site=j, reads=[rows],
                  new=[self._routed(made, run.component), *self._keep_in(run, j, key)],
                  dead=dead)  # fmt: skip

@@ -77,11 +77,11 @@ class Kept:
         """Input of the experts, as their W finds it."""
         return self.left("rows" if self._work.ep > 1 else "sent", j)
 
-    def if_rebuilt(self, name: str) -> list[str]:
+    def dead_if_rebuilt(self, name: str) -> list[str]:
         """A buffer that is dead where states are rebuilt."""
         return [name] if self.rebuilds_states else []
 
-    def unless_left(self, name: str, j: int) -> list[str]:
+    def dead_if_again(self, name: str, j: int) -> list[str]:
         """A buffer that is dead after F where the sublayer runs again."""
         return [name] if self.runs_again(j) else []
 

@@ -66,6 +66,9 @@ class RunSpec:
             RunError: the plan asks for what the runtime lacks.
             pydantic.ValidationError: model or residual is not valid.
         """
+        for field, runnable in (("mtp", False), ("recompute_layers", "none")):
+            if (asked_for := plan.get(field, runnable)) != runnable:
+                raise RunError(f"{field}={asked_for}: the runtime has {field}={runnable} only")
         model = ModelSpec.model_validate(plan["model"])
         residual = ResidualSpec.model_validate(plan["residual"])
         layout = plan["layout"]

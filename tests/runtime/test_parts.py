@@ -78,6 +78,12 @@ def test_learned_routing_over_several_ranks_is_refused() -> None:
         replace(spec, routing="learned").check()
 
 
+@pytest.mark.parametrize("field", [{"mtp": True}, {"recompute_layers": "full"}], ids=str)
+def test_what_only_the_simulator_has_is_refused(field: dict[str, object]) -> None:
+    with pytest.raises(RunError, match=f"{next(iter(field))}=.* the runtime has"):
+        make_case("refused", schedule="1f1b", **field).spec  # noqa: B018
+
+
 # -- data
 
 
