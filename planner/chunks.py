@@ -39,18 +39,16 @@ if TYPE_CHECKING:
 
 
 class _Run(NamedTuple):
-    """A sublayer's forward, or the same again before its backward: how its ops are marked."""
+    """A sublayer's forward, or the same again before its backward: how its ops and buffers are
+    marked."""
 
     pass_: str
     mark: str
+    category: str
     component: str
 
-    def category(self, normal: str) -> str:
-        """Class of time; what waits for traffic is expert traffic either way."""
-        return normal if self is _FIRST or normal == "ep" else "recompute"
 
-
-_FIRST, _AGAIN = _Run("F", "", "activations"), _Run("R", "r", "recompute")
+_FIRST, _AGAIN = _Run("F", "", "compute", "activations"), _Run("R", "r", "recompute", "recompute")
 
 
 class Chunk:
@@ -388,7 +386,7 @@ class Chunk:
         """F of attention or of a dense FFN."""
         made = [self._hidden(f"f{j}")] if run is _FIRST else []
         again = run is _AGAIN
-        self._op(key.kind, run.pass_, COMPUTE, key, category=run.category("compute"), site=j,
+        self._op(key.kind, run.pass_, COMPUTE, key, category=run.category, site=j,
                  reads=[self._kept.source(j, again=again)],
                  new=[*made, *self._keep_in(run, j, key)],
                  dead=self._kept.dead_source(j, again=again))  # fmt: skip
@@ -409,7 +407,7 @@ class Chunk:
         key = self._keys.router("F")
         routes = [self._keep(j, key, "route")] if run is _FIRST else []
         follow = [] if run is _FIRST else [f"route{j}"]
-        self._op("router", run.pass_, COMPUTE, key, category=run.category("compute"), site=j,
+        self._op("router", run.pass_, COMPUTE, key, category=run.category, site=j,
                  reads=[self._kept.source(j, again=run is _AGAIN), *follow],
                  new=[self._routed(f"sent{run.mark}{j}", run.component), *routes])  # fmt: skip
 
@@ -419,7 +417,7 @@ class Chunk:
 
     def _experts(self, j: int, run: _Run) -> None:
         """Shared experts, then the routed ones on what was dispatched."""
-        mark, category = run.mark, run.category("compute")
+        mark, category = run.mark, run.category
         if self._has_shared:
             key = self._keys.shared_experts("F")
             made = [self._hidden(f"s{j}")] if run is _FIRST else []
