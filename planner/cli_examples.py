@@ -10,6 +10,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "mhcplan predict mhc-9b --json",
         "mhcplan predict mhc-27b --out out",
     ),
+    "sweep": (
+        "mhcplan sweep mhc-27b --n 1,2,4 --pp 4,8 --global-batch 512",
+        "mhcplan sweep plan.toml --microbatches 16..64..16 --set p2p=eager,grouped --csv out.csv",
+        "mhcplan sweep mhc-27b --schedule dualpipe,zbv --recompute-block none,auto,1..8 --fast",
+    ),
     "export": (
         "mhcplan export mhc-27b --to stream-json -o out",
         "mhcplan export plan.toml --schedule dualpipev --to torch-csv -o out",
@@ -32,6 +37,14 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "mhcplan diagnose run.recording",
         "mhcplan diagnose hc.recording mhc.recording --out out",
         "mhcplan diagnose checkpoint.pt --sinkhorn-steps 20",
+    ),
+    "run": (
+        "mhcplan run mhc-3b --pp 2 --ep 1 --microbatches 8 --steps 20",
+        "mhcplan run out/program.json --out measured",
+    ),
+    "web": (
+        "mhcplan web",
+        "mhcplan web plan.toml --n 2 --profiles mine.json",
     ),
     "init": (
         "mhcplan init mhc-27b -o plan.toml",

@@ -62,6 +62,7 @@ def describe(error: ValidationError, root: type[BaseModel]) -> str:
 
 def unknown_field(path: str, root: type[BaseModel]) -> str:
     """One line that says that a plan has no field ``path`` and which one was probably meant."""
+    path = path if path.isprintable() else short(path)
     known = list(dict.fromkeys(field_paths(root)))
     last = path.rpartition(".")[2]
     if missing := not_modelled(last):

@@ -9,7 +9,6 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated
 
-import uvicorn
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
@@ -18,7 +17,6 @@ from mhcplan.planner.commands import Source
 from mhcplan.planner.output import OutputError
 from mhcplan.planner.terminal import note
 from mhcplan.profiles.store import find_profile, profile_names
-from mhcplan.web.server import LOOPBACK_HOSTS, Settings, create_app
 from mhcplan.web.whatif import WhatIf, whatif_of
 
 _PORT = 8642  # taken where nothing else was asked for, and another one where it is in use
@@ -50,6 +48,11 @@ def web(
         profiles: profile files that the page offers beside the shipped ones
         limit_seconds: longest that one simulation may take
     """
+    # the extra web: needed when the command runs, not when help or completion list it
+    import uvicorn
+
+    from mhcplan.web.server import LOOPBACK_HOSTS, Settings, create_app
+
     plan = (flags or PlanFlags()).plan(source)
     names = list(dict.fromkeys([*profile_names(), plan.profile, *map(str, profiles or ())]))
     for name in names:

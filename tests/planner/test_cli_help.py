@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shlex
-from typing import TYPE_CHECKING
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from mhcplan.planner.cli import build_app, main
 from mhcplan.planner.cli_examples import EXAMPLES
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
+ROOT = Path(__file__).parents[2]
 LINES = [line for lines in EXAMPLES.values() for line in lines]
 
 
@@ -28,7 +29,7 @@ def test_example_parses(line: str) -> None:
     assert program == "mhcplan"
     command, bound, _ = build_app().parse_args(words, exit_on_error=False, print_error=False)
     assert callable(command)
-    assert bound.arguments
+    assert bool(bound.arguments) == (len(words) > 1)
 
 
 @pytest.mark.parametrize("command", ["predict", "compare", "explain"])
@@ -69,3 +70,24 @@ def test_layouts_that_are_not_modelled_are_named(capsys: pytest.CaptureFixture[s
         said = capsys.readouterr().err
         assert (exit_.value.code, said.count("\n")) == (2, 1)
         assert f"{what} parallelism is not modelled" in said
+
+
+def test_commands_are_listed_where_no_extra_is_installed() -> None:
+    """Help, completion and the hint at an unknown command load every command's module."""
+    extras = (
+        "torch", "triton", "fastapi", "starlette", "uvicorn", "pebble", "optuna", "pyarrow",
+        "dask", "distributed", "ray",
+    )  # fmt: skip
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({extras}))
+from mhcplan.planner.cli import build_app, main
+assert "--schedule" in build_app().generate_completion(shell="bash")
+main(["forecast"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith('mhcplan: Unknown command "forecast"')

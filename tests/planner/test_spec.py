@@ -62,6 +62,7 @@ def test_every_schedule_of_the_planner_is_a_value_of_the_field() -> None:
         ({"p2p": "grouped", "schedule": "zb1p"}, "p2p=grouped goes with dualpipe and dualpipev"),
         ({"engine": "numpy"}, "engine='numpy' must be 'compiled' or 'simpy'"),
         ({"model": "mhc-28b"}, "model='mhc-28b' is unknown; did you mean mhc-27b"),
+        ({"0\n0": {}}, "'0\\n0' is not a field of a plan"),
         ({"layuot": {}}, "layuot is not a field of a plan; did you mean layout"),
         ({"layout": {"tp": 2}}, "layout.tp is not a field of a plan: tensor parallelism"),
         ({"residual": {"recompute_block": "all"}}, "must be auto, none, stage or a number of"),
