@@ -37,6 +37,9 @@ _FOLDER = Path(__file__).parent
 # No reference counts: functions that make no arrays need none, and they took three quarters of the
 # time. Divisions by zero give anything and stop nothing.
 _OPTIONS: dict[str, Any] = {"_nrt": False, "error_model": "numpy"}
+# Only machine code calls helpers; unpacking Python's named tuples for them took a quarter of the
+# time that compiling takes.
+_NO_WRAPPERS = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 
 class Ints(Protocol):
@@ -112,7 +115,7 @@ def _machine_code(function: Callable[P, R], *, cached: bool) -> Callable[P, R]:
     register_jitable: Any = import_module("numba.extending").register_jitable
     for helper in _helpers:
         if helper not in _registered:
-            register_jitable(**_OPTIONS, forceinline=True)(helper)
+            register_jitable(**_OPTIONS, **_NO_WRAPPERS, forceinline=True)(helper)
             _registered.add(helper)
     folder = _cache_folder() if cached else None
     if folder is None:

@@ -1,0 +1,322 @@
+"""How fast a what-if is, from plan to report, and how that grows; printed as times and ratios.
+
+    PYTHONPATH=src python benchmarks/sim.py [--only what-if,sweep,...] [--json out.json]
+
+Everything is measured in this run on this machine; CPU time is printed beside wall time, so that a
+busy machine shows. ``what-if``: the paper's 27B model, PP 8, M 64, DualPipe, op by op, with its
+baseline, by both engines. ``sweep``: the fast estimate of a list of plans on one and on two cores,
+the best of them confirmed by the engine, and how far the estimate was off. ``cold``: a new process,
+with numba's code on disk and without. ``trace``: a Perfetto file of 200,000 ops. ``growth``: with
+P, M and the number of blocks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from multiprocessing import get_context
+from typing import TYPE_CHECKING, TypeVar
+
+from rich.console import Console
+from rich.table import Table
+
+from mhcplan.planner.lowering import lower
+from mhcplan.planner.predict import Prediction, predict, simulate
+from mhcplan.planner.ranking import Estimate, estimate
+from mhcplan.planner.recompute import resolve_recompute_block
+from mhcplan.planner.report_make import make_report
+from mhcplan.planner.spec import PlanSpec, SpecError, make_plan
+from mhcplan.profiles.lookup import cost_model_of
+from mhcplan.profiles.presets import MODELS
+from mhcplan.profiles.store import find_profile
+from mhcplan.sim import tiling
+from mhcplan.sim.chrome_trace import chrome_trace
+from mhcplan.sim.memory import memory_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+T = TypeVar("T")
+PROFILE = find_profile("h100-sxm")
+SECTIONS = ("what-if", "sweep", "cold", "trace", "growth")
+CONFIRMED = 8
+TRACE_OPS = 200_000
+_MB = 1e6
+
+
+@dataclass
+class Timing:
+    """Milliseconds of one call, the median of several."""
+
+    wall_ms: float
+    cpu_ms: float
+
+
+@dataclass
+class Section:
+    """A table: rows of cells, and what to say below it."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[object, ...]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def plan_of(**changes: object) -> PlanSpec:
+    """The paper's 27B model as the defaults have it: PP 8, EP 8, M 64, DualPipe, n 4."""
+    return make_plan({"model": "mhc-27b"} | changes)
+
+
+def timed(call: Callable[[], T], repeats: int = 1) -> tuple[T, Timing]:
+    """Result and median times of a call."""
+    walls: list[float] = []
+    cpus: list[float] = []
+    for _ in range(repeats):
+        wall, cpu = time.perf_counter(), time.process_time()
+        result = call()
+        walls.append(1e3 * (time.perf_counter() - wall))
+        cpus.append(1e3 * (time.process_time() - cpu))
+    return result, Timing(statistics.median(walls), statistics.median(cpus))
+
+
+def what_if(repeats: int) -> Section:
+    """From plan to report, warm; then the engines alone."""
+    section = Section("what-if, mhc-27b PP 8 M 64 DualPipe with its baseline",
+                      ("what", "wall ms", "CPU ms", "ops"))  # fmt: skip
+    ns, blocks = iter((2, 4, 8) * repeats), iter((2, 3, 4, 5, 6, 7) * repeats)
+
+    def ask(plan: PlanSpec) -> Prediction:
+        prediction = predict(plan, PROFILE)
+        make_report(prediction, "")
+        return prediction
+
+    def another_block() -> Prediction:
+        tiling.forget()
+        return ask(plan_of(residual={"recompute_block": next(blocks)}))
+
+    for n, block in product((2, 4, 8), (2, 3, 4, 5, 6, 7)):  # warm up: code, templates, prices
+        ask(plan_of(residual={"expansion_rate": n, "recompute_block": block}))
+    for text, call in (
+        (
+            "another n",
+            lambda: ask(plan_of(residual={"expansion_rate": next(ns)})),
+        ),
+        ("another recompute block", another_block),
+    ):
+        prediction, timing = timed(call, repeats)
+        programs = prediction.step.program, prediction.baseline.program
+        ops = " + ".join(f"{program.num_ops:,}" for program in programs)
+        section.rows.append((text, timing.wall_ms, timing.cpu_ms, ops))
+    steps = (prediction.step, prediction.baseline)
+    engines: dict[str, Timing] = {}
+    for engine in ("compiled", "simpy"):
+        rounds = repeats if engine == "compiled" else 1
+        _, engines[engine] = timed(
+            lambda engine=engine: [simulate(s.program, s.table, engine) for s in steps], rounds
+        )
+        section.rows.append(
+            (
+                f"engine {engine} alone, one core",
+                engines[engine].wall_ms,
+                engines[engine].cpu_ms,
+                ops,
+            )
+        )
+    ratio = engines["simpy"].cpu_ms / engines["compiled"].cpu_ms
+    section.notes.append(f"compiled engine {ratio:.0f} times as fast as SimPy")
+    return section
+
+
+def plans_of_sweep() -> list[PlanSpec]:
+    """What a person sweeps: n, recompute block, P, M, schedule, micro-batch size."""
+    plans: list[PlanSpec] = []
+    for pp, schedule, m, block, size, n in product(
+        (4, 8), ("1f1b", "zb1p", "dualpipe", "dualpipev"), (32, 64, 128),
+        ("auto", "none", "stage", 4), (1, 2), (1, 2, 4, 8),
+    ):  # fmt: skip
+        residual = {"expansion_rate": n, "recompute_block": block}
+        changes = {"schedule": schedule, "microbatches": m, "micro_batch_size": size}
+        plans.append(plan_of(residual=residual, layout={"pp": pp}, **changes))
+    return plans
+
+
+def _ready(_: int) -> None:
+    """Load what a worker needs: machine code from disk."""
+    estimate([plan_of(model="mhc-3b", layout={"pp": 2}, microbatches=8)], PROFILE)
+
+
+def _estimates(plans: Sequence[PlanSpec]) -> list[Estimate]:
+    return [found for found in estimate(plans, PROFILE) if isinstance(found, Estimate)]
+
+
+def _deviation(found: Estimate) -> tuple[float, float]:
+    """By how many percent, and percentage points of overhead, the estimate is below the engine."""
+    prediction = predict(found.plan, PROFILE)
+    step_ns = prediction.step.timeline.step_ns
+    return (
+        100 * (1 - found.step_time_ns / step_ns),
+        prediction.overhead_percent - found.overhead_percent,
+    )
+
+
+def sweep(_: int) -> Section:
+    """Plans a second; then the best, and some of the others, played by the engine."""
+    section = Section("sweep of mhc-27b", ("what", "plans", "wall s", "CPU s", "plans/s by wall"))
+    plans = plans_of_sweep()
+    _ready(0)
+    found, timing = timed(lambda: _estimates(plans))
+    section.rows.append(_rate("estimated on one core", len(plans), timing))
+    # plans that share most stay in one process
+    halves = [[p for p in plans if (p.layout.pp == 8) == is_second] for is_second in (False, True)]
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        list(pool.map(_ready, range(2)))
+
+        def on_two() -> list[Estimate]:
+            both = [e for part in pool.map(_estimates, halves) for e in part]
+            best = sorted((e for e in both if e.fits), key=_time_per_token)[:CONFIRMED]
+            for entry in best:
+                predict(entry.plan, PROFILE)
+            return best
+
+        best, timing = timed(on_two)
+    section.rows.append(_rate(f"on two cores, {CONFIRMED} best played", len(plans), timing))
+    for text, some in (("best", best), ("every 40th", found[::40])):
+        off = [_deviation(entry) for entry in some]
+        section.notes.append(
+            f"estimate below the engine, {text} ({len(off)} plans): step at most"
+            f" {max(o[0] for o in off):.2f} %, overhead off by at most"
+            f" {max(abs(o[1]) for o in off):.2f} points"
+        )
+    return section
+
+
+def _time_per_token(found: Estimate) -> float:
+    return found.step_time_ns / found.plan.tokens_per_step
+
+
+def _rate(text: str, count: int, timing: Timing) -> tuple[object, ...]:
+    rate = 1e3 * count / timing.wall_ms
+    return text, count, timing.wall_ms / 1e3, timing.cpu_ms / 1e3, rate
+
+
+def cold(repeats: int) -> Section:
+    """`mhcplan predict mhc-27b --json` in a new process."""
+    section = Section(
+        "new process: mhcplan predict mhc-27b", ("what", "wall s", "CPU s", "peak MB")
+    )
+    command = "from mhcplan.planner.cli import main; main(['predict', 'mhc-27b', '--json'])"
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"NUMBA_CACHE_DIR": folder}
+        for text, rounds in (("first ever: compiles", 1), ("later", max(repeats // 4, 3))):
+            walls: list[float] = []
+            cpus: list[float] = []
+            peaks: list[float] = []
+            for _ in range(rounds):
+                begin = time.perf_counter()
+                process = subprocess.Popen(
+                    [sys.executable, "-c", command], env=environment, stdout=subprocess.DEVNULL
+                )
+                _, status, usage = os.wait4(process.pid, 0)
+                assert status == 0
+                walls.append(time.perf_counter() - begin)
+                cpus.append(usage.ru_utime + usage.ru_stime)
+                peaks.append(usage.ru_maxrss * 1024 / _MB)
+            medians = map(statistics.median, (walls, cpus, peaks))
+            section.rows.append((text, *medians))
+    return section
+
+
+def trace(_: int) -> Section:
+    """A Perfetto file."""
+    section = Section("Perfetto trace", ("ops", "wall s", "CPU s", "MB"))
+    plan = plan_of(microbatches=192)
+    program = lower(plan, resolve_recompute_block(plan))
+    assert program.num_ops > TRACE_OPS
+    table = cost_model_of(PROFILE).table(program.cost_keys)
+    timeline, memory = simulate(program, table, "compiled"), memory_of(program, table)
+    data, timing = timed(lambda: chrome_trace(program, timeline, memory))
+    section.rows.append(
+        (program.num_ops, timing.wall_ms / 1e3, timing.cpu_ms / 1e3, len(data) / _MB)
+    )
+    return section
+
+
+def growth(repeats: int) -> Section:
+    """Microseconds an op as steps get larger, lowered anew."""
+    section = Section(
+        "growth", ("P", "M", "blocks", "ops", "lower us/op", "engine us/op", "estimate us/op")
+    )
+    mhc = MODELS["mhc-27b"]
+    cases = [(p, 64, 30) for p in (2, 4, 8, 16, 32)]
+    cases += [(8, m, 30) for m in (16, 32, 128, 256)]
+    cases += [(8, 64, blocks) for blocks in (60, 120)]
+    for p, m, blocks in cases:
+        model = mhc.model_copy(update={"num_blocks": blocks})
+        try:
+            plan = plan_of(model=model.model_dump(), layout={"pp": p}, microbatches=m)
+        except SpecError:  # 32 ranks have no work for 30 blocks
+            continue
+        block = resolve_recompute_block(plan)
+        lower(plan, block)  # records the templates
+
+        def anew(plan: PlanSpec = plan, block: int | None = block) -> None:
+            tiling.forget()
+            lower(plan, block)
+
+        _, lowering = timed(anew, max(repeats // 4, 3))
+        program = lower(plan, block)
+        table = cost_model_of(PROFILE).table(program.cost_keys)
+        _, engine = timed(lambda program=program, table=table: simulate(program, table, "compiled"))
+        _, estimated = timed(lambda plan=plan: estimate([plan], PROFILE))
+        per_op = [1e3 * t.cpu_ms / program.num_ops for t in (lowering, engine, estimated)]
+        section.rows.append((p, m, blocks, program.num_ops, *per_op))
+    return section
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default=",".join(SECTIONS), help="sections, separated by commas")
+    parser.add_argument("--repeats", type=int, default=20, help="rounds of what is short")
+    parser.add_argument("--json", help="also write the figures to this file")
+    options = parser.parse_args()
+    makers = dict(zip(SECTIONS, (what_if, sweep, cold, trace, growth), strict=True))
+    wanted = options.only.split(",")
+    unknown = [name for name in wanted if name not in makers]
+    if unknown:
+        parser.error(f"--only {unknown[0]}: it is one of {', '.join(SECTIONS)}")
+    console = Console()
+    sections: list[Section] = []
+    for name in wanted:
+        sections.append(makers[name](options.repeats))
+        _print(console, sections[-1])
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _MB
+    load = os.getloadavg()[0]
+    console.print(f"peak memory of this process {peak_mb:.0f} MB; load of the machine {load:.1f}")
+    if options.json:
+        figures = {"sections": [asdict(s) for s in sections], "peak_mb": peak_mb, "load": load}
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump(figures, file, indent=1)
+
+
+def _print(console: Console, section: Section) -> None:
+    table = Table(*section.columns, title=section.title, title_justify="left")
+    for row in section.rows:
+        table.add_row(*(f"{cell:,.2f}" if isinstance(cell, float) else str(cell) for cell in row))
+    console.print(table)
+    for note in section.notes:
+        console.print(note)
+
+
+if __name__ == "__main__":
+    main()
