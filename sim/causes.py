@@ -2,8 +2,9 @@
 
 The start of an op is the last of a few instants: the host has issued it, the op before it on its
 stream has ended, the ops it waits for have ended, its peers are there, links or SMs are free. The
-reason is the one that came last; on a tie the first of start, stream, event, host, then peer. As
-only times decide, every engine gets the same causes from the same times.
+reason is the one that came last; on a tie the first of start, stream, event, host, then peer. A
+stream that shares a hardware queue waits for the other one's ops as for its own. As only times
+decide, every engine gets the same causes from the same times.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _START, _HOST, _STREAM, _EVENT, _PEER, _LINK, _PRIORITY, _SMS = range(len(REASON
 
 def timeline_of(
     program: Program, order: Order, issue_ns: Ints, start_ns: Ints, end_ns: Ints, release_ns: Ints,
-    placed_ns: Ints,
+    placed_ns: Ints, behind: Ints,
 ) -> Timeline:  # fmt: skip
     """Make the Timeline of a step from its times.
 
@@ -40,9 +41,10 @@ def timeline_of(
         release_ns: when each transfer freed its links: before ``end_ns`` where a batch went on.
             Other ops have any lower number.
         placed_ns: when each transfer's CTAs had SMs on its rank; negative where none were needed.
+        behind: the op that is before each one in a hardware queue, or NO_OP.
     """
     search = _Search(program, order, start_ns, end_ns, release_ns)
-    search.own_rank(issue_ns)
+    search.own_rank(issue_ns, np.where(order.meeting >= 0, placed_ns, start_ns), behind)
     if (placed_ns >= 0).any():
         search.places(placed_ns)
         search.peers()
@@ -71,14 +73,16 @@ class _Search:
         self.reason = np.zeros(program.num_ops, np.int8)
         self.transfers = np.flatnonzero(order.meeting >= 0)
 
-    def own_rank(self, issue_ns: Ints) -> None:
+    def own_rank(self, issue_ns: Ints, begun_ns: Ints, behind: Ints) -> None:
         """What a kernel waits for on its own rank."""
         first, waited = self.order.first, self.order.waited
         waiting = first[waited.owners]
         opens = np.flatnonzero((first == np.arange(len(first))) & (self.order.previous != NO_OP))
         previous = self.order.previous[opens]
+        queued = np.flatnonzero(behind != NO_OP)
         # From the weakest claim to the strongest: on a tie the last one written stays.
         claims = (
+            (_STREAM, queued, begun_ns[behind[queued]], behind[queued]),
             (_HOST, first, issue_ns, self.order.sync),
             (_EVENT, waiting, self.end[waited.values], waited.values),
             (_STREAM, opens, self.end[previous], previous),

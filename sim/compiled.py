@@ -14,7 +14,7 @@ import numpy as np
 from mhcplan.sim import device, device_sms
 from mhcplan.sim.causes import timeline_of
 from mhcplan.sim.compiled_loop import FAR, NEVER, NOBODY, Loop, Physics, Step, Times, play
-from mhcplan.sim.device_tables import gpu_of
+from mhcplan.sim.device_tables import gpu_of, queued_behind
 from mhcplan.sim.jit import ints
 from mhcplan.sim.order import order_of
 from mhcplan.sim.program import Csr
@@ -39,7 +39,8 @@ def simulate_compiled(program: Program, costs: CostTable) -> Timeline:
     order = order_of(program)
     links = device.links_of_transfers(program, order.meeting)
     place, places = _places(program, order)
-    step = _step(program, costs, order, links, place)
+    behind = queued_behind(program, costs)
+    step = _step(program, costs, order, links, place, behind)
     loop = _loop(program, order, links, place, places)
     times = Times(*(ints(np.full(program.num_ops, NEVER, np.int64)) for _ in Times._fields))
     physics = Physics(
@@ -53,14 +54,17 @@ def simulate_compiled(program: Program, costs: CostTable) -> Timeline:
             here_ns=ints(np.zeros(program.num_ops, np.int64)),
             placed=ints(np.full(program.num_ops, NEVER, np.int64)),
             placed_ns=times.placed_ns,
+            spread=ints(np.zeros(program.num_ops, np.int64)),
         ),
     )
     if play(step, physics, loop, times):
         _say_who_is_stuck(program, costs)
-    return timeline_of(program, order, *map(np.asarray, times))
+    return timeline_of(program, order, *map(np.asarray, times), behind)
 
 
-def _step(program: Program, costs: CostTable, order: Order, links: Csr, place: Array) -> Step:
+def _step(
+    program: Program, costs: CostTable, order: Order, links: Csr, place: Array, behind: Array
+) -> Step:
     members = Csr.grouped(order.meeting, len(links.offsets) - 1)
     return Step(
         rank=ints(program.rank),
@@ -73,6 +77,7 @@ def _step(program: Program, costs: CostTable, order: Order, links: Csr, place: A
         work=ints(_work(program, costs, order)),
         wait_begin=ints(order.waited.offsets),
         recorder=ints(order.waited.values),
+        behind=ints(behind),
         stream_begin=ints(program.by_stream.offsets),
         by_stream=ints(program.by_stream.values),
         member_begin=ints(members.offsets),
@@ -110,6 +115,7 @@ def _loop(program: Program, order: Order, links: Csr, place: Array, places: Arra
         wait_at=ints(per_stream - 1),
         watcher=ints(per_op + NOBODY),
         next_watcher=ints(per_stream + NOBODY),
+        begin_watcher=ints(per_op + NOBODY),
         sleeper=ints(per_rank + NOBODY),
         issued=ints(program.rank_offsets[:-1].copy()),
         running=ints(per_place.copy()),

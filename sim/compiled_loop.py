@@ -28,7 +28,8 @@ class Step(NamedTuple):
     """A step to be played: arrays by op, stream, transfer or rank; lists as offsets and values.
 
     ``by_stream[stream_begin[s] : ...]`` are the ops of stream s; ``place`` is where an op is due.
-    ``recorder`` is the op of each wait, or a negative number for an event that nobody records.
+    ``recorder`` is the op of each wait, or a negative number for an event that nobody records;
+    ``behind`` the op that must have begun because it is before this one in a hardware queue, or -1.
     ``work`` is what is left of it (of a transfer: at its first member), and changes.
     """
 
@@ -42,6 +43,7 @@ class Step(NamedTuple):
     work: Ints
     wait_begin: Ints
     recorder: Ints
+    behind: Ints
     stream_begin: Ints
     by_stream: Ints
     member_begin: Ints
@@ -83,7 +85,8 @@ class Loop(NamedTuple):
         place_stream: stream of a place.
         cursor: how many ops of a stream are behind it; wait_op, wait_at: how far it has checked
             what its next kernel waits for.
-        watcher, next_watcher: first stream that waits for an op, and the one after a stream.
+        watcher, next_watcher: first stream that waits for an op to end, and the one after a stream.
+        begin_watcher: first stream that waits for an op to begin.
         sleeper: first stream that waits for a rank's host.
         issued: the next op that a rank's host issues.
         running, given, watch: see :func:`device.share_device`, :func:`device_sms.share_gpu`; those
@@ -106,6 +109,7 @@ class Loop(NamedTuple):
     wait_at: Ints
     watcher: Ints
     next_watcher: Ints
+    begin_watcher: Ints
     sleeper: Ints
     issued: Ints
     running: Ints
@@ -220,7 +224,7 @@ def _advance(step: Step, loop: Loop, times: Times, physics: Physics, stream: int
         if step.work[op]:
             _put_on_rank(step, loop, op)
             return
-        times.start_ns[op] = now
+        _begin(loop, times, op, now)
         _finish(step, loop, times, op, now)
 
 
@@ -260,7 +264,27 @@ def _must_wait(step: Step, loop: Loop, times: Times, stream: int, end: int, now:
                 return True
         loop.wait_op[stream] += 1
         loop.wait_at[stream] = -1
+    behind = step.behind[step.by_stream[loop.cursor[stream]]]
+    if behind >= 0 and times.start_ns[behind] < 0 and times.placed_ns[behind] < 0:
+        loop.next_watcher[stream] = loop.begin_watcher[behind]
+        loop.begin_watcher[behind] = stream
+        return True
     return False
+
+
+@usable_in_compiled
+def _begin(loop: Loop, times: Times, op: int, now: int) -> None:
+    """A compute op begins: what is behind it in its hardware queue goes on."""
+    times.start_ns[op] = now
+    _wake_behind(loop, op)
+
+
+@usable_in_compiled
+def _wake_behind(loop: Loop, op: int) -> None:
+    stream, loop.begin_watcher[op] = loop.begin_watcher[op], NOBODY
+    while stream != NOBODY:
+        _wake(loop, stream)
+        stream = loop.next_watcher[stream]
 
 
 @usable_in_compiled
@@ -438,6 +462,8 @@ def _share(step: Step, loop: Loop, times: Times, physics: Physics, rank: int, no
     for i in range(begin, end):
         op = loop.running[i]
         if loop.given_rate[op] != loop.given[i] or loop.watched[op] != loop.watch[i]:
+            if times.placed_ns[op] == now:
+                _wake_behind(loop, op)
             loop.given_rate[op], loop.watched[op] = loop.given[i], loop.watch[i]
             loop.moved[loop.counts[_NUM_MOVED]] = op
             loop.counts[_NUM_MOVED] += 1
@@ -456,7 +482,7 @@ def _go_on(step: Step, loop: Loop, times: Times, physics: Physics, op: int, now:
             _start_transfer(step, loop, times, meeting, now)
         op = step.members[step.member_begin[meeting]]
     elif rate and times.start_ns[op] == NEVER:
-        times.start_ns[op] = now
+        _begin(loop, times, op, now)
     _set_rate(step, loop, op, rate, now)
 
 

@@ -106,6 +106,7 @@ class State(NamedTuple):
         work, rate, rated_at: work left at ``rated_at``, and the rate since; of compute ops.
         here_ns: when a transfer's member came to wait for SMs.
         placed, placed_ns: SMs that it holds there, and since when; negative before.
+        spread: of a compute op, SMs that it had when a kernel of it was last seen to begin.
     """
 
     start_ns: Ints
@@ -115,6 +116,7 @@ class State(NamedTuple):
     here_ns: Ints
     placed: Ints
     placed_ns: Ints
+    spread: Ints
 
 
 # -- the rank
@@ -169,6 +171,8 @@ def share_gpu(
     if chosen < 0:
         return
     op = running[chosen]
+    if _begins(kernel, op, left, gpu):
+        state.spread[op] = gpu.machine[_SMS] - held
     rate[chosen] = _compute_rate(kernel, op, left, held, burden, gpu)
     if until > 0:
         wake = min(wake, now + (left - until + rate[chosen] - 1) // rate[chosen])
@@ -312,12 +316,21 @@ def _in_use(
     rest = left - _after(kernel, op, gpu)
     if rest <= gpu.tail[kernel] and not blocked:
         if gpu.idle[kernel] >= 0:
-            return gpu.machine[_SMS] - gpu.idle[kernel]
+            placed = _used(kernel, state.spread[op], gpu)
+            return min(gpu.machine[_SMS] - gpu.idle[kernel], placed)
         return gpu.machine[_SMS] * rest // max(gpu.tail[kernel], 1)
     drained = now >= state.here_ns[member] + gpu.drain_ns[kernel]
     if ahead and drained and _gives_way(kernel, op, left, gpu):
         return 0
-    return gpu.machine[_SMS] if blocked else gpu.used[kernel]
+    return gpu.machine[_SMS] if blocked else _used(kernel, state.spread[op], gpu)
+
+
+@usable_in_compiled
+def _used(kernel: int, spread: int, gpu: Gpu) -> int:
+    """SMs of a kernel that began on ``spread`` of them: fewer where its CTAs crowd together."""
+    if spread < gpu.used[kernel] and gpu.units[kernel] <= spread * gpu.fit[kernel]:
+        return spread
+    return gpu.used[kernel]
 
 
 @usable_in_compiled

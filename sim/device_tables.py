@@ -60,6 +60,30 @@ def gpu_of(program: Program, costs: CostTable) -> Gpu:
     return Gpu(*map(ints, by_column))
 
 
+def queued_behind(program: Program, costs: CostTable) -> Array:
+    """For every op that opens a kernel, the op launched before it into the same hardware queue, or
+    -1: the kernel cannot begin before that one has.
+
+    Streams are dealt to the queues of their GPU in turn. A queue of one stream changes nothing.
+    """
+    behind = np.full(program.num_ops, -1, np.int64)
+    connections = costs.loads.connections if costs.loads is not None else len(program.streams)
+    queue = np.zeros(len(program.streams), np.int64)
+    count = [0] * program.num_ranks
+    for i, stream in enumerate(program.streams):
+        queue[i] = stream.rank * connections + count[stream.rank] % connections
+        count[stream.rank] += 1
+    if max(count, default=0) <= connections:
+        return behind
+    of_op = queue[program.stream]
+    by_queue = np.argsort(of_op, kind="stable")
+    before, after = by_queue[:-1], by_queue[1:]
+    shared = (of_op[before] == of_op[after]) & (program.stream[before] != program.stream[after])
+    behind[after[shared]] = before[shared]
+    behind[batch_first(program) != np.arange(program.num_ops)] = -1
+    return behind
+
+
 def _share(value: float) -> int:
     return round(value * SHARE)
 

@@ -26,7 +26,7 @@ from simpy.events import EventPriority
 
 from mhcplan.sim import device, device_sms
 from mhcplan.sim.causes import timeline_of
-from mhcplan.sim.device_tables import gpu_of
+from mhcplan.sim.device_tables import gpu_of, queued_behind
 from mhcplan.sim.order import NO_OP, describe, order_of
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def simulate(program: Program, costs: CostTable) -> Timeline:
         end_ns=np.array(step.end[:-1], np.int64),
         release_ns=np.array(step.release, np.int64),
         placed_ns=np.array(step.placed, np.int64),
+        behind=np.array(step.behind, np.int64),
     )
 
 
@@ -103,6 +104,8 @@ class _Step:
         self._first: list[int] = self.order.first.tolist()
         self.meeting: list[int] = self.order.meeting.tolist()
         self._ends: dict[int, simpy.Event] = {}  # of the ops that somebody waits for
+        self._begins: dict[int, simpy.Event] = {}  # likewise
+        self.behind: list[int] = queued_behind(program, costs).tolist()
         self._decision_is_due = False
         self._prepare_hosts(costs)
         self._prepare_work(costs)
@@ -137,7 +140,14 @@ class _Step:
         self._gpu = device_sms.Gpu(*(column.tolist() for column in map(np.asarray, gpu)))
         self._has_contention = costs.loads is not None
         self._state = device_sms.State(
-            self.start, self._work, self._rate, self._rated_at, [0] * n, [NEVER] * n, self.placed
+            self.start,
+            self._work,
+            self._rate,
+            self._rated_at,
+            [0] * n,
+            [NEVER] * n,
+            self.placed,
+            [0] * n,
         )
         self._watch = [device_sms.FAR] * n  # when the op's rank is to be looked at again
         self._running: list[list[int]] = [[] for _ in range(self.program.num_ranks)]
@@ -204,16 +214,32 @@ class _Step:
             for recorder in recorders:
                 if end[recorder] == NEVER:
                     yield self._end_of(recorder)
+            behind = self.behind[ops[0]]
+            if behind != NO_OP and not self._has_begun(behind):
+                yield self._begins.setdefault(behind, env.event())
             if self.meeting[op] >= 0:
                 self._reach_transfers(ops)
             elif self._work[op]:
                 self._put_on_rank(op)
                 self._decide_soon()
             else:
-                self.start[op] = self.env.now
+                self._begin(op)
                 self._finish(op)
                 continue
             yield self._end_of(op)
+
+    def _has_begun(self, op: int) -> bool:
+        return self.start[op] != NEVER or self.placed[op] != NEVER
+
+    def _begin(self, op: int) -> None:
+        self.start[op] = self.env.now
+        self._wake_behind(op)
+
+    def _wake_behind(self, op: int) -> None:
+        """Let go on what is behind an op in its hardware queue, now that it has begun."""
+        event = self._begins.pop(op, None)
+        if event is not None:
+            event.succeed()
 
     def _end_of(self, op: int) -> simpy.Event:
         """The event that an op ends which has not ended yet."""
@@ -257,6 +283,8 @@ class _Step:
             device.share_device(0, end, running, self.start, self._traits, rates)
         for op, rate, at in zip(running, rates, watch, strict=True):
             self._given_rate[op], self._watch[op] = rate, at
+            if self.placed[op] != NEVER:
+                self._wake_behind(op)
 
     def _go_on(self, op: int) -> None:
         """Go on at the rate that the device gives now: to a transfer, the least of its ranks'."""
@@ -272,7 +300,7 @@ class _Step:
             return
         rate = self._given_rate[op]
         if rate and self.start[op] == NEVER:
-            self.start[op] = self.env.now
+            self._begin(op)
         self._set_rate(op, rate)
 
     def _start_transfer(self, members: Sequence[int]) -> None:
@@ -407,6 +435,11 @@ def _obstacle(step: _Step, ops: Sequence[int], recorders: Sequence[int]) -> str:
     for recorder in recorders:
         if step.end[recorder] == NEVER:
             return describe(program, recorder)
+    behind = step.behind[ops[0]]
+    if behind != NO_OP and step.start[behind] == NEVER and step.placed[behind] == NEVER:
+        return f"{describe(program, behind)}, which is before it in a hardware queue"
     peers = (peer for op in ops for peer in step.members[step.meeting[op]])
-    absent = next(peer for peer in peers if not step.reached[peer])
+    absent = next((peer for peer in peers if not step.reached[peer]), None)
+    if absent is None:
+        return "SMs, which transfers hold that wait for others"
     return f"its peer, {describe(program, absent)}"
