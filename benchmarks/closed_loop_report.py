@@ -91,6 +91,8 @@ def last_stages(folder: Path) -> list[Measurement]:
 def page_lines(claims: Sequence[Claim], rows: Sequence[Row]) -> Iterator[str]:
     """The page, line by line."""
     yield HEAD
+    if not rows:
+        yield "No row has been measured yet.\n"
     measured = {row.claim.row for row in rows}
     waiting = [claim for name, claim in latest(claims).items() if name not in measured]
     by_set: defaultdict[str, list[Row]] = defaultdict(list)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from math import prod
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -276,14 +277,15 @@ def shipped_claims() -> list[Claim]:
     return read_lines(_shipped("predictions.jsonl"), Claim)
 
 
-def shipped_rows() -> list[Row]:
+@cache
+def shipped_rows() -> tuple[Row, ...]:
     """All measured rows that come with mhcplan; empty where none has run yet.
 
     Raises:
         ProfileError: a measurement whose claim is not there.
     """
-    claims = {claim.digest: claim for claim in shipped_claims()}
-    return joined(read_lines(_shipped("accuracy.jsonl"), Measurement), claims.values())
+    found = read_lines(_shipped("accuracy.jsonl"), Measurement)
+    return tuple(joined(found, shipped_claims())) if found else ()
 
 
 def joined(measurements: Iterable[Measurement], claims: Iterable[Claim]) -> list[Row]:

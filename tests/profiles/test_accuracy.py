@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.closed_loop_report import joined, misordered, page_lines, why_not_blind
+from benchmarks.closed_loop_report import PAGE, joined, misordered, page_lines, why_not_blind
 from mhcplan.planner.claim import claim
 from mhcplan.planner.predict import predict
 from mhcplan.planner.spec import PlanSpec, make_plan
@@ -118,6 +118,11 @@ def test_the_page_has_every_row_and_every_claim() -> None:
     assert "-9.09 %" in page
     assert "Claimed, not run yet: 1" in page
     assert "| waits |" in page
+
+
+def test_the_shipped_page_is_current() -> None:
+    page = "\n".join(page_lines(shipped_claims(), shipped_rows()))
+    assert PAGE.read_text(encoding="utf-8") == page, "python benchmarks/closed_loop_report.py"
 
 
 # -- files
