@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from kernels_timing import Timer
 
-from mhcplan.kernels import mhc_backward, mhc_forward, mhc_recompute, tuning
+from mhcplan.kernels import mhc_backward, mhc_forward, mhc_recompute, mhc_wide, tuning
 from mhcplan.kernels.reference import num_coefficients
 from mhcplan.kernels.triton_support import padded_coefficients, residual_parts
 from mhcplan.kernels.tuning import Config
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 SITES = 8  # of the recompute block
+NARROW = {"project", "post_project", "pre_backward", "pre_backward_input", "weight"}
+WIDE = {"wide_project", "wide_input", "wide_weight"}  # from mhc_wide.LEAST_ROWS on
 
 
 def candidates(kernel: str) -> Iterator[Config]:
@@ -78,6 +80,15 @@ def candidates(kernel: str) -> Iterator[Config]:
     elif kernel == "weight":
         for bt, bc, warps, stages, per_sm in product((64, 128), (64, 128), (4,), (3, 4), (2, 4)):
             yield Config(BT=bt, BC=bc, warps=warps, stages=stages, per_sm=per_sm)
+    elif kernel == "wide_project":
+        for bt, bk, stages, per_sm in product((64, 128), (32, 64), (3, 4), (1, 2)):
+            yield Config(BT=bt, BK=bk, warps=8, stages=stages, per_sm=per_sm)
+    elif kernel == "wide_input":
+        for (bt, bc), warps, stages in product(((64, 64), (64, 32), (32, 64)), (4, 8), (1, 2, 3)):
+            yield Config(BT=bt, BC=bc, warps=warps, stages=stages)
+    elif kernel == "wide_weight":
+        for bt, bk, stages, per_sm in product((32, 64), (64, 128), (2, 3), (1, 2)):
+            yield Config(BT=bt, BK=bk, warps=8, stages=stages, per_sm=per_sm)
     elif kernel == "recompute":
         for bt, bc, warps in ((4, 256, 4), (2, 512, 4), (2, 256, 4), (1, 512, 4), (8, 128, 4),
                               (1, 512, 2), (2, 256, 2)):  # fmt: skip
@@ -121,6 +132,9 @@ def calls(tokens: int, n: int, channels: int, dtype: torch.dtype) -> dict[str, t
         "pre_backward": (pre_backward(True), 3 * n + 1),
         "pre_backward_input": (pre_backward(False), 3 * n + 1),
         "weight": (lambda: mhc_backward.weight_backward(x, dp), n),
+        "wide_project": (lambda: mhc_forward.project(x, phi), n),
+        "wide_input": (pre_backward(False), 3 * n + 1),
+        "wide_weight": (lambda: mhc_backward.weight_backward(x, dp), n),
         "recompute": (
             lambda: mhc_recompute.recompute_block(x, fs, [mix] * SITES),
             n + 2 * SITES - 1 + n * (SITES - 1),
@@ -154,7 +168,8 @@ def main() -> None:
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     widths = [int(c) for c in args.hidden.split(",")]
     kernels = args.kernels.split(",") if args.kernels else list(tuning.KERNELS)
-    kernels = [k for k in kernels if next(candidates(k), None)]
+    others = NARROW if args.n >= mhc_wide.LEAST_ROWS else WIDE
+    kernels = [k for k in kernels if k not in others and next(candidates(k), None)]
     jobs = [(k, args.n, c, dtype, cfg) for c in widths for k in kernels for cfg in candidates(k)]
     started = time.time()
     context = multiprocessing.get_context("spawn")

@@ -12,7 +12,8 @@ At n = 4 a site's backward moves 28C elements, (6n+4)C, in three heavy kernels:
   the norm. At n <= 4 it also accumulates dphi = dp^T x, holding its tile of dphi in registers
   while it walks over the tokens; the sums per split of the tokens are added in order at the end.
 
-``weight_backward`` is dphi alone, for a schedule that defers weight gradients, and for n > 4.
+``weight_backward`` is dphi alone, for a schedule that defers weight gradients, and where dphi does
+not fit beside the rest. From n = 8 on other kernels do this part: :mod:`mhcplan.kernels.mhc_wide`.
 No atomics: results repeat bit by bit. T tokens, n rows, C channels, M = n^2 + 2n coefficients.
 """
 
@@ -25,15 +26,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mhcplan.kernels import tuning
+from mhcplan.kernels import mhc_wide, tuning
 from mhcplan.kernels.mhc_forward import first_sinkhorn_step, normalise
+from mhcplan.kernels.mhc_partition import shares, sum_partials
 from mhcplan.kernels.reference import num_coefficients
 from mhcplan.kernels.triton_support import (
     dot,
     fold,
     load_mix,
     load_rows,
-    num_multiprocessors,
     padded_coefficients,
     residual_parts,
     split,
@@ -242,39 +243,28 @@ def _sum_small_kernel(
 
 
 @triton.jit
-def _part_columns(first, MK: tl.constexpr, PARTS: tl.constexpr):
-    """Coefficient and part of the columns of a tile that holds MK coefficients in every part."""
-    j = tl.arange(0, PARTS * MK)
-    return first + j % MK, j // MK
-
-
-@triton.jit
-def _load_phi(phi_ptr, c, i, column, dtype: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
-    """phi of row i's channels ``c`` for the given coefficients, rounded: ``[columns, BC]``."""
-    mask = (column < N * N + 2 * N)[:, None] & (c < C)[None, :]
-    offsets = column[:, None] * (N * C) + i * C + c[None, :]
-    return tl.load(phi_ptr + offsets, mask=mask, other=0.0).to(dtype)
+def _parts_and_columns(MP: tl.constexpr, PARTS: tl.constexpr):
+    """Coefficient and part of the columns of a tile that has the parts side by side."""
+    j = tl.arange(0, PARTS * MP)
+    return j % MP, j // MP
 
 
 @triton.jit(do_not_specialize=["T", "tiles", "share"])
 def _pre_backward_kernel(
     dy_ptr, x_ptr, du_ptr, coefficients_ptr, dp_ptr, s_ptr, phi_ptr, dx_ptr, partial_ptr,
     T, tiles, share,
-    N: tl.constexpr, C: tl.constexpr, MP: tl.constexpr, MK: tl.constexpr, PARTS: tl.constexpr,
+    N: tl.constexpr, C: tl.constexpr, MP: tl.constexpr, PARTS: tl.constexpr,
     WITH_W: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     # The work is a line of slices of BC channels, each of ``tiles`` tiles of BT tokens; a program
     # takes the next ``share`` tiles of the line, whether or not a slice ends among them, so that
-    # every multiprocessor has the same to do for any C and T.
+    # every multiprocessor has the same to do for any C and T. phi is loaded once a slice.
     # dp comes as [rounded | remainder] for bf16 (PARTS = 2), so one product with phi stacked
     # twice is dp phi, and one product of x with it gives both parts of dphi.
     M: tl.constexpr = N * N + 2 * N
     DT: tl.constexpr = x_ptr.dtype.element_ty
-    # Few rows: all coefficients in one tile, phi loaded once a slice, every row in registers.
-    # Many rows: one at a time, the rows of dY read again from L1 and L2 for each.
-    UNROLLED: tl.constexpr = MK == MP
     slices: tl.constexpr = (C + BC - 1) // BC
-    column, part = _part_columns(0, MK, PARTS)
+    column, part = _parts_and_columns(MP, PARTS)
     begin = tl.program_id(0) * share
     end = min(begin + share, slices * tiles)
     while begin < end:
@@ -284,10 +274,14 @@ def _pre_backward_kernel(
         dphi = ()
         phi = ()
         for i in tl.static_range(N):
-            if UNROLLED:
-                phi = phi + (_load_phi(phi_ptr, c, i, column, DT, N, C),)
+            rounded = tl.load(
+                phi_ptr + column[:, None] * (N * C) + i * C + c[None, :],
+                mask=(column < M)[:, None] & (c < C)[None, :],
+                other=0.0,
+            ).to(DT)
+            phi = phi + (rounded,)
             if WITH_W:
-                dphi = dphi + (tl.zeros((BC, PARTS * MK), tl.float32),)
+                dphi = dphi + (tl.zeros((BC, PARTS * MP), tl.float32),)
         for tile in tl.range(begin - piece * tiles, stop - piece * tiles, num_stages=STAGES):
             t = (tile * BT + tl.arange(0, BT)).to(tl.int64)
             token = t < T
@@ -296,41 +290,22 @@ def _pre_backward_kernel(
             du = tl.load(du_ptr + t[:, None] * C + c[None, :], mask=mask, other=0.0)
             s = tl.load(s_ptr + t, mask=token, other=0.0)
             dp_row = dp_ptr + t[:, None] * (PARTS * MP)
-            if UNROLLED:
-                dp = tl.load(dp_row + (part * MP + column)[None, :], mask=token[:, None], other=0.0)
-                dy = load_rows(dy_ptr, offsets, mask, N, C)
-                x = load_rows(x_ptr, offsets, mask, N, C)
-                pre = load_mix(coefficients_ptr, t, token, 0, N, M)
-                res = load_mix(coefficients_ptr, t, token, 2 * N, N * N, M)
-                new_dphi = ()
-                for i in tl.static_range(N):
-                    if WITH_W:
-                        new_dphi = new_dphi + (dot(tl.trans(x[i]), dp, dphi[i]),)
-                    dx = dot(dp, phi[i], tl.zeros((BT, BC), tl.float32))
-                    dx += s[:, None] * x[i].to(tl.float32) + pre[i][:, None] * du.to(tl.float32)
-                    for o in tl.static_range(N):
-                        dx += res[o * N + i][:, None] * dy[o].to(tl.float32)
-                    tl.store(dx_ptr + i * C + offsets, dx.to(DT), mask=mask)
+            dp = tl.load(dp_row + (part * MP + column)[None, :], mask=token[:, None], other=0.0)
+            dy = load_rows(dy_ptr, offsets, mask, N, C)
+            x = load_rows(x_ptr, offsets, mask, N, C)
+            pre = load_mix(coefficients_ptr, t, token, 0, N, M)
+            res = load_mix(coefficients_ptr, t, token, 2 * N, N * N, M)
+            new_dphi = ()
+            for i in tl.static_range(N):
                 if WITH_W:
-                    dphi = new_dphi
-            else:
-                mix = coefficients_ptr + t * M
-                for r in tl.range(0, N, num_stages=1):
-                    dx = tl.zeros((BT, BC), tl.float32)
-                    for first in tl.static_range(0, M, MK):
-                        chunk, half = _part_columns(first, MK, PARTS)
-                        some = tl.load(
-                            dp_row + (half * MP + chunk)[None, :], mask=token[:, None], other=0.0
-                        )
-                        dx = dot(some, _load_phi(phi_ptr, c, r, chunk, DT, N, C), dx)
-                    x_r = tl.load(x_ptr + r * C + offsets, mask=mask, other=0.0)
-                    h = tl.load(mix + r, mask=token, other=0.0)
-                    dx += s[:, None] * x_r.to(tl.float32) + h[:, None] * du.to(tl.float32)
-                    for o in tl.static_range(N):
-                        h = tl.load(mix + 2 * N + o * N + r, mask=token, other=0.0)
-                        row = tl.load(dy_ptr + o * C + offsets, mask=mask, other=0.0)
-                        dx += h[:, None] * row.to(tl.float32)
-                    tl.store(dx_ptr + r * C + offsets, dx.to(DT), mask=mask)
+                    new_dphi = new_dphi + (dot(tl.trans(x[i]), dp, dphi[i]),)
+                dx = dot(dp, phi[i], tl.zeros((BT, BC), tl.float32))
+                dx += s[:, None] * x[i].to(tl.float32) + pre[i][:, None] * du.to(tl.float32)
+                for o in tl.static_range(N):
+                    dx += res[o * N + i][:, None] * dy[o].to(tl.float32)
+                tl.store(dx_ptr + i * C + offsets, dx.to(DT), mask=mask)
+            if WITH_W:
+                dphi = new_dphi
         if WITH_W:
             rows = tl.arange(0, MP)
             keep = (rows < M)[None, :] & (c < C)[:, None]
@@ -344,20 +319,19 @@ def _pre_backward_kernel(
 @triton.jit(do_not_specialize=["T", "tiles", "share"])
 def _weight_kernel(
     x_ptr, dp_ptr, partial_ptr, T, tiles, share,
-    K: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, MB: tl.constexpr, PARTS: tl.constexpr,
+    K: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, PARTS: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     # Shared out as in _pre_backward_kernel; the rows of the state make one width K = n C here.
-    first = tl.program_id(1) * MB
-    column, part = _part_columns(first, MB, PARTS)
-    rows = first + tl.arange(0, MB)
+    column, part = _parts_and_columns(MP, PARTS)
+    rows = tl.arange(0, MP)
     begin = tl.program_id(0) * share
     end = min(begin + share, (K + BK - 1) // BK * tiles)
     while begin < end:
         piece = begin // tiles
         stop = min(end, (piece + 1) * tiles)
         k = piece * BK + tl.arange(0, BK)
-        acc = tl.zeros((BK, PARTS * MB), tl.float32)
+        acc = tl.zeros((BK, PARTS * MP), tl.float32)
         for tile in tl.range(begin - piece * tiles, stop - piece * tiles, num_stages=STAGES):
             t = (tile * BT + tl.arange(0, BT)).to(tl.int64)
             token = (t < T)[:, None]
@@ -370,22 +344,6 @@ def _weight_kernel(
         base = partial_ptr + slot * (M * K) + rows[None, :] * K + k[:, None]
         tl.store(base, sum_parts(acc, PARTS), mask=(rows < M)[None, :] & (k < K)[:, None])
         begin = stop
-
-
-@triton.jit(do_not_specialize=["tiles", "share"])
-def _sum_partials_kernel(
-    partial_ptr, out_ptr, tiles, share,
-    size: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """dphi: add, in order, what the programs that shared a slice of BC channels left."""
-    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    piece = offsets % C // BC
-    slots = ((piece + 1) * tiles - 1) // share - piece * tiles // share + 1
-    total = tl.load(partial_ptr + offsets, mask=offsets < size, other=0.0)
-    for slot in tl.range(1, tl.max(slots)):
-        inside = (offsets < size) & (slot < slots)
-        total += tl.load(partial_ptr + slot * size + offsets, mask=inside, other=0.0)
-    tl.store(out_ptr + offsets, total, mask=offsets < size)
 
 
 # -- launchers -----------------------------------------------------------------------------------
@@ -456,65 +414,37 @@ def pre_backward(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """dx ``[T, n, C]``, and dphi ``[M, n C]`` if asked for in the same pass over the state."""
     tokens, n, channels = x.shape
-    m = num_coefficients(n)
-    fused = with_weight and n <= FUSED_MOST_ROWS[x.dtype.itemsize]
-    kernel = "pre_backward" if fused else "pre_backward_input"
-    cfg = tuning.config(kernel, n, channels, x.dtype)
-    padded = padded_coefficients(n)
-    slices = triton.cdiv(channels, cfg.BC)
-    tiles, share, slots = _shares(slices, tokens, cfg, x.device)
     dx = torch.empty_like(x) if out is None else out
-    shape = (slots, m, n * channels) if fused else (1,)
+    fused = with_weight and n <= FUSED_MOST_ROWS[x.dtype.itemsize]
+    if n >= mhc_wide.LEAST_ROWS:
+        mhc_wide.input_gradient(dy, x, du, coefficients, dp, s, phi, dx)
+        return dx, weight_backward(x, dp) if with_weight else None
+    cfg = tuning.config("pre_backward" if fused else "pre_backward_input", n, channels, x.dtype)
+    shared = shares(triton.cdiv(channels, cfg.BC), tokens, cfg, x.device)
+    shape = (shared.slots, num_coefficients(n), n * channels) if fused else (1,)
     partial = x.new_empty(shape, dtype=torch.float32)
-    _pre_backward_kernel[(triton.cdiv(slices * tiles, share),)](
-        dy, x, du, coefficients, dp, s, phi, dx, partial, tokens, tiles, share,
-        N=n, C=channels, MP=padded, MK=min(padded, 32),
-        PARTS=residual_parts(x.dtype), WITH_W=fused,
+    _pre_backward_kernel[(shared.programs,)](
+        dy, x, du, coefficients, dp, s, phi, dx, partial, tokens, shared.tiles, shared.share,
+        N=n, C=channels, MP=padded_coefficients(n), PARTS=residual_parts(x.dtype), WITH_W=fused,
         BT=cfg.BT, BC=cfg.BC, STAGES=cfg.stages, num_warps=cfg.warps,
     )  # fmt: skip
-    if not with_weight:
-        return dx, None
-    return dx, _sum_partials(partial, tiles, share, channels, cfg.BC) if fused else weight_backward(
-        x, dp
-    )
+    if fused:
+        return dx, sum_partials(partial, shared, channels, cfg.BC)
+    return dx, weight_backward(x, dp) if with_weight else None
 
 
 def weight_backward(x: Tensor, dp: Tensor) -> Tensor:
     """dphi = dp^T x ``[M, n C]`` fp32."""
     tokens, n, channels = x.shape
-    m = num_coefficients(n)
-    width = n * channels
+    if n >= mhc_wide.LEAST_ROWS:
+        return mhc_wide.weight_gradient(x, dp)
+    m, width = num_coefficients(n), n * channels
     cfg = tuning.config("weight", n, channels, x.dtype)
-    padded = padded_coefficients(n)
-    column_block = min(padded, 128)
-    column_blocks = triton.cdiv(m, column_block)
-    slices = triton.cdiv(width, cfg.BC)
-    tiles, share, slots = _shares(slices, tokens, cfg, x.device, column_blocks)
-    partial = x.new_empty((slots, m, width), dtype=torch.float32)
-    _weight_kernel[(triton.cdiv(slices * tiles, share), column_blocks)](
-        x, dp, partial, tokens, tiles, share, K=width, M=m, MP=padded, MB=column_block,
-        PARTS=residual_parts(x.dtype),
+    shared = shares(triton.cdiv(width, cfg.BC), tokens, cfg, x.device)
+    partial = x.new_empty((shared.slots, m, width), dtype=torch.float32)
+    _weight_kernel[(shared.programs,)](
+        x, dp, partial, tokens, shared.tiles, shared.share, K=width, M=m,
+        MP=padded_coefficients(n), PARTS=residual_parts(x.dtype),
         BT=cfg.BT, BK=cfg.BC, STAGES=cfg.stages, num_warps=cfg.warps,
     )  # fmt: skip
-    return _sum_partials(partial, tiles, share, width, cfg.BC)
-
-
-def _shares(
-    slices: int, tokens: int, cfg: tuning.Config, device: torch.device, columns: int = 1
-) -> tuple[int, int, int]:
-    """``(tiles of a slice, tiles of a program, most programs that share a slice)``."""
-    tiles = max(1, triton.cdiv(tokens, cfg.BT))
-    programs = max(1, num_multiprocessors(device) * cfg.per_sm // columns)
-    share = max(1, triton.cdiv(slices * tiles, programs))
-    # At least four tiles each: a program's partial sums cost about one.
-    share = min(max(share, 4), slices * tiles)
-    return tiles, share, triton.cdiv(tiles - 1, share) + 1
-
-
-def _sum_partials(partial: Tensor, tiles: int, share: int, width: int, block_c: int) -> Tensor:
-    out = partial.new_empty(partial.shape[1:])
-    block = 512
-    _sum_partials_kernel[(triton.cdiv(out.numel(), block),)](
-        partial, out, tiles, share, size=out.numel(), C=width, BC=block_c, BLOCK=block
-    )
-    return out
+    return sum_partials(partial, shared, width, cfg.BC)

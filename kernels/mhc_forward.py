@@ -20,13 +20,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mhcplan.kernels import tuning
+from mhcplan.kernels import mhc_wide, tuning
+from mhcplan.kernels.mhc_partition import channel_splits
 from mhcplan.kernels.reference import num_coefficients
 from mhcplan.kernels.triton_support import (
     dot,
     load_mix,
     load_rows,
-    num_multiprocessors,
     padded_coefficients,
     residual_parts,
     stack_parts,
@@ -263,11 +263,6 @@ def _post_project_kernel(
 # -- launchers -----------------------------------------------------------------------------------
 
 
-def _splits(blocks: int, most: int, device: torch.device, per_sm: int) -> int:
-    """Splits of the channels that fill the chip when there are only ``blocks`` blocks of tokens."""
-    return max(1, min(most, num_multiprocessors(device) * per_sm // max(1, blocks)))
-
-
 def project(x: Tensor, phi: Tensor) -> Tensor:
     """Projection and sum of squares of a state, summed per split of the channels (eq. 14-15).
 
@@ -280,12 +275,12 @@ def project(x: Tensor, phi: Tensor) -> Tensor:
     """
     tokens, n, channels = x.shape
     width = n * channels
+    if n >= mhc_wide.LEAST_ROWS:
+        return mhc_wide.project(x, phi)
     padded = padded_coefficients(n)
     cfg = tuning.config("project", n, channels, x.dtype)
     blocks = triton.cdiv(tokens, cfg.BT)
-    splits = _splits(blocks, width // (4 * cfg.BK) or 1, x.device, cfg.per_sm)
-    split_steps = triton.cdiv(triton.cdiv(width, splits), cfg.BK)
-    splits = triton.cdiv(width, split_steps * cfg.BK)
+    splits, split_steps = channel_splits(blocks, width, cfg.BK, x.device, cfg.per_sm, least_steps=4)
     partial = x.new_empty((splits, tokens, padded), dtype=torch.float32)
     _project_kernel[(blocks, splits)](
         x, phi, partial, tokens, split_steps, K=width, M=num_coefficients(n), MP=padded,
@@ -336,18 +331,16 @@ def post_project(
 ) -> tuple[Tensor, Tensor]:
     """:func:`post_res` of one site and :func:`project` of the next in one pass over the state.
 
-    Above n = 8 the projection is so wide that the two run one after the other.
+    From n = 8 on the projection is so wide that the two run one after the other.
     """
     tokens, n, channels = x.shape
-    if n > 8:
+    if n >= mhc_wide.LEAST_ROWS:
         y = post_res(x, f, coefficients)
         return y, project(y, phi_next)
     padded = padded_coefficients(n)
     cfg = tuning.config("post_project", n, channels, x.dtype)
     blocks = triton.cdiv(tokens, cfg.BT)
-    splits = _splits(blocks, channels // cfg.BC or 1, x.device, cfg.per_sm)
-    split_steps = triton.cdiv(triton.cdiv(channels, splits), cfg.BC)
-    splits = triton.cdiv(channels, split_steps * cfg.BC)
+    splits, split_steps = channel_splits(blocks, channels, cfg.BC, x.device, cfg.per_sm)
     y = torch.empty_like(x)
     partial = x.new_empty((splits, tokens, padded), dtype=torch.float32)
     _post_project_kernel[(blocks, splits)](

@@ -11,7 +11,6 @@ product costs and needs no copy of the bf16 tile in fp32. fp32 residuals use thr
 
 from __future__ import annotations
 
-import functools
 import os
 
 import torch
@@ -39,14 +38,6 @@ def _repair_interpreter() -> None:
 
 if INTERPRETED:
     _repair_interpreter()
-
-
-@functools.cache
-def num_multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a CUDA device; the H100's 132 where there is none (the interpreter)."""
-    if device.type != "cuda":
-        return 132
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def residual_parts(dtype: torch.dtype) -> int:

@@ -108,6 +108,7 @@ def test_a_site_on_random_shapes(
         (70, 4, 192, torch.bfloat16),  # tiles of several tokens, slices shared by programs
         (70, 2, 320, torch.float32),
         (9, 8, 64, torch.bfloat16),
+        (70, 8, 128, torch.bfloat16),
         (9, 8, 64, torch.float32),
         (2, 16, 64, torch.bfloat16),
     ],
