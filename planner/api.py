@@ -2,12 +2,13 @@
 
 ``import mhcplan`` has these functions. Plans are named as on the command line, by a preset, a plan
 file or a :class:`~mhcplan.planner.spec.PlanSpec`, and changed by keywords that are called as the
-flags are (``n=2``, ``recompute_block="none"``); ``settings`` reaches every other field by its path:
+flags are (``n=2``, ``recompute_block="none"``); ``settings`` reaches every other field by its path.
 
->>> import mhcplan
->>> answer = mhcplan.predict("mhc-3b", pp=2, microbatches=4, settings={"p2p": "grouped"})
->>> answer.report.gpus
-16
+Examples:
+    >>> import mhcplan
+    >>> answer = mhcplan.predict("mhc-3b", pp=2, microbatches=4, settings={"p2p": "grouped"})
+    >>> answer.report.gpus
+    16
 
 Every function raises :class:`~mhcplan.planner.spec.SpecError` for a plan that cannot be, and
 :class:`~mhcplan.profiles.schema.ProfileError` for one that cannot be priced; the message is the

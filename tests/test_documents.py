@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
-SHOWN = re.compile(r"^```text (mhcplan .*)\n((?:.*\n)*?)```$", re.MULTILINE)
+SHOWN = re.compile(r"^```text\n\$ (mhcplan .*)\n((?:.*\n)*?)```$", re.MULTILINE)
 LIKE = 8  # letters by which a paragraph is known again when its figures change
 
 every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -75,7 +75,10 @@ def test_python_of_a_document_runs_in_order(document: Path) -> None:
 def test_answers_in_a_document_are_what_the_commands_say(
     document: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
 ) -> None:
-    """A block shows paragraphs of a command's output; ``--update-golden`` writes today's."""
+    """A block that begins with ``$ mhcplan`` shows paragraphs of what the command says.
+
+    ``--update-golden`` writes what it says today.
+    """
 
     def today(found: re.Match[str]) -> str:
         command, shown = found.groups()
@@ -83,7 +86,7 @@ def test_answers_in_a_document_are_what_the_commands_say(
             main(shlex.split(command)[1:])
         said = "\n".join(line.rstrip() for line in capsys.readouterr().out.splitlines())
         paragraphs = [_as_of_today(text, said) for text in shown.strip("\n").split("\n\n")]
-        return "\n".join([f"```text {command}", "\n\n".join(paragraphs), "```"])
+        return "\n".join(["```text", f"$ {command}", "\n\n".join(paragraphs), "```"])
 
     text = document.read_text(encoding="utf-8")
     current = SHOWN.sub(today, text)
