@@ -30,7 +30,7 @@ from mhcplan.planner.report import Intervals
 from mhcplan.profiles.accuracy import shipped_rows
 from mhcplan.sim.longest_path import StepGraph
 from mhcplan.sim.memory import memory_report
-from mhcplan.sim.program import match_transfers
+from mhcplan.sim.order import order_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -123,7 +123,7 @@ def step_ratios(step: Step, common: Floats, draws: np.random.Generator) -> Float
         draws: where each op's own jitter comes from.
     """
     program, table = step.program, step.table
-    meeting = match_transfers(program)
+    meeting = order_of(program).meeting
     is_transfer = meeting >= 0
     # all members of a transfer see one jitter: their first op's
     own = np.arange(program.num_ops)
@@ -136,7 +136,7 @@ def step_ratios(step: Step, common: Floats, draws: np.random.Generator) -> Float
         [np.where(is_transfer, 0, sigma_ns), np.where(is_transfer, sigma_ns, 0)]
     )
     own_ns = np.sqrt(1 - COMMON_SHARE) * sigma_ns
-    graph = StepGraph(replace(program, cost=np.arange(program.num_ops, dtype=np.int32)))
+    graph = StepGraph(program.renumbered(cost=np.arange(program.num_ops, dtype=np.int32)))
     each = replace(table, duration_ns=duration, host_ns=table.host_ns[program.cost], loads=None)
     (reference,) = graph.step_ns([each])
     steps = np.empty(len(common))
