@@ -1,25 +1,15 @@
-"""What a kernel and traffic between GPUs do to each other while they overlap: the priced model.
+"""What a kernel and traffic between GPUs do to each other while they overlap: what was measured.
 
-The state that explains it is small, and each rule was read off device traces of an H100 (two
-streams kept full; see :mod:`mhcplan.profiles.capture.contention`):
+Rules read off device traces of an H100 (two streams kept full; see
+:mod:`mhcplan.profiles.capture.contention`) are the physics of :mod:`mhcplan.sim.device_sms`; its
+parameters are fitted by playing measured pairs (:mod:`mhcplan.profiles.contention_replay`). Here is
+the traffic of a pair, and how long a CTA waits for a busy chip, for latencies trial by trial.
 
-* **Admission.** A communication CTA takes a whole SM. At equal priority it is placed when an SM is
-  free and no CTA of a kernel that was launched before it still waits for one: with streams kept
-  full, once a kernel, at its tail. At high priority it takes the next SM that falls free. CTAs that
-  run are never taken back; a persistent kernel gives up its SMs at its end.
-* **SMs held.** A placed CTA moves its share of the message once its peer is placed too, and keeps
-  its SM until that is done; those that found no SM follow. A kernel that starts meanwhile has that
-  many SMs less: one that filled the chip in one wave needs a second one.
-* **Eager sends.** The library's buffers take 4 MiB a CTA: a message in one direction that fits is
-  sent whether or not the receiver's CTAs have been placed, so neither end waits for the other.
-* **Memory.** Traffic is a chain of loads and stores: beside a kernel that uses the share u of the
-  memory bandwidth each takes 1 + b + k u^p as long, unless the link is the narrower part: a little
-  beside any kernel, three times where memory is saturated. The bytes that traffic moves are missing
-  to the kernel: the data once at the sender, and three times at the receiver (into the buffer, out
-  of it, to its place).
+Not in the physics: **eager sends**. The library's buffers take 4 MiB a CTA: a message in one
+direction that fits is sent whether or not the receiver's CTAs have been placed, so that neither end
+waits for the other. In a played step both ends meet.
 
-The types and rules are here; :func:`mhcplan.profiles.contention_play.overlap` plays them on two
-ranks and prices a pair. All times are ns, rates bytes a ns (= GB/s); nothing here needs torch.
+All times are ns, rates bytes a ns (= GB/s); nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -45,6 +35,7 @@ class Message:
         gap_ns: from its end to the start of the next, alone.
         eager: whether the receiver's CTAs need not be placed for it to be sent.
         high_priority: of its stream.
+        one_way: only the second rank receives; else both do.
         both_busy: whether both ranks compute meanwhile, or only the first.
     """
 
@@ -56,34 +47,8 @@ class Message:
     gap_ns: float = 1700.0
     eager: bool = False
     high_priority: bool = False
+    one_way: bool = False
     both_busy: bool = True
-
-
-@dataclass(frozen=True)
-class Slowdowns:
-    """Time beside the other over time alone: mean per op (first, second rank), and per message.
-
-    ``queue_ns``: mean time of a message from the end of the one before to its first CTA;
-    ``kernel_ns``: from there to its end.
-    """
-
-    compute: tuple[float, float]
-    traffic: float
-    queue_ns: float
-    kernel_ns: float
-
-
-def message_ns(message: Message, share: float, parameters: Parameters, active: int = 0) -> float:
-    """Time of a message's CTAs, once placed, beside kernels that use ``share`` of the bandwidth.
-
-    ``active`` of them move at once (0: all), so that fewer have more of the link each.
-    """
-    part = active / message.ctas if active else 1.0
-    squeezed = share**parameters.memory_power
-    link = (message.alone_ns - message.fixed_ns) * part * (1 + parameters.link_delay * squeezed)
-    busy = parameters.busy_delay if share > 0 else 0.0
-    delay = 1 + busy + parameters.memory_delay * squeezed
-    return message.fixed_ns * delay + max(link, message.chain_ns * delay)
 
 
 def ends_of(kernel: Kernel, life: float, sms: int, pending: int) -> list[tuple[float, int]]:

@@ -12,8 +12,9 @@ import statistics
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from mhcplan.profiles.contention import Kernel, Message, Parameters, Slowdowns
-from mhcplan.profiles.contention_play import overlap
+from mhcplan.profiles.contention import Message
+from mhcplan.profiles.contention_replay import replay
+from mhcplan.sim.device_kernels import Kernel, Parameters
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -164,6 +165,7 @@ class Pairs:
         eager = pattern == "send_recv" and size < BUFFER_BYTES * ctas
         return Message(
             alone, chain, fixed, ctas, (first, second), gap, eager, traffic["high_priority"],
+            pattern in ("send_recv", "copy_engine"),
             traffic["busy"] == "all" and pattern != "copy_engine",
         )  # fmt: skip
 
@@ -207,9 +209,7 @@ class Pairs:
 
 def predict(pair: Pair, parameters: Parameters) -> tuple[float, float]:
     """Slowdowns of compute (mean over the ranks that compute) and traffic."""
-    found: Slowdowns = overlap(pair.kernels, pair.message, parameters, pair.op_ns)
-    compute = statistics.mean(found.compute) if pair.message.both_busy else found.compute[0]
-    return compute, found.traffic
+    return replay(pair.kernels, pair.message, parameters, pair.op_ns)
 
 
 def errors(pairs: Iterable[Pair], parameters: Parameters) -> list[tuple[Pair, float, float]]:

@@ -7,118 +7,160 @@ the same two streams are a Program of two ranks, played with the physics that ev
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from mhcplan.sim.compiled import simulate_compiled
 from mhcplan.sim.device_kernels import Loads, Traffic
-from mhcplan.sim.program import COMPONENTS, CostTable, Csr, Group, Program, Stream
+from mhcplan.sim.program import (
+    COMPONENTS,
+    HIGH_PRIORITY,
+    NORMAL_PRIORITY,
+    CostTable,
+    Csr,
+    Group,
+    Program,
+    Stream,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from mhcplan.profiles.contention_fit import Pair
-    from mhcplan.sim.device_kernels import Parameters
+    from mhcplan.profiles.contention import Message
+    from mhcplan.sim.device_kernels import Kernel, Parameters
     from mhcplan.sim.timeline import Timeline
 
     Ints = NDArray[np.int64]
 
 _STARTS = (0.23, 0.61)  # the second rank's lag, as a share of an op: no phase is special
 _SKEW = 1.01  # the second rank is that much slower: no two GPUs are equal
-_MESSAGES = 14
-_FEWEST_OPS = 8
-_MOST_OPS = 20_000
-# cost keys, one each
-_FIRST, _SECOND, _MESSAGE, _GAP = range(4)
+_MESSAGES, _FEWEST_MESSAGES = 14, 6
+_FEWEST_OPS, _MOST_OPS = 8, 60_000
+# cost keys: the op on either rank, a message, the gap after it, and what makes the second rank late
+_FIRST, _SECOND, _MESSAGE, _GAP, _LAG = range(5)
 
 
-def replay(pair: Pair, parameters: Parameters) -> tuple[float, float]:
-    """Slowdowns of compute (mean over the ranks that compute) and of traffic in a pair."""
-    found = [_replay_from(pair, parameters, lag) for lag in _STARTS]
+def replay(
+    kernels: tuple[Kernel, ...], message: Message, parameters: Parameters, op_ns: float
+) -> tuple[float, float]:
+    """Slowdowns of an op and of traffic that run beside each other all the time.
+
+    Args:
+        kernels: of the op, in order; it follows itself on its stream.
+        message: the traffic; a message follows the one before.
+        parameters: of the machine.
+        op_ns: period of the op alone, with the gaps between kernels.
+
+    Returns:
+        Mean time of an op over its time alone (mean over the ranks that compute), and of a message.
+
+    Raises:
+        ValueError: there is no kernel, a message takes more SMs than there are, or so much longer
+            than ops that playing them is hopeless.
+    """
+    if not kernels:
+        raise ValueError("kernels: an op needs at least one kernel")
+    if not 0 <= message.ctas <= parameters.num_sms:
+        raise ValueError(f"ctas={message.ctas} must be 0 .. {parameters.num_sms}, the SMs")
+    pair = _Pair(kernels, message, parameters, op_ns)
+    found = [_replay_from(pair, lag) for lag in _STARTS]
     compute, traffic = (sum(values) / len(found) for values in zip(*found, strict=True))
     return compute, traffic
 
 
-def _replay_from(pair: Pair, parameters: Parameters, lag: float) -> tuple[float, float]:
-    message, op_ns = pair.message, pair.op_ns
-    ops = max(_FEWEST_OPS, round(3 * _MESSAGES * (message.alone_ns + message.gap_ns) / op_ns))
-    while True:
-        ops = min(ops, _MOST_OPS)
-        program = _two_ranks(pair, ops)
-        timeline = simulate_compiled(program, _costs(pair, parameters, lag))
-        result = _slowdowns(program, timeline, pair)
-        if result is not None or ops == _MOST_OPS:
-            return result or (float("nan"), float("nan"))
+class _Pair(NamedTuple):
+    kernels: tuple[Kernel, ...]
+    message: Message
+    parameters: Parameters
+    op_ns: float
+
+    @property
+    def period_ns(self) -> float:
+        """From message to message, alone."""
+        return self.message.alone_ns + self.message.gap_ns
+
+
+def _replay_from(pair: _Pair, lag: float) -> tuple[float, float]:
+    """Play with the second rank behind by ``lag`` of an op; longer until enough was done."""
+    ops = max(_FEWEST_OPS, round(3 * _MESSAGES * pair.period_ns / pair.op_ns))
+    while ops <= _MOST_OPS:
+        program = _two_ranks(pair.message, ops)
+        found = _slowdowns(program, simulate_compiled(program, _costs(pair, lag)), pair)
+        if found is not None:
+            return found
         ops *= 3
+    raise ValueError(f"messages of {pair.message.alone_ns} ns never end beside the op")
 
 
-def _slowdowns(program: Program, timeline: Timeline, pair: Pair) -> tuple[float, float] | None:
+def _slowdowns(program: Program, timeline: Timeline, pair: _Pair) -> tuple[float, float] | None:
     """While both sides were busy; None if that was too short."""
-    keys, start = program.cost, timeline.start_ns
-    periods: list[float] = []
-    until = int(timeline.end_ns[program.group < 0].max())
-    computing = (_FIRST, _SECOND) if pair.message.both_busy else (_FIRST,)
-    until = min(int(start[keys == key].max()) for key in computing)
-    sent = np.flatnonzero((keys == _MESSAGE) & (program.rank == 0))
-    messages = np.sort(timeline.end_ns[sent])
-    done = messages[messages <= until]
-    if len(done) < 6 and len(done) < len(messages):
+    key, start = program.cost, timeline.start_ns
+    busy = {_FIRST: 1.0, _SECOND: _SKEW} if pair.message.both_busy else {_FIRST: 1.0}
+    until = min(int(start[key == which].max()) for which in busy)
+    sent = np.sort(timeline.end_ns[(key == _MESSAGE) & (program.rank == 0)])
+    done = sent[sent <= until]
+    if len(done) < _FEWEST_MESSAGES:
         return None
-    last = int(done[-1]) if len(done) else until
-    for key, skew in zip(computing, (1.0, _SKEW), strict=False):
-        begun = np.sort(start[keys == key])
-        begun = begun[begun <= max(last, begun[min(_FEWEST_OPS, len(begun) - 1)])]
-        periods.append((begun[-1] - begun[0]) / (len(begun) - 1) / (pair.op_ns * skew))
-    alone = pair.message.alone_ns + pair.message.gap_ns
-    traffic = (done[-1] - done[0]) / (len(done) - 1) / alone
-    return sum(periods) / len(periods), traffic
+    compute: list[float] = []
+    for which, skew in busy.items():
+        begun = np.sort(start[key == which])
+        begun = begun[begun <= max(int(done[-1]), begun[_FEWEST_OPS - 1])]
+        compute.append(_mean_step(begun) / (pair.op_ns * skew))
+    return sum(compute) / len(compute), _mean_step(done) / pair.period_ns
 
 
-def _costs(pair: Pair, parameters: Parameters, lag: float) -> CostTable:
-    message, op_ns = pair.message, pair.op_ns
-    durations = [round(op_ns), round(op_ns * _SKEW), round(message.alone_ns),
-                 round(message.gap_ns)]  # fmt: skip
-    sends = Traffic(
-        message.ctas, round(message.fixed_ns), round(message.chain_ns), *message.hbm_bytes,
-    )  # fmt: skip
-    loads = Loads(
-        kernels=(pair.kernels, pair.kernels, (), ()),
-        traffic=(None, None, sends, Traffic(0, link_share=0.0)),
-        parameters=parameters,
+def _mean_step(times: Ints) -> float:
+    return int(times[-1] - times[0]) / (len(times) - 1)
+
+
+def _costs(pair: _Pair, lag: float) -> CostTable:
+    message = pair.message
+    durations = (pair.op_ns, pair.op_ns * _SKEW, message.alone_ns, message.gap_ns, 0)
+    traffic = Traffic(
+        message.ctas, round(message.fixed_ns), round(message.chain_ns), *message.hbm_bytes
     )
-    host = np.zeros(5, np.int64)
-    host[4] = round(lag * op_ns)
+    host_ns = np.zeros(len(durations), np.int64)
+    host_ns[_LAG] = round(lag * pair.op_ns)
     return CostTable(
-        np.array([*durations, 0], np.int64), host, np.zeros(5, np.int64),
-        loads=Loads((*loads.kernels, ()), (*loads.traffic, None), parameters),
-    )  # fmt: skip
+        np.array([round(ns) for ns in durations], np.int64),
+        host_ns,
+        np.zeros(len(durations), np.int64),
+        loads=Loads(
+            kernels=(pair.kernels, pair.kernels, (), (), ()),
+            traffic=(None, None, traffic, Traffic(0, link_share=0.0), None),
+            parameters=pair.parameters,
+        ),
+    )
 
 
-def _two_ranks(pair: Pair, ops: int) -> Program:
-    """A step of two ranks; the second one computes only where both did."""
-    both = pair.message.both_busy
-    is_collective = pair.name.split("|")[1].startswith(("all_to_all", "send_recv_both"))
+def _two_ranks(message: Message, ops: int) -> Program:
+    """A step of two ranks; the second one computes only where both did. Between two messages comes
+    a transfer of no SMs that takes as long as the gap."""
     messages = [_MESSAGE, _GAP] * _MESSAGES
-    rows: list[tuple[int, int, int]] = []  # rank, stream, cost
-    rows += [(0, 0, _FIRST)] * ops + [(0, 1, key) for key in messages]
-    rows += [(1, 2, 4)] + [(1, 2, _SECOND)] * (ops if both else 0)
+    rows = [(0, 0, _FIRST)] * ops + [(0, 1, key) for key in messages]  # rank, stream, cost
+    rows += [(1, 2, _LAG)] + [(1, 2, _SECOND)] * (ops if message.both_busy else 0)
     rows += [(1, 3, key) for key in messages]
     rank, stream, cost = (np.array(column, np.int32) for column in zip(*rows, strict=True))
     n = len(rows)
     group = np.where(cost == _MESSAGE, 0, np.where(cost == _GAP, 1 + rank, -1)).astype(np.int32)
-    peer = np.where((group == 0) & (not is_collective), 1 - rank, -1).astype(np.int32)
-    none = np.full(n, -1, np.int32)
+    peer = np.where((group == 0) & message.one_way, 1 - rank, -1).astype(np.int32)
+    urgent = HIGH_PRIORITY if message.high_priority else NORMAL_PRIORITY
+    none, zero = np.full(n, -1, np.int32), np.zeros(n, np.int32)
     empty = Csr(np.zeros(n + 1, np.int64), np.zeros(0, np.int64))
-    zero = np.zeros(n, np.int32)
-    urgent = -1 if pair.message.high_priority else 0
     return Program(
         num_ranks=2,
-        streams=(Stream(0, "compute", 0), Stream(0, "comm", urgent),
-                 Stream(1, "compute", 0), Stream(1, "comm", urgent)),
-        groups=(Group("pair", (0, 1), 2, "intra_node"), Group("gap0", (0,), 2, "gap"),
-                Group("gap1", (1,), 2, "gap")),
-        kinds=("work",), categories=("compute",), cells=("",), cost_keys=("0", "1", "2", "3", "4"),
+        streams=tuple(
+            Stream(r, name, priority)
+            for r in (0, 1)
+            for name, priority in (("compute", NORMAL_PRIORITY), ("comm", urgent))
+        ),
+        groups=(
+            Group("pair", (0, 1), 2, "intra_node"),
+            Group("gap0", (0,), 2, "gap"),
+            Group("gap1", (1,), 2, "gap"),
+        ),
+        kinds=("work",), categories=("compute",), cells=("",), cost_keys=tuple("01234"),
         buffer_bytes=np.zeros(0, np.int64), buffer_component=np.zeros(0, np.int8),
         static_bytes=np.zeros((2, len(COMPONENTS)), np.int64), num_events=0,
         rank=rank, stream=stream, kind=zero, category=zero, pass_=zero.astype(np.uint8), cell=zero,

@@ -59,7 +59,8 @@ def simulate_compiled(program: Program, costs: CostTable) -> Timeline:
     )
     if play(step, physics, loop, times):
         _say_who_is_stuck(program, costs)
-    return timeline_of(program, order, *map(np.asarray, times), behind)
+    issue, start, end, release, placed = map(np.asarray, times)
+    return timeline_of(program, order, issue, start, end, release, placed, behind)
 
 
 def _step(

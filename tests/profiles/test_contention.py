@@ -6,17 +6,8 @@ import dataclasses
 
 import pytest
 
-from mhcplan.profiles.contention import (
-    Kernel,
-    Message,
-    Parameters,
-    ends_of,
-    hbm_share,
-    message_ns,
-    units,
-    wait_ns,
-)
-from mhcplan.profiles.contention_play import overlap
+from mhcplan.profiles.contention import Message, ends_of, wait_ns
+from mhcplan.profiles.contention_replay import replay
 from mhcplan.profiles.schema import (
     ContentionModel,
     ContentionOp,
@@ -29,6 +20,7 @@ from mhcplan.profiles.schema import (
     parse_profile,
     profile_text,
 )
+from mhcplan.sim.device_kernels import Kernel, Parameters, hbm_share, units
 
 # nothing but SMs counts: every figure below can be worked out by hand
 BARE = Parameters(
@@ -46,80 +38,68 @@ def message(ctas: int = 16, alone_ns: float = 50_000, **changes: object) -> Mess
     return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
 
 
+def played(kernel: Kernel, traffic: Message, parameters: Parameters = BARE) -> tuple[float, float]:
+    """Slowdowns of compute and traffic, streams kept full."""
+    return replay((kernel,), traffic, parameters, kernel.duration_ns)
+
+
 def test_a_copy_engine_takes_no_sms() -> None:
-    found = overlap([TILES], message(0), BARE)
-    assert found.compute == pytest.approx((1, 1), rel=1e-3)
-    assert found.traffic == pytest.approx(1, rel=1e-3)
+    assert played(TILES, message(0)) == pytest.approx((1, 1), rel=1e-3)
 
 
 def test_traffic_that_never_leaves_makes_one_wave_two() -> None:
-    found = overlap([WAVE], message(alone_ns=2_000_000, high_priority=True), BARE)
-    assert found.compute == pytest.approx((2, 2), rel=0.12)
+    compute, _ = played(WAVE, message(alone_ns=2_000_000, high_priority=True))
+    assert compute == pytest.approx(2, rel=0.12)
 
 
 def test_many_waves_lose_only_the_share_of_the_sms() -> None:
     many = Kernel(1_000_000, 132 * 50, 1)
-    found = overlap([many], message(alone_ns=20_000_000, high_priority=True), BARE)
-    assert found.compute[0] == pytest.approx(132 / 116, rel=0.03)
+    compute, _ = played(many, message(alone_ns=20_000_000, high_priority=True))
+    assert compute == pytest.approx(132 / 116, rel=0.03)
 
 
 def test_at_equal_priority_short_messages_pass_one_a_kernel() -> None:
-    found = overlap([TILES], message(alone_ns=20_000), BARE)
+    _, traffic = played(TILES, message(alone_ns=20_000))
     # each waits for the tail of a kernel of 500 us, on either rank: the later one counts
-    assert 500 / 20 <= found.traffic <= 1000 / 20
-    assert found.queue_ns > 300_000
+    assert 500 / 20 <= traffic <= 1000 / 20
 
 
 def test_urgent_traffic_waits_for_a_wave_and_not_for_the_kernel() -> None:
-    equal = overlap([TILES], message(alone_ns=20_000), BARE)
-    urgent = overlap([TILES], message(alone_ns=20_000, high_priority=True), BARE)
-    assert urgent.traffic < equal.traffic / 2
-    assert urgent.queue_ns < 110_000
+    _, equal = played(TILES, message(alone_ns=20_000))
+    _, urgent = played(TILES, message(alone_ns=20_000, high_priority=True))
+    assert urgent < equal / 2
 
 
 def test_urgency_buys_nothing_against_a_persistent_kernel() -> None:
-    equal = overlap([PERSISTENT], message(alone_ns=20_000), BARE)
-    urgent = overlap([PERSISTENT], message(alone_ns=20_000, high_priority=True), BARE)
-    assert urgent.traffic == pytest.approx(equal.traffic, rel=0.15)  # against 20 times
+    _, equal = played(PERSISTENT, message(alone_ns=20_000))
+    _, urgent = played(PERSISTENT, message(alone_ns=20_000, high_priority=True))
+    assert urgent == pytest.approx(equal, rel=0.15)  # against 20 times
 
 
 def test_a_grid_that_leaves_sms_free_lets_traffic_through() -> None:
     spare = dataclasses.replace(PERSISTENT, ctas=112)
-    found = overlap([spare], message(alone_ns=20_000), BARE)
-    assert found.traffic == pytest.approx(1, rel=0.02)
-    assert found.compute == pytest.approx((1, 1), rel=0.02)
+    assert played(spare, message(alone_ns=20_000)) == pytest.approx((1, 1), rel=0.02)
 
 
 def test_ctas_that_find_no_sm_follow_those_that_do() -> None:
     spare = dataclasses.replace(PERSISTENT, ctas=124)  # 8 SMs for 16 CTAs: two rounds of half each
-    found = overlap([spare], message(alone_ns=20_000, chain_ns=20_000), BARE)
-    assert found.traffic == pytest.approx(2, rel=0.05)
+    _, traffic = played(spare, message(alone_ns=20_000, chain_ns=20_000))
+    assert traffic == pytest.approx(2, rel=0.05)
 
 
-def test_a_lonely_rank_slows_the_traffic_of_both() -> None:
-    found = overlap([TILES], message(alone_ns=20_000, both_busy=False), BARE)
-    assert found.compute[1] == 1.0
-    assert found.traffic > 10
-
-
-def test_eager_messages_wait_for_one_end_only() -> None:
-    coupled = overlap([TILES], message(alone_ns=20_000), BARE)
-    eager = overlap([TILES], message(alone_ns=20_000, eager=True), BARE)
-    # the five waves end at once, so each kernel lets one message pass at its tail, on either rank
-    assert eager.traffic == pytest.approx(500 / 20, rel=0.2)
-    assert eager.traffic <= coupled.traffic
+def test_a_rank_that_computes_slows_the_traffic_of_both() -> None:
+    assert played(TILES, message(alone_ns=20_000, both_busy=False))[1] > 10
 
 
 def test_memory_traffic_stretches_messages_unless_the_link_is_narrower() -> None:
     model = Parameters(busy_delay=0.0, memory_delay=2.0, memory_power=1.0, link_delay=0.0)
-    bound = Message(100.0, 100.0, 0.0, 4, (0, 0))
-    assert message_ns(bound, 0.0, model) == 100
-    assert message_ns(bound, 0.5, model) == pytest.approx(200)
-    wide = dataclasses.replace(bound, chain_ns=30.0)
-    assert message_ns(wide, 0.5, model) == pytest.approx(100)
+    half = dataclasses.replace(PERSISTENT, ctas=100, hbm_bytes=400_000 * 1500)
+    bound = message(4, 100_000, chain_ns=100_000)
+    wide = message(4, 100_000, chain_ns=30_000)
+    assert played(half, bound, model)[1] == pytest.approx(2, rel=1e-2)
+    assert played(half, wide, model)[1] == pytest.approx(1, rel=1e-2)
     busy = dataclasses.replace(model, busy_delay=0.3)
-    assert message_ns(bound, 0.5, busy) == pytest.approx(230)
-    assert message_ns(wide, 1.0, model, active=1) == pytest.approx(90)  # a quarter of the link
+    assert played(half, bound, busy)[1] == pytest.approx(2.3, rel=1e-2)
 
 
 def test_memory_bound_kernels_lose_bandwidth_and_not_sms() -> None:
@@ -127,13 +107,12 @@ def test_memory_bound_kernels_lose_bandwidth_and_not_sms() -> None:
     copy = Kernel(100_000, 132 * 20, 1, hbm_bytes=300_000_000)
     assert hbm_share(copy, model) == 1.0
     endless = message(alone_ns=5_000_000, high_priority=True)
-    free = overlap([copy], endless, model)
-    assert free.compute[0] == pytest.approx(1, abs=0.04)
+    free, stretch = played(copy, endless, model)
+    assert free == pytest.approx(1, abs=0.04)
     moved = round(0.2 * 3000 * endless.alone_ns)
     # 0.2 of the bandwidth alone, less beside a kernel that slows the traffic down
-    taken = overlap([copy], dataclasses.replace(endless, hbm_bytes=(moved, moved)), model)
-    share = 0.2 * endless.alone_ns / message_ns(endless, 1.0, model)
-    assert taken.compute[0] == pytest.approx(1 / (1 - share), rel=0.05)
+    taken, _ = played(copy, dataclasses.replace(endless, hbm_bytes=(moved, moved)), model)
+    assert taken == pytest.approx(1 / (1 - 0.2 / stretch), rel=0.05)
 
 
 def test_wait_is_the_rest_of_a_wave_of_a_kernel_or_nothing() -> None:
@@ -164,9 +143,9 @@ def test_wait_ends_early_where_the_last_pieces_do_not_fill_the_chip() -> None:
 
 def test_arguments_that_make_no_sense_are_refused() -> None:
     with pytest.raises(ValueError, match="kernels"):
-        overlap([], message(), BARE)
+        replay((), message(), BARE, 1.0)
     with pytest.raises(ValueError, match="ctas=133"):
-        overlap([TILES], message(133), BARE)
+        played(TILES, message(133))
 
 
 def _with_contention(profile: Profile) -> Profile:
