@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
-from pydantic import Field, NonNegativeInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 import mhcplan
 from mhcplan.planner.report import BreakdownNs, Percent
@@ -64,6 +64,15 @@ class OpClassChange(Spec):
     difference_ns: Annotated[int, Field(description="b's time less a's")]
 
 
+class MatchedOps(Spec):
+    """Op by op, where both sides ran the very same program: b's times over a's."""
+
+    num_ops: Annotated[PositiveInt, Field(description="that take time on both sides")]
+    median_ratio: float
+    low_ratio: Annotated[float, Field(description="a tenth of the ops is below")]
+    high_ratio: Annotated[float, Field(description="a tenth of the ops is above")]
+
+
 class Comparison(Spec):
     """What changed from A to B and what it did; lists are ranked by effect."""
 
@@ -83,6 +92,10 @@ class Comparison(Spec):
         tuple[OpClassChange, ...] | None,
         Field(description="by kind and pass; null: a side is a report, which holds no ops"),
     ]
+    matched: Annotated[
+        MatchedOps | None,
+        Field(description="null: the sides ran different programs, or hold no ops"),
+    ]
 
     def to_json(self) -> str:
         """The comparison as one JSON object."""
@@ -100,6 +113,7 @@ def compare_sides(a: Side, b: Side, command: str = "") -> Comparison:
         fields=_fields(a.plan, b.plan) if a.plan and b.plan else None,
         classes=_classes(a.figures.breakdown_ns, b.figures.breakdown_ns),
         ops=_ops(a.step, b.step) if a.step and b.step else None,
+        matched=_matched(a.step, b.step) if a.step and b.step else None,
     )
 
 
@@ -166,3 +180,27 @@ def _op_classes(step: Step) -> dict[tuple[str, str], OpClassTimes]:
         for key, count, time in zip(found.tolist(), counts.tolist(), times.tolist(), strict=True)
         if time
     }
+
+
+_SAME_OPS = ("rank", "stream", "kind", "cell", "cost", "pass_", "microbatch", "site", "record")
+
+
+def _matched(a: Step, b: Step) -> MatchedOps | None:
+    programs = a.program, b.program
+    if programs[0].num_ops != programs[1].num_ops or programs[0].kinds != programs[1].kinds:
+        return None
+    for name in _SAME_OPS:
+        first, second = (getattr(program, name) for program in programs)
+        if not np.array_equal(first, second):
+            return None
+    before, after = (step.timeline.end_ns - step.timeline.start_ns for step in (a, b))
+    both = (before > 0) & (after > 0)
+    if not both.any():
+        return None
+    low, median, high = np.percentile(after[both] / before[both], (10, 50, 90))
+    return MatchedOps(
+        num_ops=int(both.sum()),
+        median_ratio=float(median),
+        low_ratio=float(low),
+        high_ratio=float(high),
+    )

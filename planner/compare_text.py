@@ -48,6 +48,12 @@ def remarks(comparison: Comparison) -> Iterator[str]:
         yield "a trace does not say its plan, so what changed in it is not known"
     if comparison.fields == ():
         yield "both have the same plan"
+    if (same := comparison.matched) is not None:
+        yield (
+            f"both ran the same program: of its {same.num_ops:,} ops that take time, B's take"
+            f" {same.median_ratio:.3f} times as long as A's at the median, eight in ten"
+            f" {same.low_ratio:.3f} to {same.high_ratio:.3f} times"
+        )
     if comparison.ops is None:
         yield "a report holds no ops: give its plan (plan.toml lies beside it) to compare them"
     for side in (a, b):

@@ -100,6 +100,13 @@ def test_ops_are_counted_as_one_would_by_hand(sides: tuple[Side, Side]) -> None:
         assert sum(times.share_percent for times in present) == pytest.approx(100)
 
 
+def test_ops_are_matched_only_where_the_program_is_the_same(sides: tuple[Side, Side]) -> None:
+    assert compare_sides(*sides).matched is None
+    same = compare_sides(sides[1], sides[1]).matched
+    assert same is not None
+    assert (same.low_ratio, same.median_ratio, same.high_ratio) == (1, 1, 1)
+
+
 def test_the_other_way_round_is_the_other_sign(sides: tuple[Side, Side]) -> None:
     there, back = compare_sides(*sides), compare_sides(*sides[::-1])
     assert there.ops is not None
@@ -156,6 +163,12 @@ def test_measured_trace_is_compared_op_by_op(run: Run, small: str, tmp_path: Pat
         assert change.b is not None
         assert change.b.time_ns == pytest.approx(2 * change.a.time_ns, abs=1)
     assert any("slows a step down" in remark for remark in remarks(found))
+    assert found.matched is not None
+    ratios = found.matched.low_ratio, found.matched.median_ratio, found.matched.high_ratio
+    assert ratios == pytest.approx((2, 2, 2))
+    took_time = (timeline.end_ns > timeline.start_ns).sum()
+    assert found.matched.num_ops == took_time
+    assert any("2.000 times as long as A's at the median" in text for text in remarks(found))
 
 
 def test_text_says_the_same(run: Run, small: str, sides: tuple[Side, Side]) -> None:
