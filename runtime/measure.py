@@ -105,11 +105,11 @@ def time_steps(
                 issue, whole = _timed_step(trainer)
                 if step >= warm_up:
                     own[name].append((issue, whole))
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, own)
     found: dict[str, StepTimes] = {}
-    for name, pairs in own.items():
-        slowest = torch.tensor(pairs, dtype=torch.int64, device=trainers[name].session.device)
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)
-        issue_ns, step_ns = slowest.t().tolist()
+    for name in trainers:
+        issue_ns, step_ns = np.max([times[name] for times in every], axis=0).T.tolist()
         found[name] = StepTimes(step_ns, issue_ns)
     return found
 

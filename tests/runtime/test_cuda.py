@@ -77,7 +77,8 @@ def gradients(
 
 def expected(case: Case) -> dict[str, torch.Tensor]:
     """The same by autograd in fp32, on the same bf16 weights."""
-    spec, m = RunSpec.from_plan(case.plan, **case.choices), case.plan["microbatches"]
+    spec = RunSpec.from_plan(case.plan, **case.choices)
+    m = case.plan["microbatches"] * spec.replicas
     weights = initial_weights(spec, "cuda")
     leaves = {k: w.float().requires_grad_() for k, w in weights.items()}
     model = ReferenceModel(spec, leaves)

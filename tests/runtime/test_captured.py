@@ -1,0 +1,113 @@
+"""Captured steps without a GPU: a stand-in for CUDA graphs shows what is called, in which order.
+
+Its graph runs what is captured at once and notes each replay; its events hold the time at which
+they were recorded, as those of a GPU would after a step.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+
+from mhcplan.runtime.captured import CapturedStep
+from mhcplan.runtime.measure import time_steps, trace_step
+from mhcplan.runtime.spec import RunSpec
+from mhcplan.runtime.train import Session, Trainer
+from tests.runtime.plans import make_case
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class Log(list[str]):
+    """What was called; ``capturing`` while a graph is made."""
+
+    capturing = False
+
+
+class Event:
+    log = Log()
+
+    def __init__(self, *, enable_timing: bool, external: bool = False) -> None:
+        assert enable_timing
+        self.external, self.ns = external, -1
+
+    def record(self) -> None:
+        # an internal event recorded in a graph is an edge: it never gets a time
+        assert self.external or not self.log.capturing
+        self.ns = time.perf_counter_ns()
+        self.log.append("record")
+
+    def synchronize(self) -> None:
+        assert self.ns >= 0
+
+    def elapsed_time(self, end: Event) -> float:
+        assert min(self.ns, end.ns) >= 0, "an event that was not recorded has no time"
+        return (end.ns - self.ns) / 1e6
+
+
+class Graph:
+    def replay(self) -> None:
+        Event.log.append("replay")
+
+
+@contextmanager
+def graph(_graph: Graph, *, stream: object, capture_error_mode: str) -> Iterator[None]:
+    assert stream is not None
+    assert capture_error_mode == "thread_local"
+    Event.log.capturing = True
+    yield
+    Event.log.capturing = False
+
+
+@pytest.fixture
+def trainer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Trainer]:
+    """A trainer on the CPU that takes its device for a GPU once it is built."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    case = make_case("captured", schedule="1f1b", pp=1, n=2, recompute=2, microbatches=2)
+    session = Session(torch.device("cpu"))
+    made = Trainer(case.program, RunSpec.from_plan(case.plan, dtype=torch.float32), session)
+    made.rehearse()
+    session.device = torch.device("cuda", 0)
+    Event.log = Log()
+    stand_in: dict[str, Any] = {
+        "Event": Event, "CUDAGraph": Graph, "graph": graph, "Stream": lambda _device: object(),
+        "synchronize": lambda _device=None: None, "get_device_name": lambda _device=None: "made up",
+        "_sleep": lambda _cycles: Event.log.append("sleep"),
+    }  # fmt: skip
+    for name, value in stand_in.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    yield made
+    dist.destroy_process_group()
+
+
+def test_a_captured_step_is_started_behind_a_lead(trainer: Trainer) -> None:
+    step = CapturedStep(trainer)
+    step.load(0)
+    Event.log.clear()
+    step.step()
+    assert Event.log == ["sleep", "record", "replay", "record"]
+    assert step.elapsed_ns() > 0
+    times = time_steps({"captured": step}, steps=3, warm_up=1)["captured"]
+    assert len(times.step_ns) == 3
+    assert Event.log.count("replay") == 5
+
+
+def test_a_captured_trace_has_no_host(trainer: Trainer) -> None:
+    trace = trace_step(trainer, 0, captured=True)
+    assert trace is not None
+    assert trace.meta["captured"] is True
+    assert trace.meta["device"] == "made up"
+    assert not trace.timeline.issue_ns.any()
+    issued = trace_step(trainer, 0)
+    assert issued is not None
+    assert np.count_nonzero(issued.timeline.issue_ns) > 0.9 * issued.program.num_ops
+    assert (issued.timeline.end_ns >= issued.timeline.start_ns).all()
