@@ -52,6 +52,10 @@ _COMMANDS = {
         "mhcplan.planner.sweep_commands:sweep",
         "Predict every combination of lists of values: any field, a table, resumable.",
     ),
+    "plan": (
+        "mhcplan.planner.sweep_commands:plan",
+        "Find the plan of the fastest step on given GPUs, and say how far that is proven.",
+    ),
     "export": (
         "mhcplan.planner.commands:export",
         "Write a predicted step in another tool's format.",

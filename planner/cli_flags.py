@@ -158,3 +158,13 @@ class AxisFlags:
             if (text := getattr(self, flag)) is not None
         }
         return axes_of(given, self.settings)
+
+    def arguments(self) -> list[str]:
+        """The command-line words that give these flags."""
+        words: list[str] = []
+        for flag in (*FLAG_FIELDS, GLOBAL_BATCH):
+            if (text := getattr(self, flag)) is not None:
+                words += [f"--{flag.replace('_', '-')}", str(text)]
+        for setting in self.settings:
+            words += ["--set", setting]
+        return words

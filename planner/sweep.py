@@ -133,7 +133,7 @@ class SweepRun:
         self._points = list(points(source_fields(source), axes))
         self._result = Sweep(tuple(axes), total=len(self._points))
         names = {point.plan.profile for point in self._points if point.plan is not None}
-        self._profiles = {name: _named_profile(name) for name in sorted(names)}
+        self._profiles = {name: named_profile(name) for name in sorted(names)}
         plans = (point.plan for point in self._points if point.plan is not None)
         self._digests = {plan: plan.digest() for plan in plans}
         self._outcomes: dict[PointKey, Outcome] = {}
@@ -268,7 +268,7 @@ def _worked_out(task: _Task) -> list[Outcome]:
     return work_out(task.plans, task.profile, task.method)
 
 
-def _named_profile(name: str) -> ProfileName:
+def named_profile(name: str) -> ProfileName:
     """A profile by its digest, and by a name that leads to it from any folder."""
     digest = find_profile(name).digest
     return ProfileName(name if name in profile_names() else str(Path(name).resolve()), digest)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
-from cyclopts.types import PositiveInt
+from cyclopts.types import PositiveFloat, PositiveInt
 
 from mhcplan.planner.cli_flags import AxisFlags
 from mhcplan.planner.commands import Source
-from mhcplan.planner.farm import Backend
+from mhcplan.planner.farm import Backend, Farm
 from mhcplan.planner.output import write_file
+from mhcplan.planner.plan_file import plan_text
+from mhcplan.planner.plan_search import Method, quests
+from mhcplan.planner.report_text import ms
+from mhcplan.planner.search import Found
+from mhcplan.planner.search_report import SearchReport
+from mhcplan.planner.search_text import print_search
 from mhcplan.planner.spec import SpecError
 from mhcplan.planner.sweep import Progress, Sweep, SweepOptions, SweepRun
 from mhcplan.planner.sweep_store import default_store
@@ -97,3 +104,78 @@ def _write(result: Sweep, *, json: bool, csv: Path | None, parquet: Path | None)
         write_file(csv, csv_text(result))
     if parquet is not None:
         write_file(parquet, parquet_bytes(result))
+
+
+def plan(
+    source: Source,
+    /,
+    *,
+    gpus: PositiveInt,
+    memory_gib: PositiveFloat | None = None,
+    axes: AxisFlags | None = None,
+    seconds: PositiveFloat = 50.0,
+    jobs: PositiveInt | None = None,
+    backend: Backend = "local",
+    method: Method = "auto",
+    json: Switch = False,
+    file: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None,
+) -> int:
+    """Find the plan of the fastest step on given GPUs, and say how far that is proven.
+
+    Searches pp, ep, dp, micro-batch size, schedule, recompute block and priority; a flag narrows
+    its field to the values given, --set searches further fields. Every plan trains the same
+    sequences a step. n is yours to choose; a list of n gives an answer for each.
+    Exits 1 if nothing fits.
+
+        mhcplan plan mhc-27b --gpus 64 --memory-gib 80
+        mhcplan plan mhc-27b --gpus 128 --schedule dualpipe,dualpipev --global-batch 1024
+        mhcplan plan plan.toml --gpus 64 --pp 8 --n 2,4 -o best.toml
+
+    Args:
+        source: a model preset, or a plan file (.toml)
+        gpus: how many there are: pp x ep x dp
+        memory_gib: memory of one GPU in GiB; without it, that of the profile's GPU
+        axes: values to choose from
+        seconds: when to stop with what is found
+        jobs: processes; without it, one a core, or all that the cluster has
+        backend: local processes, or a cluster found as RAY_ADDRESS or DASK_SCHEDULER_ADDRESS say
+        method: exact bounds the whole space, sampled lets Optuna choose, auto takes what suits
+        json: print a JSON object instead of text, one a line for each n
+        file: write the best plan to this file (.toml)
+    """
+    axes = axes or AxisFlags()
+    asked = quests(source, gpus, memory_gib, axes.axes())
+    if file is not None and len(asked) > 1:
+        raise SpecError("--output takes one plan: give one value of --n")
+    limit = [] if memory_gib is None else ["--memory-gib", f"{memory_gib:g}"]
+    command = shlex.join(
+        ["mhcplan", "plan", source, "--gpus", str(gpus), *limit, *axes.arguments()]
+    )
+    found = False
+    with Farm(backend, jobs) as farm:
+        for quest in asked:
+            run = quest.begin(method)
+            try:
+                with progress_bar(f"plan, n={quest.rate}") as show:
+                    run.search.run(farm, seconds / len(asked), lambda at: show(*_at(at)))
+            finally:  # also what an interrupted search has found
+                report = run.report(command)
+                _show(report, json=json, file=file)
+            found |= bool(report.best)
+    return 0 if found else NOTHING_FEASIBLE
+
+
+def _at(found: Found) -> tuple[int, int, str]:
+    tally = found.tally
+    best = f"best {ms(found.candidates[0].merit[0])} ms" if found.candidates else ""
+    return tally.total - tally.unknown, tally.total, best
+
+
+def _show(report: SearchReport, *, json: bool, file: Path | None) -> None:
+    if json:
+        print(report.model_dump_json())
+    else:
+        print_search(report, output())
+    if file is not None and report.best:
+        write_file(file, plan_text(report.best[0].plan))
+        note(f"wrote {file}; now: mhcplan predict {shlex.quote(str(file))}")

@@ -10,8 +10,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from mhcplan.planner.lowering import lower
-from mhcplan.planner.predict import simulate
+from mhcplan.planner.predict import play
 from mhcplan.planner.ranking import Refusal, estimate
 from mhcplan.planner.recompute import resolve_recompute_block
 from mhcplan.planner.report import overhead_percent, tokens_per_second
@@ -19,7 +18,7 @@ from mhcplan.planner.sweep_row import Figures, Outcome
 from mhcplan.profiles.lookup import CostModel
 from mhcplan.profiles.schema import ProfileError
 from mhcplan.profiles.store import find_profile
-from mhcplan.sim.memory import memory_of, memory_report
+from mhcplan.sim.memory import memory_report
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
@@ -77,12 +76,10 @@ def simulated(plan: PlanSpec, recompute_block: int | None, model: CostModel) -> 
     Raises:
         CostMissing: the profile cannot price one of its ops.
     """
-    program = lower(plan, recompute_block)
-    table = model.table(program.cost_keys)
-    timeline = simulate(program, table, plan.engine)
-    ranks = memory_report(program, table, memory_of(program, table))
+    step = play(plan, model, recompute_block)
+    ranks = memory_report(step.program, step.table, step.memory)
     peak, device = (max(rank[name] for rank in ranks) for name in ("peak_bytes", "device_bytes"))
-    return Simulated(timeline.step_ns, peak, device)
+    return Simulated(step.timeline.step_ns, peak, device)
 
 
 @lru_cache(maxsize=_MODELS_KEPT)
