@@ -46,6 +46,7 @@ _COMPONENT_COLORS = {
     "logits": PAINTS["mhc"].color,
     "workspace": PAINTS["ep"].color,
 }
+_RANKS_NAMED = 20  # ranks at most that all have their number on an axis
 _TICK_PIXELS = 9  # a lane's least height for a name of its own
 _MARK = "#808080"  # told from light and dark alike
 _LANE_PIXELS = (4, 9)  # least and most pixels of a lane of height 1
@@ -83,7 +84,7 @@ def breakdown_figure(report: PlanReport, pinned: PlanReport | None = None) -> go
 
 def memory_figure(report: PlanReport, pinned: PlanReport | None = None) -> go.Figure:
     """Memory of every rank at its peak by component, GB, under the limit; marks are ``pinned``."""
-    ranks = [f"rank {rank}" for rank in range(len(report.memory))]
+    ranks = list(range(len(report.memory)))
     figure = go.Figure()
     for field in COMPONENT_FIELDS:
         name = field.removesuffix("_bytes")
@@ -92,23 +93,23 @@ def memory_figure(report: PlanReport, pinned: PlanReport | None = None) -> go.Fi
             x=ranks,
             y=[getattr(rank, field) / 1e9 for rank in report.memory],
             marker=_marker(_COMPONENT_COLORS[name], hatched=name == "recompute"),
-            hovertemplate="%{y:,.2f} GB<extra>%{fullData.name}</extra>",
+            hovertemplate="rank %{x}: %{y:,.2f} GB<extra>%{fullData.name}</extra>",
         )
     figure.add_bar(
         name="margin, NCCL and context",
         x=ranks,
         y=[(rank.device_bytes - rank.peak_bytes) / 1e9 for rank in report.memory],
         marker=_marker("rgba(128,128,128,0.35)"),
-        hovertemplate="%{y:,.2f} GB<extra>%{fullData.name}</extra>",
+        hovertemplate="rank %{x}: %{y:,.2f} GB<extra>%{fullData.name}</extra>",
     )
     if pinned is not None:
         figure.add_scatter(
             name="A in all",
-            x=[f"rank {rank}" for rank in range(len(pinned.memory))],
+            x=list(range(len(pinned.memory))),
             y=[rank.device_bytes / 1e9 for rank in pinned.memory],
             mode="markers",
             marker={"symbol": "line-ew", "size": 26, "line": {"width": 2.5, "color": _MARK}},
-            hovertemplate="%{y:,.2f} GB<extra>%{fullData.name}</extra>",
+            hovertemplate="rank %{x}: %{y:,.2f} GB<extra>%{fullData.name}</extra>",
         )
     figure.update_layout(
         plain_layout(height=320),
@@ -116,6 +117,7 @@ def memory_figure(report: PlanReport, pinned: PlanReport | None = None) -> go.Fi
         shapes=[limit_line(report.memory_limit_bytes, "y")],
         annotations=[limit_text(report.memory_limit_bytes, "y")],
     )
+    figure.update_xaxes(title="rank", dtick=1 if len(ranks) <= _RANKS_NAMED else None)
     figure.update_yaxes(title="GB", rangemode="tozero")
     return figure
 

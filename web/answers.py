@@ -30,19 +30,24 @@ from mhcplan.planner.report_text import (
     gb,
     headline,
     ms,
+    remarks,
     residual_name,
     sections,
 )
+from mhcplan.planner.report_text import certainty as certainty_line
 from mhcplan.planner.sides import side_of
 from mhcplan.planner.spec import SpecError
 from mhcplan.planner.timeline_data import timeline_data
 from mhcplan.planner.timeline_page import figure_json, table_html, timeline_page
+from mhcplan.planner.uncertainty import intervals
 from mhcplan.profiles.schema import ProfileError
+from mhcplan.profiles.store import find_profile
 from mhcplan.web.whatif import Refused, WhatIf, refused, whatif_of
 
 if TYPE_CHECKING:
     from mhcplan.planner.predict import Prediction
     from mhcplan.planner.report import PlanReport
+    from mhcplan.profiles.schema import Profile
 
 _KEPT = 4  # predictions: of the page, of the plan pinned beside it, and of where it came from
 _LANES_PIXELS = 520  # of a timeline in the page
@@ -106,22 +111,32 @@ def timeline(whatif: WhatIf) -> bytes:
     return _json({"ops": ops, "timeline": figure_json(figure)})
 
 
+def certainty(whatif: WhatIf) -> bytes:
+    """How sure the answer is, in one line, and all that has to be said beside it.
+
+    Raises:
+        Refused: see :func:`predicted`.
+    """
+    report = _with_intervals(whatif)
+    return _json({"line": certainty_line(report), "remarks": remarks(report)})
+
+
 def download(whatif: WhatIf, kind: str) -> File:
     """A file of ``predict --out``, or of ``export`` (several in a zip archive).
 
     Raises:
         Refused: no such kind, or a format that cannot hold this plan.
     """
-    prediction, report = predicted(whatif)
+    prediction, _ = predicted(whatif)
     plan = prediction.plan
     stem = f"{plan.model.name}-{plan.schedule}-n{plan.residual.num_rows}"
     match kind:
         case "html":
-            return File(f"{stem}.html", timeline_page(prediction, report).encode())
+            return File(f"{stem}.html", timeline_page(prediction, _with_intervals(whatif)).encode())
         case "plan":
             return File(f"{stem}.toml", plan_text(plan).encode())
         case "report":
-            return File(f"{stem}.json", report.to_json().encode() + b"\n")
+            return File(f"{stem}.json", _with_intervals(whatif).to_json().encode() + b"\n")
         case "perfetto":
             trace = export(prediction, "perfetto").files[TRACE_NAME]
             return File(f"{stem}.{TRACE_NAME}", cast("bytes", trace))
@@ -157,8 +172,22 @@ def predicted(whatif: WhatIf) -> tuple[Prediction, PlanReport]:
 
 @lru_cache(maxsize=_KEPT)
 def _predicted(whatif: WhatIf) -> tuple[Prediction, PlanReport]:
-    prediction = predict(whatif.plan())
+    plan = whatif.plan()
+    prediction = predict(plan, _profile(plan.profile))
     return prediction, make_report(prediction, whatif.command())
+
+
+@lru_cache(maxsize=_KEPT)
+def _with_intervals(whatif: WhatIf) -> PlanReport:
+    """The report as the command line gives it, which takes about as long again."""
+    prediction, _ = predicted(whatif)
+    return make_report(prediction, whatif.command(), intervals(prediction))
+
+
+@lru_cache(maxsize=8)
+def _profile(name: str) -> Profile:
+    """Read once: a profile's file is not watched while the server runs."""
+    return find_profile(name)
 
 
 def _tables(report: PlanReport) -> dict[str, list[str]]:
@@ -232,7 +261,7 @@ def _own_facts(report: PlanReport) -> list[Fact]:
 def _other_sources(report: PlanReport) -> str:
     """Where the rest of the durations comes from."""
     shares = report.sources_percent.model_dump(exclude={"measured"})
-    return ", ".join(f"{share:.1f} % {name}" for name, share in shares.items() if share)
+    return ", ".join(f"{name} {share:.1f}" for name, share in shares.items() if share)
 
 
 def _changes(a: PlanReport, b: PlanReport) -> list[str]:

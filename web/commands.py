@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import webbrowser
+from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +20,7 @@ from mhcplan.planner.terminal import note
 from mhcplan.profiles.store import find_profile, profile_names
 from mhcplan.web.whatif import WhatIf, whatif_of
 
+_PATIENCE_SECONDS = 2  # with what is still being sent when the server ends
 _PORT = 8642  # taken where nothing else was asked for, and another one where it is in use
 
 
@@ -66,8 +68,14 @@ def web(
         if open_browser:
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
         settings = Settings(tuple(names), hosts, limit_seconds)
-        config = uvicorn.Config(create_app(settings), log_level="warning", server_header=False)
-        uvicorn.Server(config).run(sockets=[listener])
+        config = uvicorn.Config(
+            create_app(settings),
+            log_level="warning",
+            server_header=False,
+            timeout_graceful_shutdown=_PATIENCE_SECONDS,
+        )
+        with suppress(KeyboardInterrupt):  # how one ends it
+            uvicorn.Server(config).run(sockets=[listener])
 
 
 def _listening(host: str, port: int | None) -> socket.socket:

@@ -100,6 +100,7 @@ def create_app(settings: Settings) -> FastAPI:
         ("/api/controls", _controls),
         ("/api/answer", _answer),
         ("/api/timeline", _timeline),
+        ("/api/certainty", _certainty),
         ("/api/sweep/{kind}", _sweep),
         ("/api/download/{kind}", _download),
     ):
@@ -135,6 +136,10 @@ async def _answer(request: Request) -> Response:
 
 async def _timeline(request: Request) -> Response:
     return await _json(request, answers.timeline, _asked(request)[0])
+
+
+async def _certainty(request: Request) -> Response:
+    return await _json(request, answers.certainty, _asked(request)[0])
 
 
 async def _download(request: Request, kind: str) -> Response:

@@ -225,7 +225,7 @@ function memoryTraces(ops, begin, end, ink) {
   return traces;
 }
 
-/** The critical path as one line through the lanes; pieces below a pixel are joined. */
+/** The critical path as one line beneath its ops; pieces below a pixel are joined. */
 function pathTrace(ops, begin, end, ink) {
   const { lane, start, end: until } = ops.path, x = [], y = [];
   const first = Math.max(0, firstAbove(start, begin, 0, start.length) - 1);
@@ -235,7 +235,7 @@ function pathTrace(ops, begin, end, ink) {
     if (start[piece] - from < shortest) continue;
     from = start[piece];
     x.push(start[piece] / MS, until[piece] / MS);
-    y.push(ops.middle[lane[piece]], ops.middle[lane[piece]]);
+    y.push(ops.lanes[lane[piece]].bottom, ops.lanes[lane[piece]].bottom);
   }
   return {
     type: "scatter", mode: "lines", x, y, name: "critical path", showlegend: false,

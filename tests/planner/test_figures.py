@@ -159,6 +159,20 @@ def test_breakdown_figure_shows_the_plan_and_its_baseline() -> None:
     assert [sum(bar["x"][i] for bar in bars) for i in range(2)] == [1100, 1000]
 
 
+def test_pinned_plan_stands_above_and_shares_an_equal_baseline() -> None:
+    report = made_up_report()
+    other = made_up_report(
+        baseline_breakdown_ns=report.breakdown_ns, baseline_step_time_ns=1100 * 10**6
+    )
+    for pinned, names in (
+        (report, ["A: mHC n=4", "B: mHC n=4", "B: plain residual"]),
+        (other, ["A: mHC n=4", "A: plain residual", "B: mHC n=4", "B: plain residual"]),
+    ):
+        assert breakdown_figure(report, pinned).to_plotly_json()["data"][0]["y"] == names
+    marks = memory_figure(report, other).to_plotly_json()["data"][-1]
+    assert marks["y"] == [rank.device_bytes / 1e9 for rank in other.memory]
+
+
 def test_memory_figure_stacks_up_to_what_the_device_needs() -> None:
     report = made_up_report()
     bars = memory_figure(report).to_plotly_json()["data"]

@@ -46,6 +46,9 @@ def test_answer_is_the_report_of_the_command_line(
     with pytest.raises(SystemExit):
         main([*report.command.split()[1:], "--json"])
     told = PlanReport.model_validate_json(capsys.readouterr().out)
+    downloaded = get(server, f"/api/download/report?{SMALL}&n=2").content
+    same = PlanReport.model_validate_json(downloaded)
+    assert same.model_copy(update={"command": told.command}) == told
     assert report.step_time_ns == told.step_time_ns
     assert report.memory == told.memory
     assert report.plan_digest == told.plan_digest
@@ -120,6 +123,12 @@ def test_what_is_no_plan_file_is_refused_in_one_line(server: str, content: bytes
     response = httpx.post(f"{server}/api/open", content=content, timeout=WAIT)
     assert response.status_code == 422
     assert "\n" not in response.json()["message"]
+
+
+def test_certainty_is_a_line_and_all_remarks(server: str) -> None:
+    got = get(server, f"/api/certainty?{SMALL}").json()
+    assert "% of drawn runs" in got["line"]
+    assert set(answer(server, SMALL)["report"]["warnings"]) <= set(got["remarks"])
 
 
 def lines(response: httpx.Response) -> list[dict[str, Any]]:

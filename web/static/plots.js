@@ -2,8 +2,11 @@
 
 import { pageInk, themed } from "/static/timeline.js";
 
-const CONFIG = { responsive: true, displayModeBar: false };
+const CONFIG = { displayModeBar: false };
 const drawn = new Map();
+const resized = new ResizeObserver((changes) => {
+  for (const { target } of changes) Plotly.relayout(target, { width: target.clientWidth });
+});
 let loading = null;
 
 /** Loads plotly.js; running it takes the better part of a second, so what is there is shown first. */
@@ -23,6 +26,7 @@ export async function draw(element, figure, changes = {}) {
   if (drawn.get(element)[0] !== figure) return; // a newer one has come meanwhile
   const layout = { ...themed(figure.layout, pageInk()), ...changes };
   await Plotly.react(element, figure.data, layout, CONFIG);
+  resized.observe(element);
 }
 
 export function redrawAll() {

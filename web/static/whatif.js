@@ -63,11 +63,7 @@ function show(answer) {
   }
   putTables(byId("tables"), answer.tables.others);
   putTables(byId("differences"), answer.differences);
-  byId("warnings").replaceChildren(...answer.report.warnings.map((text) => {
-    const item = document.createElement("li");
-    item.textContent = text;
-    return item;
-  }));
+  showRemarks("", answer.report.warnings);
   byId("command").textContent = answer.report.command;
   const { mhcplan_version: version, plan_digest: plan, profile_digest: profile } = answer.report;
   byId("origin").textContent =
@@ -77,6 +73,16 @@ function show(answer) {
   delete byId("content").dataset.stale;
   clearTimeout(rest);
   rest = setTimeout(followTimeline, isFirst ? 0 : REST_MS);
+}
+
+/** How sure the answer is, which is known once it rests, and what is assumed. */
+function showRemarks(certainty, remarks) {
+  byId("certainty").textContent = certainty;
+  byId("warnings").replaceChildren(...remarks.map((text) => {
+    const item = document.createElement("li");
+    item.textContent = text;
+    return item;
+  }));
 }
 
 /** Tables come as HTML, escaped where it is made: planner/timeline_page.py. */
@@ -106,7 +112,7 @@ function factElement({ label, value, note, pinned, change }) {
   add("dt", "", label);
   add("dd", "value", value);
   add("dd", "note", note);
-  add("dd", "change", pinned && `A ${pinned}${change && `, ${change}`}`);
+  add("dd", "change", pinned && `A ${pinned}\n${change}`);
   fact.dataset.fact = label;
   return fact;
 }
@@ -132,9 +138,12 @@ function showPinned() {
 const followTimeline = newest(async (signal) => {
   byId("timeline-state").textContent = "…";
   try {
-    await drawTimelines(state.plan, state.pinned, signal);
+    const { plan, pinned } = state;
+    await drawTimelines(plan, pinned, signal);
     byId("timeline-state").textContent = "";
     document.documentElement.dataset.ready = "true";
+    const { line, remarks } = await json(`/api/certainty?${plan}`, { signal });
+    if (plan === state.plan) showRemarks(line, remarks);
   } catch (error) {
     if (error.name !== "AbortError") byId("timeline-state").textContent = error.message;
   }

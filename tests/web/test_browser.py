@@ -1,0 +1,380 @@
+"""The page in a real browser: Chromium, driven by Playwright."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.web.conftest import SMALL, serving
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from playwright.sync_api import Browser, Locator, Page
+
+    Open = Callable[..., Page]
+
+playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (extra test)")
+LAPTOP, PHONE = {"width": 1280, "height": 720}, {"width": 390, "height": 844}
+PATIENCE_MS = 120_000  # the first answer of a checkout compiles
+LARGE = "model=mhc-27b&microbatches=184"  # 207,080 ops
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    found = shutil.which("chromium") or shutil.which("chromium-browser")
+    if found is None:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    with playwright.sync_playwright() as driver:
+        # root has no sandbox; software rendering as on a machine without a screen
+        launched = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def open_page(browser: Browser, server: str) -> Iterator[Open]:
+    """Opens a query in a window of its own; at the end nothing went wrong or went outside."""
+    wrong: list[str] = []
+    contexts: list[Any] = []
+
+    def open_(query: str = SMALL, **options: Any) -> Page:  # noqa: ANN401
+        context = browser.new_context(**{"viewport": LAPTOP, **options})
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(PATIENCE_MS)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("console", lambda said: said.type == "error" and wrong.append(said.text))
+        page.on("request", lambda asked: _own(asked.url, server) or wrong.append(asked.url))
+        page.goto(f"{server}/?{query}")
+        settled(page)
+        return page
+
+    yield open_
+    for context in contexts:
+        context.close()
+    # a refusal is an answer, though the console lists it
+    assert [text for text in wrong if "422" not in text] == []
+
+
+def _own(url: str, server: str) -> bool:
+    return url.startswith((server, "data:", "blob:"))
+
+
+def settled(page: Page) -> None:
+    """Wait until answer, timeline and certainty are of what the address says."""
+    page.wait_for_function(
+        "() => document.documentElement.dataset.ready && !document.querySelector('[data-stale]')"
+        " && window.mhcplan.together.plan?.query === window.mhcplan.state.plan"
+        " && document.getElementById('certainty').textContent"
+    )
+
+
+def fact(page: Page, label: str, part: str = "value") -> str:
+    return page.locator(f"[data-fact='{label}'] .{part}").inner_text()
+
+
+def number(text: str) -> float:
+    return float(text.split()[0].replace(",", ""))
+
+
+def drag(page: Page, slider: Locator, begin: float, end: float) -> None:
+    """Drag a slider's thumb between two shares of its track, in steps as a hand does."""
+    box = slider.bounding_box()
+    assert box is not None
+    thumb = 8  # its middle at either end
+    x, width = box["x"] + thumb, box["width"] - 2 * thumb
+    y = box["y"] + box["height"] / 2
+    page.mouse.move(x + begin * width, y)
+    page.mouse.down()
+    for step in range(1, 13):
+        page.mouse.move(x + (begin + (end - begin) * step / 12) * width, y)
+        page.wait_for_timeout(20)
+    page.mouse.up()
+
+
+# -- the what-if -----------------------------------------------------------------------------------
+
+
+def test_dragging_n_moves_overhead_and_memory_and_is_one_step_back(open_page: Open) -> None:
+    page = open_page(f"{SMALL}&n=1&recompute_block=none")
+    slider = page.get_by_label("n, expansion rate, slider")
+    before = number(fact(page, "overhead")), number(fact(page, "memory of a GPU"))
+    assert before[0] == 0
+    drag(page, slider, 0, 0.75)  # 1, 2, 4, 8 of 1, 2, 4, 8, 16
+    settled(page)
+    assert "n=8" in page.url
+    after = number(fact(page, "overhead")), number(fact(page, "memory of a GPU"))
+    assert after[0] > before[0] + 1
+    assert after[1] > before[1]
+    assert page.get_by_label("n, expansion rate", exact=True).input_value() == "8"
+    page.go_back()
+    settled(page)
+    assert "n=1" in page.url
+    assert number(fact(page, "overhead")) == 0
+    page.go_forward()
+    settled(page)
+    assert number(fact(page, "overhead")) == after[0]
+    page.locator("#spoken", has_text="mHC n=8").wait_for(state="attached")
+
+
+def test_a_shared_link_reproduces_the_page(open_page: Open) -> None:
+    page = open_page(SMALL)
+    page.get_by_label("schedule").select_option("1f1b")
+    page.locator("summary", has_text="Any other field").click()
+    page.get_by_label("field to add").select_option("layout.gpus_per_node")
+    added = page.get_by_label("layout.gpus_per_node")
+    added.fill("4")
+    added.press("Enter")
+    page.get_by_role("button", name="Pin as A").click()
+    page.get_by_label("n, expansion rate", exact=True).fill("2")
+    settled(page)
+    facts = page.locator("#facts").inner_text()
+    other = open_page(page.url.partition("?")[2])
+    assert other.locator("#facts").inner_text() == facts
+    assert other.get_by_label("layout.gpus_per_node").input_value() == "4"
+    assert other.locator("#command").inner_text() == page.locator("#command").inner_text()
+
+
+def test_two_plans_stand_side_by_side_and_their_timelines_move_together(open_page: Open) -> None:
+    page = open_page(SMALL)
+    page.get_by_role("button", name="Pin as A").click()
+    page.get_by_label("n, expansion rate", exact=True).fill("8")
+    settled(page)
+    page.wait_for_function("() => window.mhcplan.together.drawn.timelines.length === 2")
+    a, b = number(fact(page, "step", "change").removeprefix("A ")), number(fact(page, "step"))
+    assert b > a
+    assert "residual.expansion_rate" in page.locator("#difference").inner_text()
+    assert page.locator("#timeline-a").is_visible()
+    page.locator("#timeline").focus()
+    page.keyboard.press("w")
+    ranges = page.evaluate("() => window.mhcplan.together.drawn.timelines.map((t) => t.range)")
+    assert ranges[0] == ranges[1]
+    assert 0 < ranges[0][0] < ranges[0][1] < b * 1e6
+    page.get_by_role("button", name="Swap A and B").click()
+    settled(page)
+    assert number(fact(page, "step")) == a
+    page.get_by_role("button", name="Unpin A").click()
+    settled(page)
+    assert not page.locator("#timeline-a").is_visible()
+    assert fact(page, "step") == f"{a:,.2f} ms"
+
+
+def test_what_is_wrong_stands_beside_its_field(open_page: Open) -> None:
+    page = open_page(SMALL)
+    field = page.get_by_label("pipeline ranks, pp", exact=True)
+    field.fill("3")
+    problem = page.locator("[data-name='pp'] .problem")
+    problem.wait_for(state="visible")
+    assert "must be even for dualpipe" in problem.inner_text()
+    assert field.get_attribute("aria-invalid") == "true"
+    field.fill("2")
+    problem.wait_for(state="hidden")
+    settled(page)
+
+
+def test_sliders_at_their_ends_are_answered_or_refused(open_page: Open) -> None:
+    page = open_page(SMALL)
+    for name in ("n, expansion rate", "pipeline ranks, pp", "tokens in a sequence"):
+        for key in ("End", "Home"):
+            page.get_by_label(f"{name}, slider").press(key)
+            page.wait_for_function(
+                "() => !document.querySelector('[data-stale]')"
+                " || document.querySelector('.problem:not([hidden])')"
+            )
+            assert page.locator("#facts .value").count() > 0
+
+
+def test_stopped_server_is_said_and_found_again(browser: Browser) -> None:
+    with serving("--port", "0") as address:
+        page = browser.new_page(viewport=LAPTOP)
+        page.set_default_timeout(PATIENCE_MS)
+        page.goto(f"{address}/?{SMALL}")
+        settled(page)
+        facts = page.locator("#facts").inner_text()
+    page.get_by_label("n, expansion rate", exact=True).fill("2")
+    page.get_by_role("alert").filter(has_text="does not answer").wait_for()
+    assert page.locator("#facts").inner_text() == facts  # what was there stays
+    with serving("--port", address.rpartition(":")[2]):
+        settled(page)
+        assert page.locator("#facts").inner_text() != facts
+    page.close()
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def test_downloaded_page_works_by_itself(open_page: Open, browser: Browser, tmp_path: Path) -> None:
+    page = open_page(SMALL)
+    page.locator("summary", has_text="Download").click()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="HTML page with the timeline").click()
+    file = tmp_path / download.value.suggested_filename
+    download.value.save_as(file)
+    alone = browser.new_page(viewport=LAPTOP, offline=True)
+    alone.goto(file.as_uri())
+    alone.wait_for_selector("html[data-ready=true]")
+    assert alone.locator("#timeline .plot-container").count() == 1
+    alone.close()
+
+
+def test_a_plan_file_is_opened(open_page: Open, tmp_path: Path) -> None:
+    page = open_page(f"{SMALL}&n=2&p2p=grouped")
+    page.locator("summary", has_text="Download").click()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="plan (TOML)").click()
+    file = tmp_path / "plan.toml"
+    download.value.save_as(file)
+    other = open_page(SMALL)
+    other.locator("#plan-file").set_input_files(file)
+    other.wait_for_function("() => location.search.includes('p2p=grouped')")
+    settled(other)
+    assert other.locator("#facts").inner_text() == page.locator("#facts").inner_text()
+
+
+def test_sweep_is_drawn_and_a_click_goes_there(open_page: Open) -> None:
+    page = open_page(SMALL)
+    page.get_by_role("button", name="Sweep n").click()
+    page.get_by_text("Sweep n: 5 of 5").wait_for()
+    points = page.locator("[data-plot='n'] .scatterlayer .trace").first.locator(".point")
+    assert points.count() >= 4
+    points.nth(1).scroll_into_view_if_needed()
+    box = points.nth(1).bounding_box()
+    assert box is not None
+    page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.wait_for_function("() => location.search.includes('n=2')")
+    settled(page)
+    page.get_by_role("button", name="Time against memory").click()
+    page.get_by_role("button", name="Cancel").click()
+    page.get_by_text("Time against memory: cancelled").wait_for()
+
+
+# -- the timeline ----------------------------------------------------------------------------------
+
+_COUNT_FRAMES = """() => {
+  window.frames_ = [];
+  const tick = (time) => { window.frames_.push(time); window.tick_ = requestAnimationFrame(tick); };
+  requestAnimationFrame(tick);
+}"""
+_FRAMES = "() => { cancelAnimationFrame(window.tick_); return window.frames_; }"
+_PIXELS = "(element) => element.querySelectorAll('.heatmaplayer image, .barlayer path').length"
+
+
+def test_large_timeline_opens_pans_and_zooms_to_single_ops(
+    open_page: Open, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = open_page(LARGE)
+    page.reload()  # the prediction is at hand: what is timed is the page
+    settled(page)
+    opened_s = page.evaluate("() => performance.now()") / 1000
+    ops = page.evaluate("() => window.mhcplan.together.plan.timeline.ops.start.length")
+    assert ops > 150_000
+    plot = page.locator("#timeline")
+    plot.evaluate("(element) => element.scrollIntoView({ block: 'center' })")
+    assert plot.evaluate(_PIXELS) > 0
+    page.evaluate("() => { const t = window.mhcplan.together.plan.timeline;"
+                  " return t.show(t.whole * 0.3, t.whole * 0.5); }")  # fmt: skip
+    rates = [_pan(page, plot) for _ in range(2)]
+    begin, _ = page.evaluate("() => window.mhcplan.together.plan.timeline.range")
+    assert begin != page.evaluate("() => window.mhcplan.together.plan.timeline.whole * 0.3")
+    for _ in range(12):
+        page.keyboard.press("w")
+        page.wait_for_timeout(30)
+    assert page.evaluate("() => window.mhcplan.together.plan.timeline.isRaster") is False
+    assert plot.locator(".barlayer path").count() > 0
+    with capsys.disabled():
+        panned = " and ".join(f"{rate:.0f}" for rate in rates)
+        print(f"\n{ops:,} ops drawn {opened_s:.2f} s after the request, panned at {panned}/s")
+    assert min(rates) > 1  # frames are drawn; how many depends on what else the machine does
+
+
+def _pan(page: Page, plot: Locator) -> float:
+    """Drag the timeline to and fro; frames a second."""
+    box = plot.bounding_box()
+    assert box is not None
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.evaluate(_COUNT_FRAMES)
+    for step in range(40):
+        page.mouse.move(x - 8 * min(step, 40 - step) - 4 * step, y)
+    page.mouse.up()
+    frames = page.evaluate(_FRAMES)
+    return 1000 * (len(frames) - 1) / (frames[-1] - frames[0])
+
+
+def test_hover_says_what_an_op_is_and_why_it_waited(open_page: Open) -> None:
+    page = open_page(SMALL)
+    plot = page.locator("#timeline")
+    plot.evaluate("(element) => element.scrollIntoView({ block: 'end' })")
+    box = plot.bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 40)
+    page.mouse.move(box["x"] + box["width"] / 2 + 3, box["y"] + 42)
+    tip = page.locator(".tip:visible")
+    tip.wait_for()
+    said = tip.inner_text()
+    assert "rank 0 compute" in said
+    assert "waited" in said or "started with the step" in said
+    page.keyboard.press("c")
+    pressed = page.get_by_role("button", name="critical path")
+    assert pressed.get_attribute("aria-pressed") == "true"
+
+
+# -- for everyone ----------------------------------------------------------------------------------
+
+
+def test_keyboard_reaches_everything_and_every_input_has_a_name(open_page: Open) -> None:
+    page = open_page(SMALL)
+    slider = page.get_by_label("n, expansion rate, slider")
+    slider.focus()
+    page.keyboard.press("ArrowLeft")
+    settled(page)
+    assert "n=2" in page.url
+    nameless = page.evaluate(
+        "() => [...document.querySelectorAll('input, select, button, summary')].filter((e) =>"
+        " !(e.labels?.length || e.ariaLabel || e.textContent.trim())).map((e) => e.outerHTML)"
+    )
+    assert nameless == []
+    page.locator("#inputs").get_by_label("model", exact=True).focus()
+    page.keyboard.press("s")  # types in the picker, does not zoom
+    assert page.evaluate("() => window.mhcplan.together.plan.timeline.range[0]") == 0
+
+
+def test_theme_follows_the_system_until_one_is_chosen(open_page: Open) -> None:
+    page = open_page(SMALL, color_scheme="dark")
+    ground = "() => getComputedStyle(document.body).backgroundColor"
+    dark = page.evaluate(ground)
+    page.get_by_role("button", name="dark or light").click()
+    light = page.evaluate(ground)
+    assert dark != light
+    page.reload()
+    settled(page)
+    assert page.evaluate(ground) == light
+
+
+def test_page_fits_its_window(open_page: Open) -> None:
+    page = open_page(f"{SMALL}&n=2&a=model%3Dmhc-3b%26pp%3D2%26microbatches%3D4")
+    for viewport in (LAPTOP, PHONE):
+        page.set_viewport_size(viewport)
+        settled(page)
+        assert page.evaluate("() => document.documentElement.scrollWidth") <= viewport["width"]
+        answer = page.locator("#facts").bounding_box()
+        assert answer is not None
+        assert answer["y"] + answer["height"] < viewport["height"] / 2
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)
+            _keep(page, f"{viewport['width']}-{scheme}")
+
+
+def _keep(page: Page, name: str) -> None:
+    """A picture to be looked at, where the environment names a folder for it."""
+    folder = os.environ.get("MHCPLAN_SCREENSHOTS")
+    if folder:
+        page.wait_for_timeout(500)
+        page.screenshot(path=f"{folder}/{name}.png")
+        page.screenshot(path=f"{folder}/{name}-all.png", full_page=True)
