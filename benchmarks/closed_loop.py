@@ -84,10 +84,15 @@ def main() -> None:
     while pending := [c for c in claims if c.row not in failed and not is_done(options, c)]:
         if time.monotonic() + LEAST_S > options.until:
             break
+        running = options.out / RUNNING
+        running.unlink(missing_ok=True)
         try:
             launch(run_rows, options.gpus, options, pending, device=options.device)
         except ProcessFailed as error:
-            stage = json.loads((options.out / RUNNING).read_text())
+            if not running.exists():  # not even the first row was begun
+                print(str(error)[-3000:], flush=True)
+                break
+            stage = json.loads(running.read_text())
             failed.add(stage["row"])
             options.capture = options.capture and stage["stage"] != "captured"
             print(f"{stage['row']} failed while {stage['stage']}: {str(error)[-1500:]}", flush=True)

@@ -55,7 +55,7 @@ def test_a_plan_runs_beside_its_baseline(
 def test_an_exported_program_runs(
     plan_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plan = make_plan(tiny("1f1b", 2, microbatches=2))
+    plan = make_plan(tiny("1f1b", 2, pp=1, microbatches=2))
     program = lower(plan, resolve_recompute_block(plan))
     program.meta["plan"] = plan.model_dump(mode="json")
     write_program(program, tmp_path / "program.json")
