@@ -240,9 +240,9 @@ def commented_plan_text(plan: PlanSpec) -> str:
     A preset is named rather than written out; fields without a value are there as comments.
     """
     lines = [
-        "# A plan for mhcplan: predict it with `mhcplan predict FILE`. mHC stands in [residual], the",
-        "# use of the GPUs in [layout], both at the end. Fields that are left out keep their",
-        "# defaults. Not modelled, and so no fields: tensor, context and fully sharded parallelism.",
+        "# A plan for mhcplan: predict it with `mhcplan predict FILE`. mHC stands in [residual],",
+        "# the use of the GPUs in [layout], both at the end. Fields that are left out keep their",
+        "# defaults. Not modelled, so no fields: tensor, context, fully sharded parallelism.",
         f'format = "{PLAN_FORMAT}"',
         f"format_version = {PLAN_VERSION}",
     ]
