@@ -247,11 +247,18 @@ def run_rows(process: int, _world: int, options: argparse.Namespace, claims: lis
         torch.distributed.broadcast_object_list(go, src=0, device=device)
         if not go[0]:
             break
+        if process == 0:
+            note_running(options, claim.row, "issued")
         with time_limit(options.row_seconds, claim.row):
             run_row(claim, session, options)
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def note_running(options: argparse.Namespace, row: str, stage: str) -> None:
+    """Say what is being done: whoever starts the processes reads it if they end."""
+    (options.out / RUNNING).write_text(json.dumps({"row": row, "stage": stage}))
 
 
 def run_row(claim: Claim, session: Session, options: argparse.Namespace) -> None:
@@ -265,10 +272,6 @@ def run_row(claim: Claim, session: Session, options: argparse.Namespace) -> None
         for name, program in programs_of(plan).items()
     }
 
-    def running(stage: str) -> None:
-        note = json.dumps({"row": claim.row, "stage": stage})
-        (options.out / RUNNING).write_text(note)
-
     def keep(found: dict[str, Measured]) -> None:
         line = measurement(claim, found, options)
         append_lines(options.out / MEASURED, [line])
@@ -278,10 +281,8 @@ def run_row(claim: Claim, session: Session, options: argparse.Namespace) -> None
             path = options.out / f"{claim.row}.{name}.{of.mode}.trace.json"
             write_trace(of.trace._replace(meta=of.trace.meta | meta), path)
         print(f"{summary(line)}, {time.monotonic() - begin:.0f} s", flush=True)
-        running("captured")
+        note_running(options, claim.row, "captured")
 
-    if session.process == 0:
-        running("issued")
     measure(
         subjects, session, steps=options.steps, warm_up=options.warm_up, capture=options.capture,
         issued_steps=ISSUED_STEPS if options.capture else options.steps, keep=keep,
