@@ -44,13 +44,15 @@ if TYPE_CHECKING:
     from mhcplan.planner.export_formats import ExportFormat
     from mhcplan.planner.predict import Prediction
     from mhcplan.planner.report import PlanReport
+    from mhcplan.planner.search_report import SearchReport
     from mhcplan.planner.sides import Side
     from mhcplan.planner.sweep import Sweep
     from mhcplan.planner.sweep_row import SweepRow
 
 Source = str | os.PathLike[str] | PlanSpec
 
-_WIDTH = 110  # columns of a sweep's table
+_WIDTH = 110  # columns of tables that are shown as text
+_AS_HTML: Any = {"inline_styles": True, "code_format": "<pre>{code}</pre>"}
 
 
 @dataclass(frozen=True, repr=False)
@@ -145,19 +147,49 @@ class Swept:
 
     def __repr__(self) -> str:
         """The table, as the command prints it."""
-        console = Console(file=StringIO(), record=True, width=_WIDTH, color_system=None)
-        self._print(console)
-        return console.export_text()
+        return self._printed().export_text()
 
     def _repr_html_(self) -> str:
-        console = Console(file=StringIO(), record=True, width=_WIDTH)
-        self._print(console)
-        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+        return self._printed().export_html(**_AS_HTML)
 
-    def _print(self, console: Console) -> None:
+    def _printed(self) -> Console:
         from mhcplan.planner.sweep_text import print_sweep
 
+        console = _recorder()
         print_sweep(self.sweep, console)
+        return console
+
+
+@dataclass(frozen=True, repr=False)
+class Planned:
+    """The best plans for given GPUs.
+
+    Attributes:
+        reports: a search's answer for each n that was asked for.
+    """
+
+    reports: tuple[SearchReport, ...]
+
+    @property
+    def best(self) -> PlanSpec | None:
+        """The plan of the fastest step of the first n, to be predicted; None if nothing fits."""
+        found = self.reports[0].best
+        return found[0].plan if found else None
+
+    def __repr__(self) -> str:
+        """The answer, as the command prints it."""
+        return self._printed().export_text()
+
+    def _repr_html_(self) -> str:
+        return self._printed().export_html(**_AS_HTML)
+
+    def _printed(self) -> Console:
+        from mhcplan.planner.search_text import print_search
+
+        console = _recorder()
+        for report in self.reports:
+            print_search(report, console)
+        return console
 
 
 @dataclass(frozen=True)
@@ -220,14 +252,41 @@ def sweep(
     from mhcplan.planner.sweep import SweepOptions
     from mhcplan.planner.sweep import sweep as sweep_plans
 
-    values = _by_path(flags) | dict(settings or {})
-    axes = [Axis(path, _values(given)) for path, given in values.items()]
     options = SweepOptions(
         method="estimate" if fast else "engine",
         jobs=jobs,
         store=None if store is None else Path(store),
     )
-    return Swept(sweep_plans(_named(source), axes, options))
+    return Swept(sweep_plans(_named(source), _axes(settings, flags), options))
+
+
+def plan(
+    source: Source = "mhc-27b",
+    /,
+    *,
+    gpus: int,
+    memory_gib: float | None = None,
+    settings: Mapping[str, object] | None = None,
+    seconds: float = 50.0,
+    jobs: int | None = None,
+    **flags: object,
+) -> Planned:
+    """Find the plan of the fastest step on given GPUs, and say how far that is proven.
+
+    Args:
+        source: a model preset, a plan file, or a plan.
+        gpus: how many there are: pp x ep x dp.
+        memory_gib: memory of one GPU in GiB; None is that of the profile's GPU.
+        settings: values that fields may take, by their dotted path.
+        seconds: when to stop with what is found, for each n.
+        jobs: processes; None is one a core.
+        flags: values that fields may take, as the command line names them.
+    """
+    from mhcplan.planner.plan_search import find_plans
+
+    axes = _axes(settings, flags)
+    found = find_plans(_named(source), gpus, memory_gib, axes, seconds=seconds, jobs=jobs)
+    return Planned(tuple(found))
 
 
 def compare(a: Source | Predicted, b: Source | Predicted, /) -> Compared:
@@ -323,6 +382,11 @@ def _report(
     return make_report(prediction, command, sure)
 
 
+def _axes(settings: Mapping[str, object] | None, flags: Mapping[str, object]) -> list[Axis]:
+    values = _by_path(flags) | dict(settings or {})
+    return [Axis(path, _values(given)) for path, given in values.items()]
+
+
 def _values(given: object) -> tuple[Any, ...]:
     """Values of an axis: those of a list or a range, or one."""
     if isinstance(given, list | tuple | range):
@@ -343,6 +407,11 @@ def _side(source: Source | Predicted) -> Side:
     if isinstance(source, PlanSpec):
         return predicted_side(source.model.name, source)
     return read_side(os.fspath(source), plan_of_words)
+
+
+def _recorder() -> Console:
+    """A console that keeps what is printed and shows none of it."""
+    return Console(file=StringIO(), record=True, width=_WIDTH, highlight=False)
 
 
 def _html(

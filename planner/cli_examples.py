@@ -15,6 +15,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "mhcplan sweep plan.toml --microbatches 16..64..16 --set p2p=eager,grouped --csv out.csv",
         "mhcplan sweep mhc-27b --schedule dualpipe,zbv --recompute-block none,auto,1..8 --fast",
     ),
+    "plan": (
+        "mhcplan plan mhc-27b --gpus 64 --memory-gib 80",
+        "mhcplan plan mhc-27b --gpus 128 --schedule dualpipe,dualpipev --global-batch 1024",
+        "mhcplan plan plan.toml --gpus 64 --pp 8 --n 2,4",
+    ),
     "export": (
         "mhcplan export mhc-27b --to stream-json -o out",
         "mhcplan export plan.toml --schedule dualpipev --to torch-csv -o out",

@@ -27,11 +27,13 @@ if TYPE_CHECKING:
 
     from mhcplan.planner.farm import Backend
     from mhcplan.planner.search import Found
+    from mhcplan.planner.spec import PlanSpec
 
 Method = Literal["auto", "exact", "sampled"]
 
 EXACT_PLANS = 40_000  # a space beyond this takes longer to bound than anybody waits
 
+_FEW_PLANS = 100
 _GIB = 1 << 30
 
 
@@ -45,7 +47,7 @@ class Quest:
         axes: values to choose from, and further fields to search.
     """
 
-    source: str
+    source: str | PlanSpec
     gpus: int
     rate: JsonValue
     values: dict[str, JsonValue]
@@ -74,7 +76,7 @@ class Quest:
                 command=command, method="sampled" if sampled else "exact",
             )  # fmt: skip
 
-        return Run(search, report)
+        return Run(search, space.num_plans, report)
 
 
 @dataclass(frozen=True)
@@ -82,10 +84,18 @@ class Run:
     """A search on its way, and its report so far."""
 
     search: Search | SampledSearch
+    num_plans: int
     report: Callable[[str], SearchReport]
 
+    def farm(self, backend: Backend, jobs: int | None) -> Farm:
+        """Workers for it: this process alone if that is sooner done than others could start."""
+        few = jobs is None and backend == "local" and self.num_plans <= _FEW_PLANS
+        return Farm(backend, 1 if few else jobs)
 
-def quests(source: str, gpus: int, memory_gib: float | None, axes: Sequence[Axis]) -> list[Quest]:
+
+def quests(
+    source: str | PlanSpec, gpus: int, memory_gib: float | None, axes: Sequence[Axis]
+) -> list[Quest]:
     """One quest for each n that ``axes`` list, or for the source's own n.
 
     Raises:
@@ -112,7 +122,7 @@ def quests(source: str, gpus: int, memory_gib: float | None, axes: Sequence[Axis
 
 
 def find_plans(
-    source: str,
+    source: str | PlanSpec,
     gpus: int,
     memory_gib: float | None = None,
     axes: Sequence[Axis] = (),
@@ -126,7 +136,7 @@ def find_plans(
     """Find the plan of the fastest step, for each n asked for.
 
     Args:
-        source: a model preset, or a plan file.
+        source: a model preset, a plan file, or a plan.
         gpus: pp x ep x dp of every plan.
         memory_gib: memory of a GPU in GiB; None is that of the profile's GPU.
         axes: values to choose from (see :func:`mhcplan.planner.sweep_axes.parse_axis`).
@@ -141,9 +151,9 @@ def find_plans(
         FarmError: workers cannot be had, or die again and again.
     """
     reports: list[SearchReport] = []
-    with Farm(backend, jobs) as farm:
-        for quest in quests(source, gpus, memory_gib, axes):
-            run = quest.begin(method)
+    for quest in quests(source, gpus, memory_gib, axes):
+        run = quest.begin(method)
+        with run.farm(backend, jobs) as farm:
             run.search.run(farm, seconds, report)
-            reports.append(run.report(""))
+        reports.append(run.report(""))
     return reports

@@ -55,6 +55,7 @@ def test_commands_of_a_document_run_in_order(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))  # sweeps keep a store there
     for block in blocks(document, "sh"):
         for line in block.splitlines():
             program, *words = shlex.split(line)
@@ -154,5 +155,5 @@ def test_site_is_built_without_a_warning_and_has_every_command(tmp_path: Path) -
     for name in ("predict", "compare", "explain", "profile measure"):
         assert f"mhcplan {name}" in commands
     functions = (tmp_path / "api.html").read_text(encoding="utf-8")
-    for name in ("predict", "sweep", "compare", "export"):
+    for name in ("predict", "sweep", "plan", "compare", "export"):
         assert f'id="mhcplan.planner.api.{name}"' in functions

@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mhcplan.planner.api import compare, export, predict, sweep
+    from mhcplan.planner.api import compare, export, plan, predict, sweep
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "compare", "export", "predict", "sweep"]
+__all__ = ["__version__", "compare", "export", "plan", "predict", "sweep"]
 
 _HOME = dict.fromkeys(__all__[1:], "mhcplan.planner.api")
 

@@ -185,3 +185,18 @@ def test_sweep_of_a_plan(answer: Predicted) -> None:
     ]  # fmt: skip
     with pytest.raises(SpecError, match="tp=2 is not one of"):
         mhcplan.sweep("mhc-3b", tp=2)
+
+
+def test_plan_finds_what_can_be_predicted(profile: str) -> None:
+    found = mhcplan.plan(
+        "mhc-3b", gpus=8, pp=[2, 4], ep=[2, 4], microbatches=8, profile=profile, jobs=1,
+        schedule=["1f1b", "dualpipe"], settings={"priority": "post"},
+    )  # fmt: skip
+    assert found.best is not None
+    best = found.reports[0].best[0]
+    again = mhcplan.predict(found.best, intervals=False).report
+    assert again.step_time_ns == best.figures.step_time_ns
+    assert repr(found).startswith("n=4 on 8 GPUs")
+    assert "".join(Texts(found._repr_html_()).texts).split() == repr(found).split()
+    nothing = mhcplan.plan("mhc-3b", gpus=8, memory_gib=1, pp=2, profile=profile, jobs=1)
+    assert nothing.best is None
