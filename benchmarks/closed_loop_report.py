@@ -168,6 +168,8 @@ def verdict_lines(name: str, rows: Sequence[Row]) -> Iterator[str]:
     points = [abs(p) for row in rows if (p := row.overhead_error_points()) is not None]
     if points:
         yield f"Overhead: worst error {max(points):.2f} percentage points."
+    bubble = max((row.bubble_error_points() for row in rows), key=abs)
+    yield f"Bubble by rank: worst error {bubble:+.2f} points of the step."
     wrong, pairs = misordered(rows)
     yield f"Order: {len(pairs) - len(wrong)} of {len(pairs)} pairs of rows with equal work whose"
     yield f"steps differ by more than {RANKED_PERCENT:g} % are predicted in order."

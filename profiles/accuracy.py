@@ -74,6 +74,11 @@ class TimelineFigures(Spec):
     hidden_percent: dict[str, tuple[float, ...]]
     ops_ns: dict[str, NonNegativeInt]
 
+    def shares_percent(self, name: str) -> list[float]:
+        """A class's share of the step, of every rank."""
+        steps = (sum(of_rank) for of_rank in zip(*self.breakdown_ns.values(), strict=True))
+        return [100 * ns / step for ns, step in zip(self.breakdown_ns[name], steps, strict=True)]
+
 
 class ProgramClaim(Spec):
     """What is claimed of one program of a row.
@@ -198,6 +203,12 @@ class Row:
             100 * (claimed[p // replicas] / n - 1) if n else 0.0 for p, n in enumerate(bytes_)
         ]
         return max(errors, key=abs)
+
+    def bubble_error_points(self) -> float:
+        """Of the rank whose bubble, as a share of its step, is farthest off."""
+        sides = self.claim.programs[MHC].timeline, self.measured.programs[MHC].timeline
+        claimed, found = (side.shares_percent("bubble") for side in sides)
+        return max((c - f for c, f in zip(claimed, found, strict=True)), key=abs)
 
     def op_errors_percent(self) -> dict[str, float]:
         """By cost key, of the median duration in the traced step."""

@@ -97,6 +97,10 @@ def test_errors_are_predicted_over_measured() -> None:
     assert row.memory_error_percent("allocated") == 0
     assert row.memory_error_percent("reserved") == -50
     assert set(row.op_errors_percent().values()) == {0.0}
+    assert row.bubble_error_points() == 0
+    timeline = of.programs[MHC].timeline
+    shares = [timeline.shares_percent(name) for name in timeline.breakdown_ns]
+    assert [sum(of_rank) for of_rank in zip(*shares, strict=True)] == pytest.approx([100, 100])
     plain = made(1)
     assert Row(plain, measured(plain)).overhead_percent is None
 
