@@ -122,17 +122,17 @@ class WatchedBinding(ModelBinding):
         bound = super().bind(op, attached)
         kind = op.kind.removeprefix("mhc_").removeprefix("hc_")
         see = _SEEN.get((kind, op.pass_))
-        if see is None or bound is None:
+        if bound is None or (see is None and kind != "adamw"):
             return bound
 
         def run(i: list[Any], o: list[Any]) -> Sequence[Any]:
-            if self.recorder is None:
-                return bound.run(i, o)
-            if op.kind == "adamw":  # all gradients are there, and no parameter has changed yet
-                self.recorder.step(self.batches.losses.mean(), self._gradient_norm())
+            recorder = self.recorder
+            if recorder is not None and see is None:
+                # of the optimizer: all gradients are there, and no parameter has changed yet
+                recorder.step(self.batches.losses.mean(), self._gradient_norm())
             made = bound.run(i, o)
-            if self.recorder.listening:
-                see(self.recorder, op.site, i, made)
+            if recorder is not None and see is not None and recorder.listening:
+                see(recorder, op.site, i, made)
             return made
 
         return Bound(run, bound.layouts)
@@ -160,17 +160,12 @@ def _see_gradient(recorder: Recorder, site: int, i: list[Any], _made: Sequence[A
     recorder.gradient(site, _rows(i[0]))
 
 
-def _see_nothing(recorder: Recorder, site: int, i: list[Any], made: Sequence[Any]) -> None:
-    pass
-
-
 _SEEN = {
     ("pre", "F"): _see_start,
     ("post", "F"): _see_end,
     ("residual", "F"): _see_end,
     ("post", "I"): _see_gradient,
     ("residual", "I"): _see_gradient,
-    ("adamw", "O"): _see_nothing,
 }
 
 
