@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import mhcplan
-from mhcplan.planner.api import Predicted, plan_of
+from mhcplan.planner.api import plan_of
 from mhcplan.planner.cli import main
 from mhcplan.planner.cli_flags import PlanFlags
 from mhcplan.planner.plan_file import plan_text
@@ -21,6 +21,8 @@ from tests.support.synthetic_profile import synthetic_profile
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from mhcplan.planner.api_results import Predicted
 
 FLAGS = {"pp": 2, "microbatches": 4}
 
