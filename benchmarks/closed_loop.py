@@ -12,8 +12,8 @@ issued by the hosts, steps captured as CUDA graphs, a traced step; mHC and basel
 
 Every finished stage of a row is a line of ``OUT/measured.jsonl``, with traces beside it: a run that
 is cut off keeps them, and the next one goes on. A row that fails or outlasts ``--row-seconds`` ends
-its processes, and new ones run the rows after it; if it was the captured part that failed, later
-rows are issued only. Needs torch, triton, numpy and pydantic; ``--device cpu`` runs tiny rows on
+its processes, and new ones run the rows after it; if the captured part fails twice, later rows are
+issued only. Needs torch, triton, numpy and pydantic; ``--device cpu`` runs tiny rows on
 gloo. ``closed_loop_report.py OUT`` puts the lines beside their claims.
 """
 
@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 LEAST_S = 25.0  # a row is not begun with less time left
+CAPTURES_LOST = 2  # rows whose captured part failed, after which none is captured any more
 ISSUED_STEPS = 8  # that are timed where captured ones follow
 ANCHOR_MODEL, ANCHOR_TOKENS, ANCHOR_N = "mhc-3b", 2048, 4
 MEASURED, ANCHORS, RUNNING = "measured.jsonl", "anchors.json", "running.json"
@@ -80,7 +81,7 @@ def main() -> None:
         return
     if options.device == "cuda":
         before_rows(options, claims)
-    failed: set[str] = set()
+    failed: dict[str, str] = {}
     while pending := [c for c in claims if c.row not in failed and not is_done(options, c)]:
         if time.monotonic() + LEAST_S > options.until:
             break
@@ -92,10 +93,11 @@ def main() -> None:
             if not running.exists():  # not even the first row was begun
                 print(str(error)[-3000:], flush=True)
                 break
-            stage = json.loads(running.read_text())
-            failed.add(stage["row"])
-            options.capture = options.capture and stage["stage"] != "captured"
-            print(f"{stage['row']} failed while {stage['stage']}: {str(error)[-1500:]}", flush=True)
+            row, stage = json.loads(running.read_text())
+            failed[row] = stage
+            print(f"{row} failed while {stage}: {str(error)[-1500:]}", flush=True)
+            if list(failed.values()).count("captured") >= CAPTURES_LOST:
+                options.capture = False
     left = [c.row for c in claims if not is_done(options, c)]
     print(f"{len(claims) - len(left)} of {len(claims)} rows done; left: {' '.join(left) or 'none'}")
 
@@ -258,7 +260,7 @@ def run_rows(process: int, _world: int, options: argparse.Namespace, claims: lis
 
 def note_running(options: argparse.Namespace, row: str, stage: str) -> None:
     """Say what is being done: whoever starts the processes reads it if they end."""
-    (options.out / RUNNING).write_text(json.dumps({"row": row, "stage": stage}))
+    (options.out / RUNNING).write_text(json.dumps([row, stage]))
 
 
 def run_row(claim: Claim, session: Session, options: argparse.Namespace) -> None:
