@@ -40,6 +40,7 @@ WARM_UP_STEPS = 100
 DECAYS = ((0.8, 0.316), (0.9, 0.1))  # the mHC paper's, table 5
 # of the logit of an entry against the others of its row and column: H_res = I up to 1e-13
 _PINNED_LOGIT = 30.0
+_START_LOGIT = 4.0  # a start near HC's: the row read has 0.98, the diagonal 0.95 at n = 4
 _PARTS = ("pre", "post", "res")
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -61,12 +62,19 @@ MODELS["deep"] = MODELS["tiny"] | {"name": "stability-deep", "num_blocks": 24}  
 
 @dataclass(frozen=True)
 class Scheme:
-    """A residual, and which of its maps is pinned to what it is without being learned: H_pre to
-    1/n, H_post to 1, H_res to I (as in the mHC paper's table 1).
+    """A residual, how it starts, and which of its maps is not learned.
+
+    Attributes:
+        kind: ``plain``, ``hc`` or ``mhc``.
+        pinned: the map that stays what it is without learning: H_pre 1/n, H_post 1, H_res I (as in
+            the mHC paper's table 1).
+        starts_as_hc: mHC starts by reading one row in turn and mixing little, as HC does, instead
+            of with biases of zero, which read and mix all rows alike.
     """
 
     kind: str
     pinned: str | None = None
+    starts_as_hc: bool = False
 
 
 SCHEMES = {
@@ -78,6 +86,8 @@ SCHEMES = {
     "mhc-no-post": Scheme("mhc", "post"),
     "hc-no-res": Scheme("hc", "res"),
 }
+SEVEN = tuple(SCHEMES)
+SCHEMES["mhc-from-hc"] = Scheme("mhc", starts_as_hc=True)
 
 
 @dataclass(frozen=True)
@@ -210,6 +220,8 @@ class Training:
         self.sites = self._sites(n)
         self.binding: WatchedBinding = self.trainer.executor.binding  # type: ignore[assignment]
         self._pins = list(self._find_pins(n))
+        if self.scheme.starts_as_hc:
+            self._start_as_hc(n)
         self._pin()
         self.step_number = self._load()
 
@@ -231,7 +243,15 @@ class Training:
             found.append(make_site(prefix, kind, (parts[0], parts[1], parts[2])))  # type: ignore[arg-type]
         return found
 
-    # -- pinned maps
+    # -- starts, and pinned maps
+
+    def _start_as_hc(self, n: int) -> None:
+        for number, site in enumerate(self.sites):
+            bias = Coefficients.split(site.parameters[1], n)
+            bias.pre.fill_(-_START_LOGIT)[number % n] = _START_LOGIT
+            bias.res.copy_(_START_LOGIT * torch.eye(n))
+        for section in self.stage.parameters.all_sections():
+            section.adamw.master.copy_(section.own_of(section.data))
 
     def _find_pins(self, n: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """(view of a parameter, its value) of everything that the scheme does not learn."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import stability, stability_report, stability_sinkhorn
-from benchmarks.stability_run import MODELS, SCHEMES, pinned_bias
+from benchmarks.stability_run import MODELS, SEVEN, pinned_bias
 from mhcplan.kernels import mhc, reference
 from mhcplan.planner.diagnose import judge
 from mhcplan.planner.diagnose_file import Recording, read_recording
@@ -38,7 +38,7 @@ def test_all_seven_runs_are_recorded_with_equal_data(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = run(tmp_path)
-    assert set(found) == set(SCHEMES)
+    assert set(found) == set(SEVEN)
     for name, recording in found.items():
         assert recording.steps.tolist() == [1, 3]
         assert recording.about["scheme"] == name
@@ -69,6 +69,13 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(tmp_path: Path) -> 
         found = run(tmp_path / "b", "--runs", "hc", "--minutes", "0")["hc"]
     for name in ("step", "loss", "gradient_norm", "res_map"):
         assert np.array_equal(found.records[name], whole.records[name]), name
+
+
+def test_mhc_can_start_as_hc_does(tmp_path: Path) -> None:
+    found = run(tmp_path, "--runs", "mhc-from-hc", "--steps", "2")["mhc-from-hc"]
+    pre, res = found.last("pre_map"), found.last("res_map")
+    assert pre == pytest.approx(np.where(np.eye(4) > 0, 0.982, 0.018), abs=0.01)
+    assert res == pytest.approx(np.where(np.eye(4) > 0, 0.948, 0.017)[None].repeat(4, 0), abs=0.01)
 
 
 @pytest.mark.parametrize("n", [2, 4])
