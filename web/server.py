@@ -98,6 +98,7 @@ def create_app(settings: Settings) -> FastAPI:
         ("/", _page),
         ("/static/{name}", _static),
         ("/api/controls", _controls),
+        ("/api/status", _status),
         ("/api/answer", _answer),
         ("/api/timeline", _timeline),
         ("/api/certainty", _certainty),
@@ -127,6 +128,10 @@ def _static(request: Request, name: str) -> Response:
 
 def _controls(request: Request) -> dict[str, Any]:
     return controls(request.app.state.settings.profiles)
+
+
+def _status(request: Request) -> dict[str, Any]:
+    return request.app.state.workers.status()
 
 
 async def _answer(request: Request) -> Response:

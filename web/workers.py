@@ -26,7 +26,7 @@ Place = Literal["front", "background"]
 T = TypeVar("T")
 
 _WARM_UP_SECONDS = 300  # the first run in a checkout compiles
-_GRACE_SECONDS = 2  # a task that was given up may end by itself: its prediction is kept
+_GRACE_SECONDS = 5  # a task that was given up may end by itself: its prediction is kept
 _MAX_WAITING = 16  # tasks a process
 
 
@@ -50,6 +50,7 @@ class Workers:
             place: ProcessPool(max_workers=1, context=context) for place in ("front", "background")
         }
         self._waiting = dict.fromkeys(self._pools, 0)
+        self._done = dict.fromkeys(self._pools, 0)
         self._pools["front"].schedule(answers.warm_up, timeout=_WARM_UP_SECONDS)
 
     def close(self) -> None:
@@ -57,6 +58,10 @@ class Workers:
         for pool in self._pools.values():
             pool.stop()
             pool.join()
+
+    def status(self) -> dict[str, dict[str, int]]:
+        """Tasks of each process: those that wait or run, and those that came to an end."""
+        return {"waiting": dict(self._waiting), "done": dict(self._done)}
 
     async def run(self, place: Place, task: Callable[..., T], *given: object) -> T:
         """Run a task of :mod:`mhcplan.web.answers`; give it up if this coroutine is cancelled.
@@ -86,6 +91,7 @@ class Workers:
             raise Refused("the simulation ended too early: too little memory?") from None
         finally:
             self._waiting[place] -= 1
+            self._done[place] += 1
 
     @staticmethod
     def _give_up(future: ProcessFuture[T]) -> None:

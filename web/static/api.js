@@ -35,12 +35,11 @@ export async function file(path) {
 
 /** JSON values of a response that has one a line, as they come. */
 export async function* lines(path, options) {
-  const { body } = await asked(path, options);
-  let rest = "";
-  for await (const text of body.pipeThrough(new TextDecoderStream())) {
-    const parts = (rest + text).split("\n");
-    rest = parts.pop();
-    for (const part of parts) yield JSON.parse(part);
+  const reader = (await asked(path, options)).body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let rest = "", part = await reader.read(); !part.done; part = await reader.read()) {
+    const whole = (rest + part.value).split("\n");
+    rest = whole.pop();
+    for (const line of whole) yield JSON.parse(line);
   }
 }
 

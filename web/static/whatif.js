@@ -228,6 +228,10 @@ function addDownloads() {
       .map(([kind, losses]) => [kind, `${kind} (zip)`, `leaves out ${losses.join("; ")}`]),
   ];
   const menu = byId("downloads");
+  menu.addEventListener("focusout", ({ relatedTarget }) => {
+    if (!menu.contains(relatedTarget)) menu.open = false;
+  });
+  menu.addEventListener("keydown", ({ key }) => { if (key === "Escape") menu.open = false; });
   menu.lastElementChild.append(...kinds.map(([kind, text, title]) => {
     const made = document.createElement("button");
     Object.assign(made, { type: "button", textContent: text, title });
