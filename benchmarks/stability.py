@@ -5,8 +5,8 @@
 
 Equal seeds, text and steps for all: ``plain``, ``hc``, ``mhc``, ``identity`` (mHC with H_res = I),
 ``mhc-no-pre`` (H_pre = 1/n), ``mhc-no-post`` (H_post = 1), ``hc-no-res`` (HC with H_res = I); an
-eighth, ``mhc-from-hc``, starts mHC as HC starts and is trained when it is asked for. The text is the
-source of Python's standard library of the machine, whose digest goes into every recording.
+eighth, ``mhc-from-hc``, starts mHC as HC starts and is trained when it is asked for. The text is
+the source of Python's standard library of the machine, whose digest goes into every recording.
 ``OUT/NAME.recording`` grows as a run goes on; when the minutes are over, the run saves
 itself, and the same command takes everything up where it stopped. Then, on any machine,
 
@@ -15,12 +15,12 @@ itself, and the same command takes everything up where it stopped. Then, on any 
 ``--time`` measures a step of each run and says how many steps fit the minutes; ``--cost`` measures
 what recording costs. ``--device cpu --model tiny`` is a dry run.
 
-Budget on one H100, from work, not measured. A step of 16,384 tokens has, by the vocabulary's counts,
-529 (plain) to 629 ops, 5.7 to 6.0 TFLOP (20 ms at 30 % of the peak) and 47 to 79 GB (17 to 28 ms),
-and takes the host some 60 us an op: 35 to 55 ms. HC, whose coefficients run eagerly and whose
-backward runs them again, moves about 6 GB more a site: 150 to 200 ms. Seven runs sum to about 0.7 s
-a step: 1500 steps take 18 minutes, which leaves some for compiling and for what was guessed wrong;
-``--time`` says it before anything is trained.
+Budget on one H100, from work, not measured. A step of 16,384 tokens has, by the vocabulary's
+counts, 529 (plain) to 629 ops, 5.7 to 6.0 TFLOP (20 ms at 30 % of the peak) and 47 to 79 GB (17 to
+28 ms), and takes the host some 60 us an op: 35 to 55 ms. HC, whose coefficients run eagerly and
+whose backward runs them again, moves about 6 GB more a site: 150 to 200 ms. Seven runs sum to about
+0.7 s a step: 1500 steps take 18 minutes, which leaves some for compiling and for what was guessed
+wrong; ``--time`` says it before anything is trained.
 """
 
 from __future__ import annotations
