@@ -16,7 +16,7 @@ import numpy as np
 from mhcplan.planner.plan_file import changed_plan
 from mhcplan.planner.predict import play, simulate
 from mhcplan.planner.recompute import resolve_recompute_block
-from mhcplan.planner.spec import Priority, ScheduleName, SpecError
+from mhcplan.planner.spec import PlanSpec, SpecError
 from mhcplan.profiles.costs import CostMissing
 from mhcplan.profiles.lookup import CostModel
 from mhcplan.sim.memory import memory_report
@@ -94,7 +94,7 @@ def _other_costs(prediction: Prediction) -> Iterator[Counterfactual]:
         if ops.any():
             timeline = simulate(*changed_costs(program, step.table, ops, change), plan.engine)
             yield Counterfactual(
-                name, kind, timeline.step_ns, plan.tokens_per_step, _device_bytes(step)
+                name, kind, timeline.step_ns, plan.tokens_per_step, device_bytes(step)
             )
 
 
@@ -153,6 +153,13 @@ def _of_traffic(program: Program, name: str) -> Mask:
 
 # -- other plans ----------------------------------------------------------------------------------
 
+# fields with a few values each, all of which a trainer may choose
+_CHOICES = (
+    "schedule", "priority", "overlap_order", "p2p", "recompute_layers", "comm_priority",
+    "attention",
+)  # fmt: skip
+_OF_MHC = ("priority",)
+
 
 def _other_plans(prediction: Prediction) -> Iterator[Counterfactual]:
     model = CostModel(prediction.profile)
@@ -164,24 +171,24 @@ def _other_plans(prediction: Prediction) -> Iterator[Counterfactual]:
             continue
         yield Counterfactual(
             f"{path}={value}", "plan", step.timeline.step_ns, plan.tokens_per_step,
-            _device_bytes(step),
+            device_bytes(step),
         )  # fmt: skip
 
 
 def _one_field_away(prediction: Prediction) -> Iterator[tuple[str, object]]:
     plan = prediction.plan
-    if not plan.residual.is_plain:
-        if prediction.recompute_block:
-            yield "residual.recompute_block", "none"
-        for priority in get_args(Priority):
-            if priority != plan.priority:
-                yield "priority", priority
-    for schedule in get_args(ScheduleName):
-        if schedule != plan.schedule:
-            yield "schedule", schedule
+    if prediction.recompute_block:
+        yield "residual.recompute_block", "none"
+    for name in _CHOICES:
+        if name in _OF_MHC and plan.residual.is_plain:
+            continue
+        for value in get_args(PlanSpec.model_fields[name].annotation):
+            if value != getattr(plan, name):
+                yield name, value
     yield "microbatches", 2 * plan.microbatches
 
 
-def _device_bytes(step: Step) -> int:
+def device_bytes(step: Step) -> int:
+    """Memory that the fullest rank needs, all included."""
     rows = memory_report(step.program, step.table, step.memory)
     return max(row["device_bytes"] for row in rows)

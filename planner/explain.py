@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 import mhcplan
-from mhcplan.planner.counterfactuals import Kind, counterfactuals
+from mhcplan.planner.counterfactuals import Kind, counterfactuals, device_bytes
 from mhcplan.planner.report import Percent
 from mhcplan.profiles.specs import Spec
 from mhcplan.sim.breakdown import TRAFFIC
@@ -98,6 +98,8 @@ class Explanation(Spec):
     profile_digest: str
     step_time_ns: PositiveInt
     overhead_percent: float
+    device_memory_bytes: NonNegativeInt
+    fits: bool
     path_pieces: Annotated[NonNegativeInt, Field(description="ops and host waits on the path")]
     rank_changes: Annotated[NonNegativeInt, Field(description="how often the path changes rank")]
     path: Annotated[tuple[PathShare, ...], Field(description="the whole path, by class")]
@@ -117,7 +119,7 @@ class Explanation(Spec):
 def explain(prediction: Prediction, command: str = "") -> Explanation:
     """Explain a prediction; ``command`` is what a person types to get it again.
 
-    Simulates about fifteen counterfactuals, each about as long as a prediction takes.
+    Simulates some twenty counterfactuals, most of which take as long as half a prediction.
     """
     step = prediction.step
     pieces = _pieces(step)
@@ -129,6 +131,8 @@ def explain(prediction: Prediction, command: str = "") -> Explanation:
         profile_digest=prediction.profile.digest,
         step_time_ns=step.timeline.step_ns,
         overhead_percent=prediction.overhead_percent,
+        device_memory_bytes=device_bytes(step),
+        fits=device_bytes(step) <= _limit_bytes(prediction),
         path_pieces=len(pieces),
         rank_changes=sum(a != b for a, b in pairwise(ranks)),
         path=_shares((piece.class_, piece.length_ns) for piece in pieces),
@@ -254,7 +258,7 @@ def _waits(pieces: Sequence[_Piece], step_ns: int) -> tuple[Wait, ...]:
 
 
 def _what_ifs(prediction: Prediction) -> tuple[WhatIf, ...]:
-    limit = prediction.plan.memory_limit_bytes or prediction.profile.hardware.memory_bytes
+    limit = _limit_bytes(prediction)
     ns_a_token = prediction.step.timeline.step_ns / prediction.plan.tokens_per_step
 
     def what_if(found: Counterfactual) -> WhatIf:
@@ -270,3 +274,7 @@ def _what_ifs(prediction: Prediction) -> tuple[WhatIf, ...]:
     return tuple(
         sorted(map(what_if, counterfactuals(prediction)), key=lambda found: found.time_percent)
     )
+
+
+def _limit_bytes(prediction: Prediction) -> int:
+    return prediction.plan.memory_limit_bytes or prediction.profile.hardware.memory_bytes

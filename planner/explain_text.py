@@ -67,13 +67,19 @@ def _help(explanation: Explanation) -> Iterator[str]:
     if costs is not None and costs.time_percent < -_NOTICEABLE_PERCENT:
         yield f"With {costs.name} it would take {-costs.time_percent:.2f} % less time."
     plans = [w for w in explanation.what_ifs if w.kind == "plan"]
-    best = next((w for w in plans if w.fits and w.time_percent < -_NOTICEABLE_PERCENT), None)
-    if best is not None:
+    fitting = [w for w in plans if w.fits]
+    if not explanation.fits:
+        yield "The plan does not fit in memory."
+    if not fitting:
+        if plans:
+            yield "Of the plans one field away, none fits in memory."
+    elif not explanation.fits or fitting[0].time_percent < -_NOTICEABLE_PERCENT:
         yield (
-            f"Of the plans one field away, {best.name} helps most: {-best.time_percent:.2f} %"
-            f" less time a token, {gb(best.device_memory_bytes)} GB of memory."
+            f"Of the plans one field away that fit, {fitting[0].name} is the fastest:"
+            f" {fitting[0].time_percent:+.2f} % time a token,"
+            f" {gb(fitting[0].device_memory_bytes)} GB of memory."
         )
-    elif plans:
+    else:
         yield "Of the plans one field away, none that fits is faster."
 
 

@@ -149,7 +149,22 @@ def test_plan_that_does_not_fit_is_not_recommended() -> None:
     plan = make_plan(PLAN | {"memory_limit_bytes": 10**9})
     found = explain(predict(plan, synthetic_profile()))
     assert not any(what_if.fits for what_if in found.what_ifs)
-    assert "none that fits is faster" in " ".join(sentences(found))
+    assert not found.fits
+    said = " ".join(sentences(found))
+    assert "The plan does not fit in memory." in said
+    assert "one field away, none fits" in said
+
+
+def test_plan_that_nearly_fits_is_told_what_would() -> None:
+    """Memory between what the plan needs and what the leanest plan one field away needs."""
+    found = explained()
+    lean = min(w.device_memory_bytes for w in found.what_ifs if w.kind == "plan")
+    assert lean < found.device_memory_bytes
+    plan = make_plan(PLAN | {"memory_limit_bytes": lean})
+    tight = explain(predict(plan, synthetic_profile()))
+    (name,) = {w.name for w in tight.what_ifs if w.fits}
+    said = " ".join(sentences(tight))
+    assert f"Of the plans one field away that fit, {name} is the fastest" in said
 
 
 def test_command_prints_words_or_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
