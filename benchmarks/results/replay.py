@@ -214,7 +214,8 @@ def _reading(phases: tuple[Phase, ...], model: CostModel, fused: Kernels) -> str
     return (
         f"With every measure the overhead is {overhead:.1f} % where {PUBLISHED_PERCENT} % are"
         f" published, and the difference is the network: mHC's kernels account for"
-        f" {points['mhc']:.1f} points, the recompute for {points['recompute']:.1f}, and waiting"
+        f" {points['mhc'] + points['compute']:.1f} points (with the compute that the urgent ones"
+        f" push aside), the recompute for {points['recompute']:.1f}, and waiting"
         f" for traffic, whose lane the {N}-fold messages fill, for"
         f" {points['exposed_ep'] + points['exposed_pp']:.1f}; where messages cost nothing it is"
         f" {alone:.1f} %, of which up to {100 * SITES * sums / base_ns:.1f} points are the plain"
