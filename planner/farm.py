@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import warnings
 from concurrent.futures import BrokenExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -140,6 +141,8 @@ class Farm:
             else:
                 jobs = self.jobs
                 options["initializer"] = _leave_interrupts_to_the_main_process
+                # a worker whose caches have grown is replaced, and no result is lost by it
+                warnings.filterwarnings("ignore", "A worker stopped while some jobs", UserWarning)
         except (OSError, TimeoutError) as error:
             raise FarmError(f"backend={self._backend}: no workers ({error})") from None
         name = "loky" if self._backend == "local" else self._backend

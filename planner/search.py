@@ -19,6 +19,7 @@ import time
 from bisect import insort
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from random import Random
 from typing import TYPE_CHECKING, NamedTuple
 
 from mhcplan.planner.search_points import (
@@ -135,8 +136,11 @@ class Search:
         self._front: list[Candidate] = []
         self._seconds, self._numbers = 0.0, itertools.count()
         self._unbounded = [FamilyBounds(some, profile) for some in _alike(space.families)]
+        # so that a search without enough time has seen some of everything
+        Random(0).shuffle(self._unbounded)
         self._to_bound: list[_Node] = []  # heaps
         self._to_play: list[_Node] = []
+        self._off: dict[str, list[float]] = {}  # by schedule, engine over bound of what was played
 
     def run(
         self, farm: Farm, seconds: float, report: Callable[[Found], None] = lambda _: None
@@ -173,16 +177,30 @@ class Search:
         return Found(tuple(self._candidates), tally, min(left, default=None), self._seconds)
 
     def _next(self, jobs: int) -> list[FamilyBounds | _Node]:
-        """What to ask: first all families' bounds. Then half to play what looks best, so that there
-        is something to prove by, and half to prove, by the least bounds.
+        """What to ask: a third to bound families, a third to play what should be best, so that
+        there is something to prove by, and a third to prove, by the least bounds.
         """
         count = _ROUND * jobs
-        if self._unbounded:
-            asked, self._unbounded = self._unbounded[:count], self._unbounded[count:]
-            return [*asked]
-        played = self._pop(self._to_play, count // 2)
-        bounded = self._pop(self._to_bound, count - len(played))
-        return [*played, *bounded, *self._pop(self._to_play, count - len(played) - len(bounded))]
+        third = count // 3
+        asked: list[FamilyBounds | _Node] = []
+        asked += self._unbounded[:third]
+        del self._unbounded[:third]
+        expected = heapq.nsmallest(third, self._to_play, key=self._expected_ns)
+        self._to_play = [node for node in self._to_play if node not in expected]
+        heapq.heapify(self._to_play)
+        asked += self._pop(expected, third)
+        for heap in (self._to_bound, self._to_play):
+            asked += self._pop(heap, count - len(asked))
+        return asked
+
+    def _expected_ns(self, node: _Node) -> float:
+        """The bound, and as much on top as plans of that schedule took so far.
+
+        What a bound leaves out, contention, is much for a schedule that overlaps much.
+        """
+        assert isinstance(node.question, Play)
+        off = self._off.get(node.question.member.plan.schedule, [1.0])
+        return node.bound.step_time_ns * sum(off) / len(off)
 
     def _pop(self, heap: list[_Node], count: int) -> list[_Node]:
         """The nodes of least bound; what is proven worse by now is counted instead."""
@@ -211,6 +229,9 @@ class Search:
             assert isinstance(item, _Node)
             assert isinstance(item.question, Play)
             self._tally.played += 1
+            schedule = item.question.member.plan.schedule
+            off = found.step_time_ns / item.bound.step_time_ns
+            self._off.setdefault(schedule, []).append(off)
             insort(self._candidates, Candidate(item.question.member, found), key=_merit)
             self._front = _front_of(self._candidates)
             return

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, WithJsonSchema
 
 import mhcplan
 from mhcplan.planner.predict import predict
@@ -38,7 +38,9 @@ _CAUSES = 3  # of a runner-up's loss, the largest
 class Choice(Spec):
     """A plan that was played and fits."""
 
-    plan: PlanSpec
+    plan: Annotated[
+        PlanSpec, WithJsonSchema({"type": "object", "description": "as plan.schema.json has it"})
+    ]
     plan_digest: str
     figures: Figures
 

@@ -144,6 +144,9 @@ def _family(
     for residual, priority in wishes:  # legal for one family is legal for all
         member = plan.model_copy(update={"residual": residual, "priority": priority})
         block = resolve_recompute_block(member)
+        if priority == "recompute" and block is None:
+            priority = "post"  # nothing is recomputed: the same plan
+            member = member.model_copy(update={"priority": priority})
         members.setdefault((block, priority), Member(member, block))
     return Family(tuple(members.values()))
 

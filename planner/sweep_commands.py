@@ -11,7 +11,7 @@ from cyclopts.types import PositiveFloat, PositiveInt
 
 from mhcplan.planner.cli_flags import AxisFlags
 from mhcplan.planner.commands import Source
-from mhcplan.planner.farm import Backend, Farm
+from mhcplan.planner.farm import Backend
 from mhcplan.planner.output import write_file
 from mhcplan.planner.plan_file import plan_text
 from mhcplan.planner.plan_search import Method, quests
@@ -152,16 +152,15 @@ def plan(
         ["mhcplan", "plan", source, "--gpus", str(gpus), *limit, *axes.arguments()]
     )
     found = False
-    with Farm(backend, jobs) as farm:
-        for quest in asked:
-            run = quest.begin(method)
-            try:
-                with progress_bar(f"plan, n={quest.rate}") as show:
-                    run.search.run(farm, seconds / len(asked), lambda at: show(*_at(at)))
-            finally:  # also what an interrupted search has found
-                report = run.report(command)
-                _show(report, json=json, file=file)
-            found |= bool(report.best)
+    for quest in asked:
+        run = quest.begin(method)
+        try:
+            with run.farm(backend, jobs) as farm, progress_bar(f"plan, n={quest.rate}") as show:
+                run.search.run(farm, seconds / len(asked), lambda at: show(*_at(at)))
+        finally:  # also what an interrupted search has found
+            report = run.report(command)
+            _show(report, json=json, file=file)
+        found |= bool(report.best)
     return 0 if found else NOTHING_FEASIBLE
 
 
