@@ -300,11 +300,17 @@ def measurement(
     return Measurement(
         row=claim.row, prediction=claim.digest,
         measured=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        command=shlex.join(["python", "benchmarks/closed_loop.py", *sys.argv[1:]]),
+        command=command(),
         device=device, versions=versions(options.device),
         anchors=json.loads(anchors.read_text()) if anchors.exists() else {},
         programs={name: of.line() for name, of in found.items()},
     )  # fmt: skip
+
+
+def command() -> str:
+    """What repeats this run; of absolute paths their last part, the rest is nobody's."""
+    words = [Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:]]
+    return shlex.join(["python", "benchmarks/closed_loop.py", *words])
 
 
 def versions(device: str) -> dict[str, str]:

@@ -72,6 +72,7 @@ def test_every_row_is_measured_and_names_its_claim(dry_run: Path) -> None:
     lines = read_lines(dry_run / "measured.jsonl", Measurement)
     assert [line.row for line in lines] == list(DRY4)
     for row in joined(lines, claims):
+        assert str(dry_run) not in row.measured.command
         for name, program in row.measured.programs.items():
             assert program.times["issued"].steps == 3
             assert program.losses[1] < program.losses[0]
