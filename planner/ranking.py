@@ -9,11 +9,12 @@ as in a prediction, since it is counted in host issue order, whatever the stream
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from mhcplan.planner.lowering import lower
 from mhcplan.planner.recompute import resolve_recompute_block
 from mhcplan.planner.spec import SpecError
+from mhcplan.planner.steady_state import Played, family_of, growth_ns
 from mhcplan.profiles.lookup import cost_model_of
 from mhcplan.profiles.schema import ProfileError
 from mhcplan.sim.longest_path import StepGraph
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mhcplan.planner.spec import PlanSpec
+    from mhcplan.planner.steady_state import Family
     from mhcplan.profiles.schema import Profile
 
 
@@ -95,35 +97,77 @@ def _likeness(plan: PlanSpec) -> tuple[object, ...]:
     )  # fmt: skip
 
 
+class _Figures(NamedTuple):
+    """Longest path, and memory of the ranks that need most."""
+
+    step_ns: int
+    peak_bytes: int
+    device_bytes: int
+
+    @property
+    def memory(self) -> tuple[int, int]:
+        """What does not grow with the number of microbatches."""
+        return self.peak_bytes, self.device_bytes
+
+
 class _Estimator:
-    """Estimates under one profile; keeps its prices and the step times of baselines."""
+    """Estimates under one profile; keeps its prices, baselines, and steps with few microbatches."""
 
     def __init__(self, profile: Profile) -> None:
         self._model = cost_model_of(profile)
         self._limit_bytes = profile.hardware.memory_bytes
         self._baselines_ns: dict[str, int] = {}
+        self._families: dict[tuple[str, int | None], tuple[_Figures, int] | None] = {}
 
     def estimate(self, plan: PlanSpec) -> Estimate:
         block = resolve_recompute_block(plan)
-        program = lower(plan, block)
-        table = self._model.table(program.cost_keys)
-        step_ns = int(StepGraph(program).step_ns([table])[0])
-        ranks = memory_report(program, table, memory_of(program, table))
+        found = self._figures(plan, block)
+        is_plain = plan.residual.is_plain
         return Estimate(
-            plan, block, step_ns,
-            step_ns if plan.residual.is_plain else self._baseline_ns(plan.baseline()),
-            peak_memory_bytes=max(rank["peak_bytes"] for rank in ranks),
-            device_bytes=max(rank["device_bytes"] for rank in ranks),
+            plan, block, found.step_ns,
+            found.step_ns if is_plain else self._baseline_ns(plan.baseline()),
+            peak_memory_bytes=found.peak_bytes,
+            device_bytes=found.device_bytes,
             memory_limit_bytes=plan.memory_limit_bytes or self._limit_bytes,
         )  # fmt: skip
 
     def _baseline_ns(self, plan: PlanSpec) -> int:
         digest = plan.digest()
         if digest not in self._baselines_ns:
-            program = lower(plan, None)
-            table = self._model.table(program.cost_keys)
-            self._baselines_ns[digest] = int(StepGraph(program).step_ns([table])[0])
+            self._baselines_ns[digest] = self._figures(plan, None).step_ns
         return self._baselines_ns[digest]
+
+    def _figures(self, plan: PlanSpec, block: int | None) -> _Figures:
+        family = family_of(plan)
+        if family is not None:
+            key = family.short.digest(), block
+            if key not in self._families:
+                self._families[key] = self._grown(family, block)
+            grown = self._families[key]
+            if grown is not None:
+                few, growth_ns = grown
+                return few._replace(step_ns=few.step_ns + family.repeats * growth_ns)
+        return self._played(plan, block)[0]
+
+    def _grown(self, family: Family, block: int | None) -> tuple[_Figures, int] | None:
+        """Figures of the family's short plan, and its growth; None if it is not that simple."""
+        few, short = self._played(family.short, block)
+        more, longer = self._played(family.longer, block)
+        grows_ns = growth_ns(short, longer)
+        if grows_ns is None or more.memory != few.memory:
+            return None
+        return few, grows_ns
+
+    def _played(self, plan: PlanSpec, block: int | None) -> tuple[_Figures, Played]:
+        """Work a step out op by op."""
+        program = lower(plan, block)
+        table = self._model.table(program.cost_keys)
+        ranks = memory_report(program, table, memory_of(program, table))
+        played = Played(program, *StepGraph(program).path_ns(table))
+        peak, device = (
+            max(rank[name] for rank in ranks) for name in ("peak_bytes", "device_bytes")
+        )
+        return _Figures(played.step_ns, peak, device), played
 
 
 _estimators: dict[str, _Estimator] = {}

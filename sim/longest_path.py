@@ -56,6 +56,7 @@ class StepGraph:
         """
         self._pass = program.shared(_pass_of)
         self._cost = ints(program.cost)
+        self._node = np.asarray(self._pass.node)
         self._num_meetings = int(order_of(program).meeting.max(initial=-1)) + 1
 
     def step_ns(
@@ -68,14 +69,33 @@ class StepGraph:
             factors: [table, cost key], what durations are multiplied by; the product is rounded up.
         """
         steps = np.zeros(len(costs), np.int64)
-        sizes = len(self._cost), self._num_meetings, len(self._pass.node)
-        issue, meeting, at = (ints(np.empty(size, np.int64)) for size in sizes)
+        scratch = self._scratch()
         for i, table in enumerate(costs):
-            duration, host = table.duration_ns, ints(table.host_ns)
+            duration = table.duration_ns
             if factors is not None:
                 duration = np.ceil(duration * factors[i]).astype(np.int64)
-            steps[i] = _longest(self._pass, self._cost, ints(duration), host, issue, meeting, at)
+            steps[i] = self._longest(duration, table.host_ns, scratch)
         return steps
+
+    def path_ns(self, costs: CostTable) -> tuple[int, Array]:
+        """Length of the longest path; and by op, that to its end, or to when it could begin if it
+        is a transfer, or -1 if it is not the last op of its batched call.
+        """
+        scratch = self._scratch()
+        step_ns = self._longest(costs.duration_ns, costs.host_ns, scratch)
+        path = np.full(len(self._cost), -1, np.int64)
+        is_kernel = self._node >= 0
+        path[self._node[is_kernel]] = scratch[-1][is_kernel]
+        return step_ns, path
+
+    def _scratch(self) -> tuple[Array, Array, Array]:
+        """Arrays by op, by meeting and by node."""
+        sizes = len(self._cost), self._num_meetings, len(self._pass.node)
+        issue, meeting, at = (ints(np.empty(size, np.int64)) for size in sizes)
+        return issue, meeting, at
+
+    def _longest(self, duration: Array, host: Array, scratch: tuple[Array, Array, Array]) -> int:
+        return _longest(self._pass, self._cost, ints(duration), ints(host), *scratch)
 
 
 class _Pass(NamedTuple):
