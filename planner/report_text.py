@@ -115,7 +115,7 @@ def certainty(report: PlanReport) -> str:
         risk = f"{found.out_of_memory_percent:.0f} % risk of running out of memory"
         parts.append(f"{gb(least)} to {gb(most)} GB, {risk}")
     of_what = (
-        f"op times' spread and the model's error in {found.num_measured_runs} measured runs"
+        f"op times' spread and the model's error, measured in {found.num_measured_runs} run(s)"
         if found.num_measured_runs
         else "op times' spread only, the model's own error is not measured yet"
     )

@@ -8,10 +8,11 @@ Drawn for each of :data:`NUM_SAMPLES` runs:
 
 A profile records how far the times of an op spread, but not how much of that is common to a run:
 that it is :data:`COMMON_SHARE` of the variance is assumed. Ops without a recorded spread do not
-vary. A drawn step is a longest path (:mod:`mhcplan.sim.longest_path`), which leaves contention out,
-so only its ratio to the longest path of the median costs is used: it scales the engine's answer. As
-ranks wait for the slowest, jitter lengthens a step on average, so the answer, which is played with
-medians, may lie near the low end.
+vary, and all GPUs of a run are taken to be equally fast. A drawn step is a longest path
+(:mod:`mhcplan.sim.longest_path`), which leaves contention out, so only its ratio to the longest
+path of the median costs is used: it scales the engine's answer. As ranks wait for the slowest,
+jitter lengthens a step on average, so the answer, which is played with medians, may lie near the
+low end.
 
 The model's own error comes on top where :class:`ModelErrors` of measured runs are given: each drawn
 run takes one of them. Without them the intervals say how much runs vary, not how wrong the model
@@ -178,6 +179,7 @@ def _notes(prediction: Prediction, errors: ModelErrors) -> Iterator[str]:
         f"assumed: {COMMON_SHARE:.0%} of the variance of op times is common to a run (clock,"
         " temperature, network), the rest is each op's own"
     )
+    yield "assumed: all GPUs of a run are equally fast"
     yield f"{_share_without_spread(prediction.step):.1f} % of op time has no recorded spread"
     if not errors.step:
         yield "the model's own error is not in it: no run was predicted and then measured yet"
