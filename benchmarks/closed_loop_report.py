@@ -11,6 +11,7 @@ and the profile that the claim was made with, came before the commit that brough
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import subprocess
 import sys
@@ -42,8 +43,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 ACCURACY = PREDICTIONS.with_name("accuracy.jsonl")
 PAGE = ROOT / "docs" / "accuracy.md"
-# issues' limits on |error| of the step: mean and worst, in percent
-LIMITS = {"pp2": (3.0, 6.0), "ep2": (5.0, 5.0), "four": (5.0, 8.0), "eight": (5.0, 8.0)}
+# what the project asks of |error| of the step in percent: mean and, except for ep2, worst
+LIMITS = {"pp2": (3.0, 6.0), "ep2": (5.0, math.inf), "four": (5.0, 8.0), "eight": (5.0, 8.0)}
 RANKED_PERCENT = 2.0  # two steps that differ by more must be predicted in order
 
 HEAD = """\
@@ -163,7 +164,8 @@ def verdict_lines(name: str, rows: Sequence[Row]) -> Iterator[str]:
     if name in LIMITS:
         most_mean, most = LIMITS[name]
         held = "held" if mean <= most_mean and worst <= most else "missed"
-        limits = f" (limits {most_mean:g} and {most:g} %: {held})"
+        worst_limit = "" if math.isinf(most) else f" and {most:g}"
+        limits = f" (at most {most_mean:g}{worst_limit} %: {held})"
     yield f"Step, anchored: mean error {mean:.2f} %, worst {worst:.2f} %{limits}."
     points = [abs(p) for row in rows if (p := row.overhead_error_points()) is not None]
     if points:
