@@ -119,7 +119,7 @@ def changed_costs(
         workspace_bytes=np.append(table.workspace_bytes, table.workspace_bytes[affected]),
         loads=table.loads and _with_changed_loads(table.loads, numbers, change.time),
     )
-    return replace(program, cost=cost, cost_keys=keys), more
+    return program.renumbered(cost=cost, cost_keys=keys), more
 
 
 def _scaled(ns: NDArray[np.int64], factor: float) -> NDArray[np.int64]:

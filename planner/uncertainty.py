@@ -57,7 +57,7 @@ class ModelErrors:
     Attributes:
         step: ratios of step times.
         overhead_points: differences of overheads in percentage points.
-        memory: ratios of allocated memory.
+        memory: ratios of what the allocator reserved.
     """
 
     step: tuple[float, ...] = ()
@@ -184,7 +184,7 @@ def _notes(prediction: Prediction, errors: ModelErrors) -> Iterator[str]:
     if not errors.step:
         yield "the model's own error is not in it: no run was predicted and then measured yet"
     if not errors.memory:
-        yield "memory has no interval: no allocated memory was predicted and then measured yet"
+        yield "memory has no interval: no run's memory was predicted and then measured yet"
 
 
 def _share_without_spread(step: Step) -> float:
