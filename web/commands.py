@@ -64,7 +64,10 @@ def web(
     with _listening(host, port) as listener:
         address = _address(listener, whatif)
         note(f"the page is at {address} until Ctrl-C")
-        hosts = LOOPBACK_HOSTS if _is_loopback(listener) else ("*",)
+        hosts = LOOPBACK_HOSTS
+        if not _is_loopback(listener):
+            hosts = ("*",)
+            note("whoever reaches this address can simulate here")
         if open_browser:
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
         settings = Settings(tuple(names), hosts, limit_seconds)

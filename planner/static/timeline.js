@@ -390,6 +390,7 @@ export class Timeline {
 
   themedLayout() {
     const layout = themed(this.layout, pageInk());
+    if (matchMedia("(pointer: coarse)").matches) layout.dragmode = false; // a finger scrolls the page
     layout.xaxis = { ...layout.xaxis, range: this.range.map((ns) => ns / MS) };
     return layout;
   }

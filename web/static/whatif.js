@@ -13,6 +13,7 @@ import { addSweeps } from "/static/sweeps.js";
 
 const REST_MS = 250; // after which the timeline follows the answer
 const RETRY_MS = 2000;
+const SLOW_MS = 1500;
 const SPEAK_MS = 900;
 // of a figure whose legend is the table beneath it
 const BESIDE_TABLE = { showlegend: false, height: 196, margin: { l: 104, r: 12, t: 12, b: 38 } };
@@ -34,14 +35,20 @@ let answered = null, spoken = 0, rest = 0, retry = 0;
 const ask = newest(async (signal) => {
   clearTimeout(retry);
   byId("content").dataset.stale = "true";
+  const slow = setTimeout(() => {
+    byId("certainty").textContent = "working… (the first answer after an installation compiles)";
+  }, SLOW_MS);
   try {
     show(await json(`/api/answer?${state.query}`, { signal }));
   } catch (error) {
     if (error.name !== "AbortError") refuse(error);
+  } finally {
+    clearTimeout(slow);
   }
 });
 
 function refuse(error) {
+  byId("certainty").textContent = "";
   if (error.gone) retry = setTimeout(ask, RETRY_MS);
   const shown = inputs.say(error.message, error.field);
   byId("problem").textContent = error.message;
@@ -69,6 +76,7 @@ function show(answer) {
   byId("origin").textContent =
     `mhcplan ${version}, plan ${plan.slice(0, 12)}, profile ${profile.slice(0, 12)}`;
   showPinned();
+  document.title = `${answer.headline.split(";")[0]} – ${answer.report.plan.model.name}`;
   speak(answer.headline);
   delete byId("content").dataset.stale;
   clearTimeout(rest);
