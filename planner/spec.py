@@ -303,7 +303,7 @@ def schedule_of(plan: PlanSpec) -> Schedule:
     return _schedule(plan.schedule, plan.layout.pp, plan.microbatches)
 
 
-_schedule = lru_cache(maxsize=8)(build_schedule)
+_schedule = lru_cache(maxsize=64)(build_schedule)
 
 
 def stage_blocks(

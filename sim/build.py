@@ -16,6 +16,8 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
+from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -24,7 +26,7 @@ from mhcplan.sim.program import COMPONENTS
 from mhcplan.sim.tiling import OP_COLUMNS, TAIL_SLOT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Hashable, Iterable, Sequence
 
     from numpy.typing import NDArray
 
@@ -186,7 +188,7 @@ class TemplateBuilder:
         kind: str,
         pass_: str,
         stream: int,
-        cost: object,
+        cost: Hashable,
         *,
         category: str,
         site: int = -1,
@@ -237,7 +239,7 @@ class TemplateBuilder:
         self._snapshots[slot, done.seq] = clock.copy()
         self._symbols.append((index, slot, symbol))
         self._rows.append((
-            slot, labels.kind(kind), labels.category(category), ord(pass_), labels.cost(str(cost)),
+            slot, labels.kind(kind), labels.category(category), ord(pass_), labels.cost(cost),
             stream, site, hop, is_send, payload_bytes, group, host_sync,
         ))  # fmt: skip
         state.pending += dead
@@ -246,7 +248,7 @@ class TemplateBuilder:
             self._tail = index, slot, done
             self._free_what_is_dead(index)
 
-    def release(self, slot: int, cost: object) -> bool:
+    def release(self, slot: int, cost: Hashable) -> bool:
         """Append a bookkeeping op that waits for the users of what is dead and frees it.
 
         Returns whether there was anything to free.
@@ -368,8 +370,9 @@ def _copy(state: ChunkState) -> ChunkState:
 
 def _table(rows: list[tuple[int, ...]], width: int) -> NDArray[np.int64]:
     """Rows that begin with an op, in the order of their ops."""
-    table = np.array(rows, np.int64).reshape(-1, width)
-    return table[np.argsort(table[:, 0], kind="stable")]
+    in_order = sorted(rows, key=itemgetter(0))
+    flat = np.fromiter(chain.from_iterable(in_order), np.int64, width * len(rows))
+    return flat.reshape(-1, width)
 
 
 class Labels:
@@ -379,6 +382,7 @@ class Labels:
         self.kinds: dict[str, int] = {}
         self.categories: dict[str, int] = {}
         self.costs: dict[str, int] = {}
+        self._keys: dict[object, int] = {}  # the same by cost key: texts take long to make
 
     def kind(self, label: str) -> int:
         """Number of a kind."""
@@ -388,9 +392,12 @@ class Labels:
         """Number of a category."""
         return self.categories.setdefault(label, len(self.categories))
 
-    def cost(self, label: str) -> int:
-        """Number of a cost key."""
-        return self.costs.setdefault(label, len(self.costs))
+    def cost(self, key: Hashable) -> int:
+        """Number of a cost key; its ``str`` is the label."""
+        number = self._keys.get(key)
+        if number is None:
+            number = self._keys[key] = self.costs.setdefault(str(key), len(self.costs))
+        return number
 
     def adopt(self, others: Labels) -> None:
         """Number the labels of another table here, in their order."""
