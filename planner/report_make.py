@@ -15,8 +15,9 @@ from mhcplan.planner.report import (
     tokens_per_second,
 )
 from mhcplan.profiles.costs import sources_percent
+from mhcplan.profiles.loads import assumptions
 from mhcplan.profiles.presets import MTP_OFF
-from mhcplan.sim.device import NOT_MODELLED
+from mhcplan.sim import device, device_sms
 from mhcplan.sim.memory import memory_report
 
 if TYPE_CHECKING:
@@ -98,7 +99,11 @@ def _warnings(prediction: Prediction) -> Iterator[str]:
     if plan.model.moe is not None:
         yield f"simplified: {_BALANCED}"
     yield f"simplified: {_UNSPLIT}"
-    for text in NOT_MODELLED:
+    has_contention = prediction.step.table.loads is not None
+    if plan.gpu is not None:
+        for text in assumptions(prediction.profile, plan.gpu):
+            yield f"{'assumed' if has_contention else 'simplified'}: {text}"
+    for text in (device_sms if has_contention else device).NOT_MODELLED:
         yield f"simplified: {text}"
 
 

@@ -234,10 +234,11 @@ def loss(pairs: Iterable[Pair], parameters: Parameters) -> float:
 
 # what is tried for each parameter: coarse, for a fit that a laptop makes in some minutes
 CHOICES: dict[str, tuple[float, ...]] = {
-    "busy_delay": (0.4, 0.55, 0.7, 0.85), "memory_power": (4.0, 8.0, 14.0),
-    "memory_delay": (1.2, 1.7, 2.2), "compute_delay": (0.5, 0.9, 1.4, 2.0),
-    "link_delay": (0.0, 0.3, 0.6), "drain_lives": (1.0, 2.0, 3.0), "crowding": (0.4, 0.6, 0.8),
-    "bound_from": (0.5, 0.6, 0.7), "least_life": (0.3, 0.5, 0.75),
+    "busy_delay": (0.3, 0.4, 0.55, 0.7), "memory_power": (6.0, 10.0, 14.0, 20.0),
+    "memory_delay": (1.2, 1.7, 2.2, 2.8), "compute_delay": (0.5, 0.9, 1.4, 2.0),
+    "link_delay": (0.0, 0.25, 0.5, 0.8), "drain_lives": (1.0, 2.0, 3.0, 4.0),
+    "crowding": (0.35, 0.5, 0.7, 0.9), "bound_from": (0.5, 0.6, 0.7),
+    "least_life": (0.3, 0.5, 0.65),
 }  # fmt: skip
 
 
@@ -245,7 +246,7 @@ def fit(
     pairs: Sequence[Pair],
     start: Parameters,
     choices: Mapping[str, Sequence[float]] = CHOICES,
-    most: int = 110,
+    most: int = 260,
     rounds: int = 2,
 ) -> Parameters:
     """Parameters of least :func:`loss` on ``most`` of the pairs that are not held out, one

@@ -24,6 +24,8 @@ What is modelled:
   number of its members, lowest op number); one that finds a link taken does not keep others off
   its free links.
 
+Kernels and communication do not disturb each other here; where costs say what ops put on a GPU,
+:mod:`mhcplan.sim.device_sms` takes the place of :func:`share_device` and of the links.
 :data:`NOT_MODELLED` says what is missing; reports print it.
 """
 

@@ -64,6 +64,8 @@ class Traffic:
 class Parameters:
     """What is measured or fitted once for a machine; the rest of the model is counted.
 
+    The defaults were fitted to pairs measured on H100s (benchmarks/contention.py).
+
     Attributes:
         num_sms: of the GPU.
         hbm_bytes_per_ns: what a copy reaches, bytes read plus bytes written.
@@ -85,14 +87,14 @@ class Parameters:
 
     num_sms: int = 132
     hbm_bytes_per_ns: float = 3000.0
-    busy_delay: float = 0.55
-    memory_delay: float = 1.7
-    memory_power: float = 14.0
-    link_delay: float = 0.5
+    busy_delay: float = 0.4
+    memory_delay: float = 2.2
+    memory_power: float = 10.0
+    link_delay: float = 0.25
     compute_delay: float = 0.9
-    crowding: float = 0.5
-    drain_lives: float = 3.0
-    bound_from: float = 0.6
+    crowding: float = 0.35
+    drain_lives: float = 4.0
+    bound_from: float = 0.7
     least_life: float = 0.5
 
 

@@ -32,6 +32,13 @@ from typing import NamedTuple
 from mhcplan.sim.device import FULL_RATE, work_left
 from mhcplan.sim.jit import Ints, usable_in_compiled
 
+NOT_MODELLED: tuple[str, ...] = (
+    "kernels of equally urgent streams of one GPU run one after another",
+    "within an op, traffic goes at its mean speed beside the op's kernels",
+    "a message that NCCL's buffers would take is not sent before its receiver is there",
+    "the queue of launched kernels has no limit, so the host never waits for room in it",
+)
+
 SHARE = 1 << 12
 FAR = (1 << 63) - 1  # no time comes after it
 NOT_PLACED = -1  # the rate of a transfer that has no SM yet
@@ -406,7 +413,7 @@ def _transfer_rate(key: int, ctas: int, placed: int, delay: int, squeeze: int, g
     beside = fixed * rounds * delay + parts
     if beside <= alone * SHARE:
         return FULL_RATE
-    return max(alone * SHARE // (beside // FULL_RATE + 1), 1)
+    return max(alone * (SHARE * FULL_RATE) // beside, 1)  # int64 holds transfers of half a minute
 
 
 # -- compute
@@ -428,7 +435,7 @@ def _compute_rate(kernel: int, op: int, left: int, held: int, burden: int, gpu: 
         slow = SHARE if is_placed else _more_waves(k, sms, gpu)
         time += part // SHARE * _slowdown(k, slow, sms, burden, gpu)
         rest = after
-    return max(min(left // (time // FULL_RATE + 1), FULL_RATE), 1)
+    return max(min(FULL_RATE * (left >> 8) // max(time >> 8, 1), FULL_RATE), 1)  # no overflow
 
 
 @usable_in_compiled

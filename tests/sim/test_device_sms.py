@@ -5,11 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mhcplan.sim.breakdown import breakdown
 from mhcplan.sim.compiled import simulate_compiled
+from mhcplan.sim.device_kernels import Kernel, Loads, Parameters, Traffic
 from mhcplan.sim.engine import simulate
+from mhcplan.sim.longest_path import StepGraph
+from mhcplan.sim.order import NO_OP, order_of
+from mhcplan.sim.timeline import REASONS, critical_path
 from tests.support.loads import loads, with_loads
 from tests.support.programs import Maker, makers
 
@@ -17,8 +23,17 @@ if TYPE_CHECKING:
     from hypothesis.strategies import DataObject
 
     from mhcplan.sim.program import CostTable, Program
+    from mhcplan.sim.timeline import Timeline
 
 COLUMNS = ("issue_ns", "start_ns", "end_ns", "cause", "reason")
+# nothing but SMs counts: every figure below can be worked out by hand
+BARE = Parameters(
+    num_sms=100, hbm_bytes_per_ns=1e9, busy_delay=0.0, memory_delay=0.0, link_delay=0.0,
+    compute_delay=0.0, crowding=1.0,
+)  # fmt: skip
+TILES = Kernel(1000, 500, 1)  # five waves of 200 ns
+WAVE = Kernel(1000, 100, 1)
+PERSISTENT = Kernel(1000, 100, 1, persistent=True)
 
 
 def assert_equal(program: Program, costs: CostTable) -> None:
@@ -27,8 +42,193 @@ def assert_equal(program: Program, costs: CostTable) -> None:
         assert np.array_equal(getattr(expected, name), getattr(found, name)), name
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(makers(), st.sampled_from([1, 13, 10**5]), st.data())
 def test_equal_on_random_programs_and_loads(maker: Maker, scale: int, data: DataObject) -> None:
     program, costs = maker.build(scale=scale)
     assert_equal(program, with_loads(costs, data.draw(loads(program))))
+
+
+@settings(max_examples=50, deadline=None)
+@given(makers(), st.data())
+def test_what_waits_waits_and_nothing_runs_faster_than_alone(
+    maker: Maker, data: DataObject
+) -> None:
+    program, costs = maker.build(scale=1000)
+    costs = with_loads(costs, data.draw(loads(program)))
+    line = simulate_compiled(program, costs)
+    order, start, end = order_of(program), line.start_ns, line.end_ns
+    assert (start >= line.issue_ns).all()
+    assert (start[order.waited.owners] >= end[order.waited.values]).all()
+    has_previous = order.previous != NO_OP
+    assert (start[has_previous] >= end[order.previous[has_previous]]).all()
+    for number in range(order.meeting.max(initial=-1) + 1):
+        assert len(set(start[order.meeting == number].tolist())) == 1
+    assert (end - start >= costs.duration_ns[program.cost]).all()
+    assert StepGraph(program).step_ns([costs])[0] <= line.step_ns
+
+
+@settings(max_examples=30, deadline=None)
+@given(makers(), st.data())
+def test_breakdown_and_critical_path_still_add_up(maker: Maker, data: DataObject) -> None:
+    program, costs = maker.build(scale=1000)
+    line = simulate_compiled(program, with_loads(costs, data.draw(loads(program))))
+    assert (breakdown(program, line).ns.sum(axis=1) == line.step_ns).all()
+    path = critical_path(line)
+    assert sum(piece.end_ns - piece.start_ns for piece in path) == line.step_ns
+
+
+# -- by hand ---------------------------------------------------------------------------------------
+
+
+def played(
+    maker: Maker,
+    given: dict[int, Kernel | Traffic],
+    *,
+    compute_sms: int | None = None,
+    connections: int = 8,
+) -> Timeline:
+    """Play with the loads of some ops, by the number that the maker gave them."""
+    program, costs = maker.build()
+    by_op = {maker.index_of[number]: load for number, load in given.items()}
+    keys = range(program.num_ops)
+    loaded = Loads(
+        tuple((load,) if isinstance(load := by_op.get(i), Kernel) else () for i in keys),
+        tuple(load if isinstance(load := by_op.get(i), Traffic) else None for i in keys),
+        BARE, compute_sms, connections,
+    )  # fmt: skip
+    assert_equal(program, with_loads(costs, loaded))
+    return simulate_compiled(program, with_loads(costs, loaded))
+
+
+def urgent_beside(kernel: Kernel) -> tuple[int, str]:
+    """When an urgent kernel starts that comes 300 ns after ``kernel``, and why then."""
+    maker = Maker()
+    first = maker.op(0, 1000)
+    group = maker.group("gap", 0, size=2, medium="gap")
+    wait = maker.transfer(0, group, 300)
+    urgent = maker.op(0, 50, stream="high", priority=-1, waits=[wait])
+    line = played(maker, {first: kernel, wait: Traffic(0)})
+    assert line.end_ns[first] >= 1000
+    return int(line.start_ns[urgent]), REASONS[line.reason[urgent]]
+
+
+def test_an_urgent_kernel_waits_for_the_wave_that_is_resident() -> None:
+    assert urgent_beside(TILES) == (400, "sms")
+    assert urgent_beside(Kernel(1000, 5000, 1)) == (300, "event")  # waves of 20 ns
+
+
+def test_a_persistent_kernel_starves_an_urgent_one() -> None:
+    assert urgent_beside(PERSISTENT) == (1000, "priority")
+    assert urgent_beside(WAVE) == (1000, "priority")
+
+
+def message_beside(
+    kernel: Kernel, ctas: int = 20, *, priority: int = 0, after: int = 300
+) -> tuple[int, int, str, int]:
+    """Start and end of a message of 100 ns that comes ``after`` a kernel began, why it started
+    then, and the end of a second such kernel."""
+    maker = Maker()
+    first = maker.op(0, 1000)
+    second = maker.op(0, 1000)
+    gap, pair = (maker.group(name, 0, size=2, medium=name) for name in ("gap", "pair"))
+    wait = maker.transfer(0, gap, after)
+    sent = maker.transfer(0, pair, 100, waits=[wait], priority=priority)
+    line = played(
+        maker, {first: kernel, second: kernel, wait: Traffic(0), sent: Traffic(ctas)}
+    )  # fmt: skip
+    start, end = int(line.start_ns[sent]), int(line.end_ns[sent])
+    return start, end, REASONS[line.reason[sent]], int(line.end_ns[second])
+
+
+def test_traffic_of_equal_priority_finds_room_between_two_kernels() -> None:
+    start, end, reason, last = message_beside(WAVE)
+    assert (start, end, reason) == (1000, 1100, "sms")
+    # the second kernel lacks 20 SMs for 100 ns, in which it goes as if it took two waves
+    assert last == 2050
+
+
+def test_traffic_finds_room_in_a_tail_that_leaves_sms_idle() -> None:
+    assert message_beside(Kernel(1000, 480, 1))[:3] == (800, 900, "sms")
+
+
+def test_a_copy_engine_and_a_grid_with_spare_sms_let_traffic_through() -> None:
+    assert message_beside(WAVE, ctas=0) == (300, 400, "event", 2000)
+    assert message_beside(Kernel(1000, 80, 1)) == (300, 400, "event", 2000)
+
+
+def test_ctas_that_find_no_sm_follow_those_that_do() -> None:
+    # 10 SMs are free for 20 CTAs: the link is what limits, so half of them are as fast
+    assert message_beside(Kernel(1000, 90, 1))[:3] == (300, 400, "event")
+
+
+def test_urgent_traffic_takes_the_next_sms_that_fall_free() -> None:
+    start, end, reason, last = message_beside(TILES, priority=-1)
+    assert (start, end, reason) == (400, 500, "sms")
+    assert last > 2000  # fewer SMs for the rest of a wave
+
+
+def test_a_peer_that_is_late_makes_its_partner_hold_sms() -> None:
+    maker = Maker(2)
+    pair = maker.group("pair", 0, 1)
+    here = maker.transfer(0, pair, 100, to=1)
+    busy = maker.op(0, 1000)
+    late = maker.op(1, 400)
+    there = maker.transfer(1, pair, 100, source=0, waits=[late])
+    line = played(maker, {here: Traffic(20), there: Traffic(20), busy: WAVE, late: WAVE})
+    index = maker.index_of
+    assert line.start_ns[index[here]] == line.start_ns[index[there]] == 400
+    assert REASONS[line.reason[index[here]]] == "peer"
+    # 500 ns at half speed, the time for which 20 SMs were held
+    assert line.end_ns[index[busy]] == pytest.approx(1250, abs=2)
+
+
+def test_transfers_that_want_more_than_a_link_carries_share_it() -> None:
+    maker = Maker()
+    a, b, c = (maker.group(name, 0, size=2) for name in ("a", "b", "c"))
+    ops = [maker.transfer(0, group, 300) for group in (a, b, c)]
+    shares = dict(zip(ops, (1.0, 0.5, 0.5), strict=True))
+    line = played(maker, {op: Traffic(0, link_share=share) for op, share in shares.items()})
+    assert line.end_ns.tolist() == pytest.approx([600, 600, 600], abs=2)
+
+
+def test_compute_on_fewer_sms_takes_more_waves_and_leaves_room() -> None:
+    maker = Maker()
+    op = maker.op(0, 1000)
+    assert played(maker, {op: TILES}, compute_sms=84).end_ns[op] == pytest.approx(1200, abs=2)
+    maker = Maker()
+    op = maker.op(0, 1000)
+    gap, pair = (maker.group(name, 0, size=2, medium=name) for name in ("gap", "pair"))
+    wait = maker.transfer(0, gap, 300)
+    sent = maker.transfer(0, pair, 100, waits=[wait])
+    line = played(maker, {op: TILES, wait: Traffic(0), sent: Traffic(16)}, compute_sms=84)
+    assert (line.start_ns[sent], line.end_ns[op]) == (300, pytest.approx(1200, abs=2))
+
+
+def test_one_hardware_queue_makes_streams_wait_for_what_was_launched_before() -> None:
+    def start_of_the_last(connections: int) -> int:
+        maker = Maker()
+        gap, pair = (maker.group(name, 0, size=2, medium=name) for name in ("gap", "pair"))
+        wait = maker.transfer(0, gap, 300)
+        blocked = maker.op(0, 100, waits=[wait])
+        free = maker.transfer(0, pair, 50)
+        line = played(
+            maker, {wait: Traffic(0), blocked: PERSISTENT, free: Traffic(0)},
+            connections=connections,
+        )  # fmt: skip
+        return int(line.start_ns[free])
+
+    assert start_of_the_last(8) == 0
+    assert start_of_the_last(1) == 300
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_an_op_alone_takes_its_time_whatever_its_kernels(data: DataObject) -> None:
+    maker = Maker()
+    for _ in range(6):
+        maker.op(0, data.draw(st.integers(0, 10**6)))
+    program, costs = maker.build()
+    given_loads = data.draw(loads(program).filter(lambda one: one.compute_sms is None))
+    line = simulate_compiled(program, with_loads(costs, given_loads))
+    assert (line.end_ns - line.start_ns).tolist() == costs.duration_ns.tolist()

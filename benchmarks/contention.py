@@ -1,0 +1,93 @@
+"""How far the engine's model of contention is off, on every overlapped pair that was measured.
+
+    python benchmarks/contention.py                  # held-out pairs: error of both sides, by class
+    python benchmarks/contention.py --fit            # fit parameters to the other pairs first
+    python benchmarks/contention.py --store FILE     # and write the model into a profile
+
+A pair ran with both streams kept full on two GPUs; the engine plays the same. The error is
+|predicted / measured - 1| of a side's slowdown. Eager pairs (messages small enough for the
+library's buffers, whose ends do not wait for each other) are shown apart: the engine lets ends
+meet, so they are no part of the fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mhcplan.profiles.contention_fit import TRAITS, Pair, Pairs, errors, fit
+from mhcplan.profiles.contention_rows import contention_model, traffic_traits
+from mhcplan.profiles.schema import profile_text, read_profile
+from mhcplan.sim.device_kernels import Parameters
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+RAW = Path(__file__).parents[1] / "profiles" / "data" / "raw" / "h100-sxm-contention.jsonl"
+Error = tuple[Pair, float, float]
+
+
+def rows_of(raw: Path) -> dict[str, dict[str, Any]]:
+    """Rows of a capture's log, by pair."""
+    logged = (json.loads(line)["contention"] for line in raw.read_text().splitlines())
+    return {row["pair"]: row for row in logged if isinstance(row, dict)}
+
+
+def show(title: str, found: Iterable[Error]) -> None:
+    """One line: pairs, and mean and median error of either side."""
+    pairs = list(found)
+    sides = [100 * c for _, c, _ in pairs], [100 * t for _, _, t in pairs]
+    means = "  ".join(
+        f"{name} {statistics.mean(side):5.1f} % (median {statistics.median(side):5.1f} %)"
+        for name, side in zip(("compute", "traffic"), sides, strict=True)
+    )
+    print(f"{title:28}{len(pairs):5}  {means}")
+
+
+def show_by(found: list[Error], key: Callable[[Pair], object]) -> None:
+    """A line for each class of pairs."""
+    for name in sorted({str(key(pair)) for pair, *_ in found}):
+        show(f"  {name}", (error for error in found if str(key(error[0])) == name))
+
+
+def main() -> None:
+    """Run it."""
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n", maxsplit=1)[0])
+    parser.add_argument("--raw", type=Path, default=RAW, help="rows of a capture")
+    parser.add_argument("--fit", action="store_true", help="fit before the errors are taken")
+    parser.add_argument("--store", type=Path, help="profile that the model is written into")
+    args = parser.parse_args()
+    source = Pairs(rows_of(args.raw))
+    pairs = source.pairs(TRAITS)
+    parameters = Parameters()
+    if args.fit:
+        parameters = fit([pair for pair in pairs if not pair.message.eager], parameters)
+    print(parameters)
+    held_out = errors((pair for pair in pairs if pair.held_out), parameters)
+    meeting = [error for error in held_out if not error[0].message.eager]
+    show("held out", held_out)
+    show("held out, ends meet", meeting)
+    show("held out, eager", (error for error in held_out if error[0].message.eager))
+    print("ends meet, by kernel")
+    show_by(meeting, lambda pair: pair.compute)
+    print("by traffic")
+    show_by(meeting, lambda pair: " ".join(pair.name.split("|")[1].split()[:2]))
+    print("by priority of the traffic")
+    show_by(meeting, lambda pair: "high" if pair.message.high_priority else "equal")
+    if args.store:
+        cases = {pair.compute for pair in pairs}
+        kernels = {name: trait for name, trait in TRAITS.items() if name not in cases}
+        model = contention_model(
+            parameters, kernels, traffic_traits(source), [(c, t) for _, c, t in meeting]
+        )
+        profile = read_profile(args.store)
+        profile = profile.model_copy(update={"contention_model": model})
+        args.store.write_text(profile_text(profile), encoding="utf-8")
+        print(f"wrote {args.store}")
+
+
+if __name__ == "__main__":
+    main()

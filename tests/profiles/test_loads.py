@@ -1,0 +1,125 @@
+"""From measured kernels and transfers to what they put on a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+
+from mhcplan.profiles.loads import GpuSettings, LoadModel, assumptions
+from mhcplan.profiles.lookup import CostModel
+from mhcplan.profiles.store import find_profile
+from mhcplan.profiles.vocabulary import TransferKey
+from mhcplan.sim.compiled import simulate_compiled
+from tests.support.programs import Maker
+from tests.support.synthetic_profile import synthetic_profile
+
+DEFAULT = GpuSettings()
+
+
+@cache
+def h100() -> CostModel:
+    return CostModel(find_profile("h100-sxm"))
+
+
+def loads_of(keys: list[str], settings: GpuSettings = DEFAULT):  # noqa: ANN201
+    loads = h100().table(keys, settings).loads
+    assert loads is not None
+    return loads
+
+
+def test_every_measured_op_alone_takes_what_was_measured() -> None:
+    keys = [str(row.key) for row in h100().profile.ops]
+    table = h100().table(keys, DEFAULT)
+    maker = Maker()
+    for _ in keys:
+        maker.op(0, 1)
+    program, _ = maker.build()
+    line = simulate_compiled(replace(program, cost_keys=tuple(keys)), table)
+    measured = [row.duration_ns for row in h100().profile.ops]
+    assert (line.end_ns - line.start_ns).tolist() == measured
+    assert table.loads is not None
+    assert all(table.loads.kernels)
+
+
+def test_kernels_share_the_bytes_of_their_op() -> None:
+    rows = h100().profile.ops
+    loads = loads_of([str(row.key) for row in rows])
+    for row, kernels in zip(rows, loads.kernels, strict=True):
+        total = sum(segment.hbm_bytes for segment in row.segments)
+        assert sum(k.hbm_bytes for k in kernels) == pytest.approx(total, rel=1e-3, abs=len(kernels))
+
+
+def test_short_elementwise_kernels_take_the_bandwidth_and_products_the_rest() -> None:
+    row = next(row for row in h100().profile.ops if row.kind == "dense_ffn" and row.pass_ == "F")
+    (kernels,) = loads_of([str(row.key)]).kernels
+    names = [segment.name for segment in row.segments if segment.duration_ns >= 3000]
+    shares = [k.hbm_bytes / k.duration_ns / 3000 for k in kernels]
+    by_name = dict(zip(names, shares, strict=True))
+    assert by_name.pop("_swiglu") == pytest.approx(0.9, rel=0.01)
+    assert max(by_name.values()) < 0.6
+
+
+def test_attention_can_be_asked_to_end_its_ctas_one_by_one() -> None:
+    row = next(r for r in h100().profile.ops if r.kind == "attention_mla" and r.pass_ == "F")
+    names = [segment.name for segment in row.segments if segment.duration_ns >= 3000]
+    at = next(i for i, name in enumerate(names) if "sdpa" in name)
+    (staying,) = loads_of([str(row.key)]).kernels
+    (ending,) = loads_of([str(row.key)], GpuSettings(attention="preemptible")).kernels
+    assert staying[at].persistent
+    assert not ending[at].persistent
+    assert ending[at].ctas > staying[at].ctas
+    assert [k for i, k in enumerate(staying) if i != at] == [
+        k for i, k in enumerate(ending) if i != at
+    ]
+
+
+def test_traffic_is_as_it_was_overlapped_or_assumed_and_said_so() -> None:
+    keys = ["all_to_all 8/8 67108864", "send_recv 2/2 67108864", "send_recv 2/1 67108864"]
+    a2a, inside, between = loads_of(keys).traffic
+    assert a2a is not None
+    assert inside is not None
+    assert between is not None
+    assert (a2a.ctas, inside.ctas, between.ctas) == (32, 16, 2)
+    assert inside.received_hbm_bytes == 3 * inside.sent_hbm_bytes == 3 * 67108864
+    assert between.link_share == pytest.approx(1, abs=0.02)
+    said = " ".join(assumptions(h100().profile, DEFAULT))
+    assert "two channels for each network card" in said
+    assert "all_reduce is taken to use" in said
+
+
+def test_few_ctas_make_a_transfer_slower_than_measured_and_never_faster() -> None:
+    key = "send_recv 2/2 67108864"
+    measured, usual, few = (
+        h100().costs([key], settings)[0]
+        for settings in (None, DEFAULT, GpuSettings(comm_ctas=2))
+    )  # fmt: skip
+    assert measured == usual
+    assert few.duration_ns == pytest.approx(8_000 + 67108864 / (2 * 33), rel=1e-3)
+    assert few.duration_ns > measured.duration_ns
+    assert few.source == "extrapolated"
+    many = h100().costs([key], GpuSettings(comm_ctas=60))[0]
+    assert many.duration_ns == measured.duration_ns
+
+
+def test_a_profile_without_a_contention_model_plays_none_and_says_so() -> None:
+    profile = synthetic_profile()
+    model = LoadModel(profile)
+    key = TransferKey("send_recv", 2, 2, 1 << 20)
+    cost = CostModel(profile).transfer(key)
+    assert model.loads([key], [cost], DEFAULT) is None
+    assert model.with_ctas(key, cost, 2) == cost
+    (text,) = assumptions(profile, DEFAULT)
+    assert "no contention model" in text
+
+
+def test_settings_change_the_step_only_where_they_should() -> None:
+    keys = ["all_to_all 8/8 67108864"]
+    plain, fewer = (loads_of(keys, s) for s in (DEFAULT, GpuSettings(compute_sms=112)))
+    assert (plain.compute_sms, fewer.compute_sms) == (None, 112)
+    assert plain.traffic == fewer.traffic
+    assert np.array_equal(
+        h100().table(keys, DEFAULT).duration_ns, h100().table(keys).duration_ns
+    )  # fmt: skip
