@@ -10,9 +10,11 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mhcplan.planner.cli import main
-from mhcplan.planner.counterfactuals import FREE, Change, changed_costs
+from mhcplan.planner.counterfactuals import FREE, TWICE_AS_FAST, Change, changed_costs
 from mhcplan.planner.explain import Explanation, explain, phase_ends_ns
 from mhcplan.planner.explain_text import sections, sentences
 from mhcplan.planner.predict import Prediction, predict, simulate
@@ -20,6 +22,8 @@ from mhcplan.planner.report import json_schema, overhead_percent
 from mhcplan.planner.spec import make_plan
 from mhcplan.profiles.schema import profile_text
 from mhcplan.sim.timeline import critical_path
+from tests.support.loads import loads, with_loads
+from tests.support.programs import makers
 from tests.support.synthetic_profile import synthetic_profile
 
 ROOT = Path(__file__).parents[2]
@@ -101,6 +105,25 @@ def test_nothing_changed_and_everything_free_are_the_step_and_nothing() -> None:
     assert simulate(*same, "compiled").step_ns == prediction.step.timeline.step_ns
     free = changed_costs(step.program, step.table, everything, FREE)
     assert simulate(*free, "compiled").step_ns == 0
+
+
+@settings(max_examples=25)
+@given(st.data())
+def test_changed_costs_hold_with_contention_too(data: st.DataObject) -> None:
+    """Nothing changed is the same step, everything free is none, whatever ops put on a GPU."""
+    program, costs = data.draw(makers()).build()
+    table = with_loads(costs, data.draw(loads(program)))
+    everything = np.ones(program.num_ops, np.bool_)
+    some = np.arange(program.num_ops) % 2 == 0
+    step_ns = simulate(program, table, "compiled").step_ns
+    for ops in (everything, some):
+        same = changed_costs(program, table, ops, Change())
+        assert simulate(*same, "compiled").step_ns == step_ns
+    assert simulate(*changed_costs(program, table, everything, FREE), "compiled").step_ns == 0
+    faster, its_table = changed_costs(program, table, some, TWICE_AS_FAST)
+    assert its_table.loads is not None
+    assert len(its_table.loads.kernels) == len(its_table.duration_ns) == len(faster.cost_keys)
+    simulate(faster, its_table, "compiled")
 
 
 def test_what_ifs_of_plans_are_predictions_of_these_plans() -> None:
