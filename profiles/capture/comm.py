@@ -2,7 +2,8 @@
 
 One process a GPU. A transfer is timed as it runs on the process group's internal stream: a burst of
 calls is enqueued back to back behind a sleep, between two events of that stream's waiters, so that
-neither Python nor the peer's Python is in the figure. The slowest rank counts. On a CPU (gloo) the
+neither Python nor the peer's Python is in the figure. The slowest rank counts. Of messages between
+pairs the first pair counts, while all others send as well, as in a pipeline. On a CPU (gloo) the
 clock is used; that serves tests.
 """
 
@@ -73,13 +74,14 @@ class Transfers:
         return self._pairs(send, receive, both=pattern == "send_recv_both")
 
     def _pairs(self, send: torch.Tensor, receive: torch.Tensor, *, both: bool) -> Callable[[], Any]:
-        """Ranks 0 and 1 exchange; in one direction 0 sends. The others have nothing to do."""
-        peer = 1 - self.rank
-        sends = dist.P2POp(dist.isend, send, peer) if self.rank < 2 else None
-        receives = dist.P2POp(dist.irecv, receive, peer) if self.rank < 2 else None
-        parts = [sends, receives] if both else [sends if self.rank == 0 else receives]
-        mine = [p for p in parts if p is not None]
-        return lambda: dist.batch_isend_irecv(mine) if mine else []
+        """Ranks 2k and 2k + 1 exchange, all pairs at once; in one direction the even one sends."""
+        peer = self.rank ^ 1
+        if peer >= self.size:
+            return list
+        sends = dist.P2POp(dist.isend, send, peer)
+        receives = dist.P2POp(dist.irecv, receive, peer)
+        parts = [sends, receives] if both else [receives if self.rank % 2 else sends]
+        return lambda: dist.batch_isend_irecv(parts)
 
 
 def _wait(handles: Sequence[Any]) -> None:
