@@ -56,8 +56,8 @@ def programs_of(plan: PlanSpec) -> dict[str, Program]:
 
 
 def program_digest(program: Program) -> str:
-    """sha256 of the program's file."""
-    return hashlib.sha256(program_json(program).encode()).hexdigest()
+    """sha256 of the program's file, whatever is noted beside its ops."""
+    return hashlib.sha256(program_json(replace(program, meta={})).encode()).hexdigest()
 
 
 def claim(plan: PlanSpec, row: str, set_: str, profile: Profile | None = None) -> Claim:
