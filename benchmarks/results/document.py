@@ -20,6 +20,7 @@ SECTIONS: Mapping[str, Callable[[Profile], Section]] = MappingProxyType(
         "replay-measures": replay.measures,
         "measures": plans.measures,
         "fields": plans.fields,
+        "gpu-fields": plans.gpu_fields,
         "recompute": plans.recompute,
         "in-flight": plans.in_flight,
         "rows": plans.state_rows,

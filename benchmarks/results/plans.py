@@ -89,14 +89,13 @@ def measures(profile: Profile) -> Section:
         return f"{100 * (steps[change] / steps['post', True, 'eager two'] - 1):+.2f} %"
 
     reading = (
-        "Against the default, the step changes by"
-        f" {longer('post', True, 'grouped two')} when messages go in batches between actions, as"
-        " DeepSeek's DualPipe posts them (nothing hides them then, and mHC's are n-fold, so the"
-        " other measures have nothing left to save), by"
-        f" {longer('none', True, 'eager two')} without the high-priority stream, by"
-        f" {longer('post', False, 'eager two')} when recompute waits for the gradient, and by"
-        f" {longer('all', True, 'eager two')} when every mHC op is urgent. The overhead moves less"
-        " than the step, because the plain residual's sum gains from the high-priority stream, too."
+        f"Against the default, the step changes by {longer('none', True, 'eager two')} without the"
+        f" high-priority stream, by {longer('post', False, 'eager two')} when recompute waits for"
+        f" the gradient, and by {longer('all', True, 'eager two')} when every mHC op is urgent; the"
+        " overhead moves less, because the plain residual's sum gains from that stream, too. When"
+        " messages go in batches between actions, as DeepSeek's DualPipe posts them, it changes by"
+        f" {longer('post', True, 'grouped two')}: nothing hides the n-fold messages then, though no"
+        " early receive holds SMs while it waits, and the other measures have little left to save."
     )
     about = (
         f"{_PLAN}, n = 4: step in ms, and overhead over the plain residual under the same fields."
