@@ -16,25 +16,12 @@ from mhcplan.planner.compare import compare_sides
 from mhcplan.planner.compare_text import sections as difference_sections
 from mhcplan.planner.export import TRACE_NAME, export
 from mhcplan.planner.export_formats import ExportFormat
-from mhcplan.planner.figures import (
-    breakdown_figure,
-    memory_figure,
-    timeline_figure,
-)
+from mhcplan.planner.figures import breakdown_figure, memory_figure, timeline_figure
 from mhcplan.planner.plan_file import parse_plan, plan_text
 from mhcplan.planner.predict import predict
 from mhcplan.planner.report import COMPONENT_FIELDS
 from mhcplan.planner.report_make import make_report
-from mhcplan.planner.report_text import (
-    CLASS_NAMES,
-    gb,
-    headline,
-    ms,
-    remarks,
-    residual_name,
-    sections,
-)
-from mhcplan.planner.report_text import certainty as certainty_line
+from mhcplan.planner.report_text import CLASS_NAMES, certainty, headline, remarks, sections
 from mhcplan.planner.sides import side_of
 from mhcplan.planner.spec import SpecError
 from mhcplan.planner.timeline_data import timeline_data
@@ -42,6 +29,7 @@ from mhcplan.planner.timeline_page import figure_json, table_html, timeline_page
 from mhcplan.planner.uncertainty import intervals
 from mhcplan.profiles.schema import ProfileError
 from mhcplan.profiles.store import find_profile
+from mhcplan.web.facts import facts
 from mhcplan.web.whatif import Refused, WhatIf, refused, whatif_of
 
 if TYPE_CHECKING:
@@ -58,16 +46,6 @@ class File(NamedTuple):
 
     name: str
     content: bytes
-
-
-class Fact(NamedTuple):
-    """A figure of the answer in words; ``pinned`` and ``change`` where a plan is pinned."""
-
-    label: str
-    value: str
-    note: str = ""
-    pinned: str = ""
-    change: str = ""
 
 
 def warm_up() -> None:
@@ -88,7 +66,7 @@ def answer(whatif: WhatIf, pinned: WhatIf | None) -> bytes:
             "report": report.model_dump(mode="json"),
             "query": whatif.query(),
             "headline": headline(report),
-            "facts": [fact._asdict() for fact in _facts(report, beside)],
+            "facts": [fact._asdict() for fact in facts(report, beside)],
             "figures": {
                 "breakdown": figure_json(breakdown_figure(report, beside)),
                 "memory": figure_json(memory_figure(report, beside)),
@@ -99,8 +77,9 @@ def answer(whatif: WhatIf, pinned: WhatIf | None) -> bytes:
     )
 
 
+@lru_cache(maxsize=_KEPT)
 def timeline(whatif: WhatIf) -> bytes:
-    """The timeline: its ops as packed arrays, and its axes.
+    """The timeline: its ops as packed arrays, and its axes; the last few are kept.
 
     Raises:
         Refused: see :func:`predicted`.
@@ -111,14 +90,14 @@ def timeline(whatif: WhatIf) -> bytes:
     return _json({"ops": ops, "timeline": figure_json(figure)})
 
 
-def certainty(whatif: WhatIf) -> bytes:
+def how_sure(whatif: WhatIf) -> bytes:
     """How sure the answer is, in one line, and all that has to be said beside it.
 
     Raises:
         Refused: see :func:`predicted`.
     """
     report = _with_intervals(whatif)
-    return _json({"line": certainty_line(report), "remarks": remarks(report)})
+    return _json({"line": certainty(report), "remarks": remarks(report)})
 
 
 def download(whatif: WhatIf, kind: str) -> File:
@@ -223,60 +202,6 @@ def _archive(prediction: Prediction, to: ExportFormat, stem: str) -> File:
             archive.writestr(name, content)
         archive.writestr("LEFT-OUT.txt", "".join(f"{to} leaves out {loss}\n" for loss in losses))
     return File(f"{stem}.zip", packed.getvalue())
-
-
-def _facts(report: PlanReport, beside: PlanReport | None) -> list[Fact]:
-    """The answer's figures, the first ones first."""
-    facts = _own_facts(report)
-    if beside is None:
-        return facts
-    return [
-        fact._replace(pinned=pinned.value, change=change)
-        for fact, pinned, change in zip(
-            facts, _own_facts(beside), _changes(beside, report), strict=True
-        )
-    ]
-
-
-def _own_facts(report: PlanReport) -> list[Fact]:
-    spare = report.memory_limit_bytes - report.device_memory_bytes
-    limit = f"{gb(report.memory_limit_bytes)} GB"
-    fits = f"fits {limit}, {gb(spare)} to spare"
-    block, plan = report.recompute_block, residual_name(report.plan)
-    return [
-        Fact("overhead", f"{report.overhead_percent:+.2f} %", f"of {plan} over plain"),
-        Fact("step", f"{ms(report.step_time_ns)} ms", f"plain {ms(report.baseline_step_time_ns)}"),
-        Fact(
-            "memory of a GPU",
-            f"{gb(report.device_memory_bytes)} GB",
-            fits if spare >= 0 else f"does NOT fit {limit}: {gb(-spare)} over",
-        ),
-        Fact("tokens/s", f"{report.tokens_per_second:,}", f"of all {report.gpus:,} GPUs"),
-        Fact("recompute block", f"{block or 'none'}", "sites" if block else ""),
-        Fact("bubble", f"{report.bubble_percent:.2f} %", f"of rank {report.reported_rank}"),
-        Fact("measured", f"{report.sources_percent.measured:.1f} %", _other_sources(report)),
-    ]
-
-
-def _other_sources(report: PlanReport) -> str:
-    """Where the rest of the durations comes from."""
-    shares = report.sources_percent.model_dump(exclude={"measured"})
-    return ", ".join(f"{name} {share:.1f}" for name, share in shares.items() if share)
-
-
-def _changes(a: PlanReport, b: PlanReport) -> list[str]:
-    """What differs from A to B, a text for each fact."""
-    memory = b.device_memory_bytes - a.device_memory_bytes
-    measured = b.sources_percent.measured - a.sources_percent.measured
-    return [
-        f"{b.overhead_percent - a.overhead_percent:+.2f} points",
-        f"{100 * (b.step_time_ns / a.step_time_ns - 1):+.2f} %",
-        f"{memory / 1e9:+,.2f} GB",
-        f"{b.tokens_per_second - a.tokens_per_second:+,}",
-        "",
-        f"{b.bubble_percent - a.bubble_percent:+.2f} points",
-        f"{measured:+.1f} points",
-    ]
 
 
 def _json(value: object) -> bytes:

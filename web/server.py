@@ -144,7 +144,7 @@ async def _timeline(request: Request) -> Response:
 
 
 async def _certainty(request: Request) -> Response:
-    return await _json(request, answers.certainty, _asked(request)[0])
+    return await _json(request, answers.how_sure, _asked(request)[0])
 
 
 async def _download(request: Request, kind: str) -> Response:
