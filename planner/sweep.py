@@ -22,7 +22,7 @@ from mhcplan.planner.sweep_store import PointKey, SweepStore
 from mhcplan.profiles.store import find_profile, profile_names
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from mhcplan.planner.farm import Backend
     from mhcplan.planner.spec import PlanSpec
@@ -147,13 +147,7 @@ class SweepRun:
             opened.enter_context(store or nullcontext())
             self._finish(self._plans(options.method), options.method, farm, store, report)
             if options.method == "estimate":
-                winners = {row.plan_digest for row in _winners(self._rows("estimate"))}
-                plans = {
-                    key._replace(method="engine"): plan
-                    for key, plan in self._plans("estimate").items()
-                    if key.plan_digest in winners
-                }
-                self._finish(plans, "engine", farm, store, lambda _: None)
+                self._confirm(farm, store)
 
     def result(self) -> Sweep:
         """What is finished by now."""
@@ -163,6 +157,36 @@ class SweepRun:
             played = {row.plan_digest: row for row in self._rows("engine") if row.figures}
             result.confirmed = ranked(list(played.values()))
         return result
+
+    def _confirm(self, farm: Farm, store: SweepStore | None) -> None:
+        """Let the engine play the best plans.
+
+        How much an estimate leaves out depends most on the schedule: one that overlaps much suffers
+        most from contention. So the best plan of each schedule is played first, and the others are
+        ranked by what that showed.
+        """
+        best = _unlike([row for row in ranked(self._rows("estimate")) if row.fits])
+        plans = {key.plan_digest: plan for key, plan in self._plans("engine").items()}
+
+        def play(rows: Iterable[SweepRow]) -> None:
+            chosen = (plans[row.plan_digest or ""] for row in rows)
+            self._finish(
+                {self._key(plan, "engine"): plan for plan in chosen},
+                "engine", farm, store, lambda _: None,
+            )  # fmt: skip
+
+        firsts: dict[str, SweepRow] = {}
+        for row in best:
+            firsts.setdefault(plans[row.plan_digest or ""].schedule, row)
+        play(firsts.values())
+        played = {row.plan_digest: row for row in self._rows("engine")}
+        off = {
+            schedule: _step_ns(played[row.plan_digest]) / _step_ns(row)
+            for schedule, row in firsts.items()
+        }
+        merit = {row.plan_digest: -_merit(row)[1] / off[plans[row.plan_digest or ""].schedule]
+                 for row in best}  # fmt: skip
+        play(sorted(best, key=lambda row: -merit[row.plan_digest])[:WINNERS])
 
     def _jobs(self) -> int | None:
         few = self._options.backend == "local" and len(self._points) <= _FEW
@@ -239,22 +263,28 @@ class SweepRun:
         )  # fmt: skip
 
 
-def _winners(rows: Sequence[SweepRow]) -> list[SweepRow]:
-    """The best rows that fit; of plans that differ in nothing that shows, the first."""
-    unlike = {row.figures: row for row in reversed(ranked(rows)) if row.fits}
-    return list(reversed(unlike.values()))[:WINNERS]
+def _unlike(rows: Sequence[SweepRow]) -> list[SweepRow]:
+    """The rows, of those that differ in nothing that shows the first."""
+    unlike: dict[Figures | None, SweepRow] = {}
+    for row in rows:
+        unlike.setdefault(row.figures, row)
+    return list(unlike.values())
+
+
+def _step_ns(row: SweepRow) -> int:
+    assert row.figures is not None
+    return row.figures.step_time_ns
 
 
 def ranked(rows: Sequence[SweepRow]) -> list[SweepRow]:
     """Predicted rows, those that fit first, by tokens a second of a GPU; the rest in order."""
+    return sorted(rows, key=_merit)
 
-    def merit(row: SweepRow) -> tuple[bool, float]:
-        figures: Figures | None = row.figures
-        if figures is None or row.gpus is None:
-            return True, 0.0
-        return not figures.fits, -figures.tokens_per_second / row.gpus
 
-    return sorted(rows, key=merit)
+def _merit(row: SweepRow) -> tuple[bool, float]:
+    if row.figures is None or row.gpus is None:
+        return True, 0.0
+    return not row.figures.fits, -row.figures.tokens_per_second / row.gpus
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def sweep(
     Args:
         source: a model preset, or a plan file (.toml)
         axes: fields and their values
-        fast: estimate by the longest path, a lower bound, and let the engine play the best five
+        fast: estimate by the longest path, a lower bound, and let the engine play the best
         exact: play every plan by the engine (the default)
         json: print a JSON object a line instead of a table
         csv: write all rows to this file
@@ -81,7 +81,8 @@ def sweep(
             run.work(lambda at: show(at.done, at.total, _remark(at)))
     except KeyboardInterrupt:
         _write(run.result(), json=json, csv=csv, parquet=parquet)
-        note("what is finished is kept in the store; the same command goes on from there")
+        if options.store is not None:
+            note("what is finished is kept in the store; the same command goes on from there")
         raise
     result = run.result()
     _write(result, json=json, csv=csv, parquet=parquet)

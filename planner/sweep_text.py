@@ -71,8 +71,8 @@ def print_sweep(sweep: Sweep, console: Console) -> None:
     deviation = sweep.worst_deviation_percent
     if deviation is not None:
         console.print(
-            f"\nThe best {len(sweep.confirmed)}, played by the engine (the times above are lower"
-            f" bounds, {deviation:.2f} % too short at worst for these):"
+            f"\nThe {len(sweep.confirmed)} most promising, played by the engine (the times above"
+            f" are lower bounds, {deviation:.2f} % too short at worst for these):"
         )
         _print_table(sweep, sweep.confirmed, console)
 

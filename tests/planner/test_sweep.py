@@ -25,7 +25,7 @@ from mhcplan.planner.predict import predict
 from mhcplan.planner.report import json_schema
 from mhcplan.planner.report_make import make_report
 from mhcplan.planner.spec import make_plan
-from mhcplan.planner.sweep import SweepOptions, sweep
+from mhcplan.planner.sweep import SweepOptions, ranked, sweep
 from mhcplan.planner.sweep_axes import axes_of
 from mhcplan.planner.sweep_row import SweepRow
 from mhcplan.profiles.schema import profile_text
@@ -105,6 +105,7 @@ def test_estimate_is_a_lower_bound_and_the_best_are_played_by_the_engine(profile
         assert row.figures.step_time_ns <= played.step_time_ns
         assert row.figures.device_memory_bytes == played.device_memory_bytes
     assert len(fast.confirmed) == sweep_module.WINNERS
+    assert fast.confirmed[0] == ranked(list(exact.values()))[0]
     worst = 0.0
     for row in fast.confirmed:
         assert row == exact[row.plan_digest]
