@@ -29,6 +29,13 @@ if TYPE_CHECKING:
     from mhcplan.planner.sweep_row import SweepRow
 
 _WIDTH = 110  # columns of tables that are shown as text
+_STYLE = """
+.mhcplan table { margin: 1em 0; font-variant-numeric: tabular-nums; }
+.mhcplan caption { text-align: left; font-weight: 600; }
+.mhcplan th, .mhcplan td { text-align: right; padding: 1px 10px; }
+.mhcplan td:first-child, .mhcplan table.words td { text-align: left; }
+.mhcplan tr.total td { font-weight: 600; }
+"""  # what a notebook's own style sheet may lack
 _AS_HTML: Any = {"inline_styles": True, "code_format": "<pre>{code}</pre>"}
 
 
@@ -196,8 +203,10 @@ def _html(
     said = "".join(f"<li>{escape(remark)}</li>" for remark in remarks)
     return "".join(
         [
+            f'<div class="mhcplan"><style>{_STYLE}</style>',
             *(f"<p><strong>{escape(line)}</strong></p>" for line in lines if line),
             *map(table_html, sections),
             f"<ul>{said}</ul>" if said else "",
+            "</div>",
         ]
     )
