@@ -137,8 +137,20 @@ def test_bounds_hold_for_every_plan(
             assert of_family.device_memory_bytes <= step.device_memory_bytes
 
 
-def test_bounds_hold_with_contention(profile: str, named: ProfileName) -> None:
-    fields = source_fields("mhc-3b") | {"profile": profile, "contention": "on"}
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"contention": "on"},
+        {"contention": "off", "recompute_layers": "full"},
+        {"contention": "off", "residual": {"kind": "hc"}},
+        {"contention": "on", "comm_ctas": 16, "recompute_layers": "selective"},
+    ],
+    ids=lambda more: " ".join(more),
+)
+def test_bounds_hold_for_other_fields(
+    more: dict[str, Any], profile: str, named: ProfileName
+) -> None:
+    fields = source_fields("mhc-3b") | {"profile": profile} | more
     axes = axes_of({}, ["layout.pp=2", "layout.ep=2", "schedule=dualpipe", "micro_batch_size=1"])
     for family in search_space(fields, 4, 8, axes).families:
         (of_family,) = FamilyBounds((family,), named).answer()
@@ -149,6 +161,7 @@ def test_bounds_hold_with_contention(profile: str, named: ProfileName) -> None:
             step = Play(member, named).answer()
             assert isinstance(bound, Bound)
             assert of_family.step_time_ns <= bound.step_time_ns <= step.step_time_ns
+            assert bound.device_memory_bytes == step.device_memory_bytes
             assert of_family.device_memory_bytes <= step.device_memory_bytes
 
 
