@@ -9,7 +9,7 @@ A plan is legal or it is not built: what spans fields (stages and blocks, expert
 M of the schedule) is checked here, once, with one line that names field, value and what is valid.
 
 Not modelled, and so no field: tensor, context and fully sharded parallelism, offloading, skewed
-routing, contention between kernels and NCCL, low-precision training.
+routing, low-precision training.
 """
 
 from __future__ import annotations
@@ -165,10 +165,10 @@ class PlanSpec(Spec):
             "on: kernels and communication share SMs, memory and links, as far as the profile says"
             " how; off: they leave each other alone"
         ),
-    ] = "off"
+    ] = "on"
     comm_ctas: Annotated[
         Annotated[int, _count(64)] | None,
-        _about("SMs that a communication kernel takes; without it, as many as was measured"),
+        _about("SMs that a communication kernel takes at most; without it, as many as measured"),
     ] = None
     comm_priority: Annotated[
         CommPriority, _about("priority of the communication streams; high as mHC's own stream")

@@ -39,7 +39,7 @@ class GpuSettings:
     """How a plan uses the GPUs.
 
     Attributes:
-        comm_ctas: SMs that communication kernels take; None: as the profile measured them.
+        comm_ctas: SMs that communication kernels take at most; None: as was measured.
         compute_sms: SMs that compute kernels may use; None for all.
         attention: whether attention's CTAs stay to the kernel's end, or end one by one.
         connections: hardware queues that streams are dealt to.
@@ -87,11 +87,12 @@ class LoadModel:
         )  # fmt: skip
 
     def with_ctas(self, key: TransferKey, cost: Cost, ctas: int) -> Cost:
-        """The cost of a transfer whose kernel takes ``ctas`` SMs: never below what that many chains
-        of loads and stores take."""
+        """The cost of a transfer whose kernel takes ``ctas`` SMs at most: never below what so many
+        chains of loads and stores take."""
         trait = self._trait(key) if self._model is not None else None
         if trait is None:
             return cost
+        ctas = min(ctas, _usual_ctas(key, cost, trait))
         least_ns = round(_fixed_ns(cost, trait) + key.num_bytes / (ctas * trait.cta_bytes_per_ns))
         if least_ns <= cost.duration_ns:
             return replace(cost, ctas=ctas)

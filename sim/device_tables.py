@@ -117,7 +117,8 @@ def _row(kernel: Kernel, duration_ns: float, p: Parameters, sms: int) -> tuple[i
     if not kernel.ctas:
         return (1, 0, 0, sms, 0, 1, 1, 1, bound, 1, 0)
     count, fit = units(kernel), kernel.ctas_per_sm
-    is_fluid = not kernel.dealt and not kernel.pieces  # pieces of unknown number
+    # pieces of unknown number, or dealt anew to a grid that was made for fewer SMs
+    is_fluid = (not kernel.dealt and not kernel.pieces) or (kernel.persistent and sms < kernel.ctas)
     usual = min(fit, -(-kernel.ctas // p.num_sms))
     waves = -(-count // (usual * sms))
     wave = work / waves
