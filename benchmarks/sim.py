@@ -44,7 +44,7 @@ from mhcplan.sim.chrome_trace import chrome_trace
 from mhcplan.sim.memory import memory_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
 T = TypeVar("T")
 PROFILE = find_profile("h100-sxm")
@@ -139,76 +139,103 @@ def what_if(repeats: int) -> Section:
     return section
 
 
-def plans_of_sweep() -> list[PlanSpec]:
-    """What a person sweeps: n, recompute block, P, M, schedule, micro-batch size."""
+def many_layouts() -> list[PlanSpec]:
+    """A sweep that changes the order of ops often: P, schedule, recompute block."""
+    return _swept((32, 64, 128), ("auto", "none", "stage", 4), (1, 2))
+
+
+def many_sizes() -> list[PlanSpec]:
+    """A sweep over sizes: a range of microbatches for each of fewer layouts."""
+    return _swept(range(64, 320, 16), ("auto", "none"), (1,))
+
+
+def _swept(
+    microbatches: Iterable[int], blocks: Iterable[str | int], sizes: Iterable[int]
+) -> list[PlanSpec]:
     plans: list[PlanSpec] = []
+    schedules = ("1f1b", "zb1p", "dualpipe", "dualpipev")
     for pp, schedule, m, block, size, n in product(
-        (4, 8), ("1f1b", "zb1p", "dualpipe", "dualpipev"), (32, 64, 128),
-        ("auto", "none", "stage", 4), (1, 2), (1, 2, 4, 8),
-    ):  # fmt: skip
-        residual = {"expansion_rate": n, "recompute_block": block}
-        changes = {"schedule": schedule, "microbatches": m, "micro_batch_size": size}
-        plans.append(plan_of(residual=residual, layout={"pp": pp}, **changes))
+        (4, 8), schedules, microbatches, blocks, sizes, (1, 2, 4, 8)
+    ):
+        plan = plan_of(
+            residual={"expansion_rate": n, "recompute_block": block},
+            layout={"pp": pp}, schedule=schedule, microbatches=m, micro_batch_size=size,
+        )  # fmt: skip
+        plans.append(plan)
     return plans
 
 
-def _ready(_: int) -> None:
-    """Load what a worker needs: machine code from disk."""
+def _ready(_: object) -> None:
+    """Load what a worker needs, machine code from disk."""
     estimate([plan_of(model="mhc-3b", layout={"pp": 2}, microbatches=8)], PROFILE)
 
 
-def _estimates(plans: Sequence[PlanSpec]) -> list[Estimate]:
-    return [found for found in estimate(plans, PROFILE) if isinstance(found, Estimate)]
+def _estimates(plans: Sequence[PlanSpec]) -> tuple[list[Estimate], float]:
+    """Estimates, and the CPU seconds that they took."""
+    begin = time.process_time()
+    found = [entry for entry in estimate(plans, PROFILE) if isinstance(entry, Estimate)]
+    return found, time.process_time() - begin
 
 
 def _deviation(found: Estimate) -> tuple[float, float]:
-    """By how many percent, and percentage points of overhead, the estimate is below the engine."""
+    """The engine's step over the estimate's in percent, its overhead minus the estimate's."""
     prediction = predict(found.plan, PROFILE)
     step_ns = prediction.step.timeline.step_ns
     return (
-        100 * (1 - found.step_time_ns / step_ns),
+        100 * (step_ns / found.step_time_ns - 1),
         prediction.overhead_percent - found.overhead_percent,
     )
 
 
 def sweep(_: int) -> Section:
     """Plans a second; then the best, and some of the others, played by the engine."""
-    section = Section("sweep of mhc-27b", ("what", "plans", "wall s", "CPU s", "plans/s by wall"))
-    plans = plans_of_sweep()
-    _ready(0)
-    found, timing = timed(lambda: _estimates(plans))
-    section.rows.append(_rate("estimated on one core", len(plans), timing))
-    # plans that share most stay in one process
-    halves = [[p for p in plans if (p.layout.pp == 8) == is_second] for is_second in (False, True)]
-    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        list(pool.map(_ready, range(2)))
-
-        def on_two() -> list[Estimate]:
-            both = [e for part in pool.map(_estimates, halves) for e in part]
-            best = sorted((e for e in both if e.fits), key=_time_per_token)[:CONFIRMED]
-            for entry in best:
-                predict(entry.plan, PROFILE)
-            return best
-
-        best, timing = timed(on_two)
-    section.rows.append(_rate(f"on two cores, {CONFIRMED} best played", len(plans), timing))
-    for text, some in (("best", best), ("every 40th", found[::40])):
-        off = [_deviation(entry) for entry in some]
-        section.notes.append(
-            f"estimate below the engine, {text} ({len(off)} plans): step at most"
-            f" {max(o[0] for o in off):.2f} %, overhead off by at most"
-            f" {max(abs(o[1]) for o in off):.2f} points"
-        )
+    columns = ("what", "plans", "wall s", "CPU s", "plans/s by wall", "by CPU")
+    section = Section("sweep of mhc-27b", columns)
+    for text, plans in (("layouts", many_layouts()), ("sizes", many_sizes())):
+        # plans that share most stay in one process
+        halves = [[p for p in plans if (p.layout.pp == 8) == is_8] for is_8 in (False, True)]
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            found, row = _measured(pool, [plans])
+        section.rows.append((f"{text}, one core", *row))
+        with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+            _, row = _measured(pool, halves, confirmed=CONFIRMED)
+        section.rows.append((f"{text}, two cores, {CONFIRMED} best played", *row))
+        best = _best(found)
+        for name, some in (("best", best), ("every 41st", found[::41])):
+            off = [_deviation(entry) for entry in some]
+            section.notes.append(
+                f"{text}, {name} ({len(off)} plans): the engine's step is at most"
+                f" {max(o[0] for o in off):.2f} % longer, its overhead at most"
+                f" {max(abs(o[1]) for o in off):.2f} points away"
+            )
     return section
+
+
+def _measured(
+    pool: ProcessPoolExecutor, parts: list[list[PlanSpec]], confirmed: int = 0
+) -> tuple[list[Estimate], tuple[object, ...]]:
+    """Estimates by a process for each part, and how long they took with ``confirmed`` predictions.
+
+    CPU time is that of the processes that estimate.
+    """
+    list(pool.map(_ready, parts))
+    begin = time.perf_counter()
+    done = list(pool.map(_estimates, parts))
+    found = [entry for estimates, _ in done for entry in estimates]
+    for entry in _best(found)[:confirmed]:
+        predict(entry.plan, PROFILE)
+    wall_s = time.perf_counter() - begin
+    count, cpu_s = sum(map(len, parts)), sum(cpu_s for _, cpu_s in done)
+    return found, (count, wall_s, cpu_s, count / wall_s, count / cpu_s)
+
+
+def _best(found: Sequence[Estimate]) -> list[Estimate]:
+    fitting = [entry for entry in found if entry.fits]
+    return sorted(fitting, key=_time_per_token)[:CONFIRMED]
 
 
 def _time_per_token(found: Estimate) -> float:
     return found.step_time_ns / found.plan.tokens_per_step
-
-
-def _rate(text: str, count: int, timing: Timing) -> tuple[object, ...]:
-    rate = 1e3 * count / timing.wall_ms
-    return text, count, timing.wall_ms / 1e3, timing.cpu_ms / 1e3, rate
 
 
 def cold(repeats: int) -> Section:

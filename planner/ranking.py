@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from mhcplan.planner.lowering import lower
 from mhcplan.planner.recompute import resolve_recompute_block
 from mhcplan.planner.spec import SpecError
-from mhcplan.planner.steady_state import Played, family_of, growth_ns
+from mhcplan.planner.steady_state import Played, families_of, growth_ns
 from mhcplan.profiles.lookup import cost_model_of
 from mhcplan.profiles.schema import ProfileError
 from mhcplan.sim.longest_path import StepGraph
@@ -138,15 +138,14 @@ class _Estimator:
         return self._baselines_ns[digest]
 
     def _figures(self, plan: PlanSpec, block: int | None) -> _Figures:
-        family = family_of(plan)
-        if family is not None:
+        for family in families_of(plan):
             key = family.short.digest(), block
             if key not in self._families:
                 self._families[key] = self._grown(family, block)
             grown = self._families[key]
             if grown is not None:
-                few, growth_ns = grown
-                return few._replace(step_ns=few.step_ns + family.repeats * growth_ns)
+                few, grows_ns = grown
+                return few._replace(step_ns=few.step_ns + family.repeats * grows_ns)
         return self._played(plan, block)[0]
 
     def _grown(self, family: Family, block: int | None) -> tuple[_Figures, int] | None:

@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
 
     from mhcplan.planner.spec import PlanSpec
     from mhcplan.sim.program import Program
 
-_FEW = 3  # microbatches a rank in the short step; with 2, one DualPipe in thirty is not settled
+# Microbatches a rank in the short step. With 2, one DualPipe in thirty looks settled and is not.
+_FEW = (3, 6, 12)
 _TAIL_SHARE = 2  # the end of a rank is one part in so many of its ops
 
 
@@ -34,14 +37,15 @@ class Family(NamedTuple):
     repeats: int
 
 
-def family_of(plan: PlanSpec) -> Family | None:
-    """The family of a plan; None if its own step is not much longer than the family's two."""
-    few, period = _FEW * plan.layout.pp, _period(plan)
-    more = plan.microbatches - few
-    if few % period or more % period or plan.microbatches < 2 * few:
-        return None
-    short, longer = (plan.model_copy(update={"microbatches": m}) for m in (few, few + period))
-    return Family(short, longer, more // period)
+def families_of(plan: PlanSpec) -> Iterator[Family]:
+    """Families of a plan, shortest first, while its own step is as long as the family's two."""
+    period = _period(plan)
+    for few in (per_rank * plan.layout.pp for per_rank in _FEW):
+        more = plan.microbatches - few
+        if few % period or more % period or plan.microbatches < 2 * few:
+            return
+        short, longer = (plan.model_copy(update={"microbatches": m}) for m in (few, few + period))
+        yield Family(short, longer, more // period)
 
 
 class Played(NamedTuple):

@@ -11,7 +11,7 @@ from mhcplan.planner.lowering import lower
 from mhcplan.planner.recompute import resolve_recompute_block
 from mhcplan.planner.schedules import SCHEDULES
 from mhcplan.planner.spec import PlanSpec, make_plan
-from mhcplan.planner.steady_state import Played, family_of, growth_ns
+from mhcplan.planner.steady_state import Family, Played, families_of, growth_ns
 from mhcplan.profiles.lookup import cost_model_of
 from mhcplan.sim.compiled import simulate_compiled
 from mhcplan.sim.longest_path import StepGraph
@@ -21,6 +21,11 @@ from tests.support.synthetic_profile import synthetic_profile
 def plan(schedule: str, pp: int, microbatches: int, **changes: object) -> PlanSpec:
     base = {"model": "mhc-3b", "layout": {"pp": pp, "ep": 8}, "schedule": schedule}
     return make_plan(base | {"microbatches": microbatches} | changes)
+
+
+def family_of(plan: PlanSpec) -> Family | None:
+    """The shortest."""
+    return next(families_of(plan), None)
 
 
 def played(plan: PlanSpec, block: int | None) -> Played:
@@ -93,3 +98,10 @@ def test_a_short_step_is_worked_out_itself() -> None:
     assert family_of(plan("1f1b", 4, 16)) is None
     assert family_of(plan("interleaved-1f1b", 4, 24 + 4)) is not None
     assert family_of(plan("1f1b", 4, 25)) is not None
+
+
+def test_longer_families_follow_while_the_step_is_longer_still() -> None:
+    families = list(families_of(plan("dualpipe", 4, 96)))
+    assert [family.short.microbatches for family in families] == [12, 24, 48]
+    assert [family.longer.microbatches for family in families] == [14, 26, 50]
+    assert [family.repeats for family in families] == [42, 36, 24]
