@@ -1,7 +1,8 @@
 """What would help: the same step with one thing otherwise, each simulated, none estimated.
 
 Two kinds. *Free* and *faster*: the plan's own program with some ops at another cost, such as all
-mHC kernels at no time; it bounds what work on these ops could buy. *Plan*: another plan, one field
+mHC kernels at no time; it bounds what work on these ops could buy. What is free puts nothing on a
+GPU either, so what it did to others by contention goes with it. *Plan*: another plan, one field
 away, as ``predict --set`` would play it. A plan that is not legal, or that the profile cannot
 price, is left out.
 """

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from mhcplan.planner.counterfactuals import Counterfactual
     from mhcplan.planner.predict import Prediction, Step
     from mhcplan.sim.program import Program
-    from mhcplan.sim.timeline import Timeline
+    from mhcplan.sim.timeline import PathStep, Timeline
 
 EXPLANATION_FORMAT = "mhcplan.explanation"
 
@@ -103,6 +103,13 @@ class Explanation(Spec):
     path_pieces: Annotated[NonNegativeInt, Field(description="ops and host waits on the path")]
     rank_changes: Annotated[NonNegativeInt, Field(description="how often the path changes rank")]
     path: Annotated[tuple[PathShare, ...], Field(description="the whole path, by class")]
+    slowed_ns: Annotated[
+        NonNegativeInt,
+        Field(
+            description="what kernels on the path took longer than alone: beside traffic, or held"
+            " up by more urgent kernels"
+        ),
+    ]
     ranks: Annotated[tuple[PathShare, ...], Field(description="the whole path, by rank")]
     ops: Annotated[tuple[PathShare, ...], Field(description="the whole path, by kind and pass")]
     phases: tuple[Phase, ...]
@@ -136,6 +143,7 @@ def explain(prediction: Prediction, command: str = "") -> Explanation:
         path_pieces=len(pieces),
         rank_changes=sum(a != b for a, b in pairwise(ranks)),
         path=_shares((piece.class_, piece.length_ns) for piece in pieces),
+        slowed_ns=sum(piece.slowed_ns for piece in pieces),
         ranks=_shares((_rank_name(piece.rank), piece.length_ns) for piece in pieces),
         ops=_shares((piece.name, piece.length_ns) for piece in pieces),
         phases=_phases(pieces, phase_ends_ns(step.program, step.timeline)),
@@ -147,7 +155,8 @@ def explain(prediction: Prediction, command: str = "") -> Explanation:
 class _Piece(NamedTuple):
     """A piece of the critical path; ``rank`` -1: a host thread, which no op names.
 
-    ``waited_by`` says why the next piece waited for this one.
+    ``waited_by`` says why the next piece waited for this one, ``slowed_ns`` how much longer than
+    alone a kernel took.
     """
 
     begin_ns: int
@@ -156,6 +165,7 @@ class _Piece(NamedTuple):
     name: str
     rank: int
     waited_by: str
+    slowed_ns: int
 
     @property
     def length_ns(self) -> int:
@@ -170,9 +180,18 @@ def _pieces(step: Step) -> list[_Piece]:
         _Piece(
             piece.start_ns, piece.end_ns, _class(program, piece.op), _name(program, piece.op),
             int(program.rank[piece.op]) if piece.op >= 0 else -1, reason,
+            _slowed_ns(step, piece),
         )
         for piece, reason in zip(path, waited_by, strict=True)
     ]  # fmt: skip
+
+
+def _slowed_ns(step: Step, piece: PathStep) -> int:
+    program = step.program
+    if piece.op < 0 or program.group[piece.op] >= 0:
+        return 0
+    alone_ns = int(step.table.duration_ns[program.cost[piece.op]])
+    return max(piece.end_ns - piece.start_ns - alone_ns, 0)
 
 
 def _class(program: Program, op: int) -> str:

@@ -50,6 +50,12 @@ def sentences(explanation: Explanation) -> Iterator[str]:
         f" {explanation.path_pieces:,} pieces and changes rank {explanation.rank_changes} times;"
         f" it is {_list(explanation.path)}."
     )
+    slowed_percent = 100 * explanation.slowed_ns / explanation.step_time_ns
+    if slowed_percent > _NOTICEABLE_PERCENT:
+        yield (
+            f"{slowed_percent:.2f} % of the step is what kernels on it take longer than alone:"
+            " beside traffic, or held up by more urgent ones."
+        )
     for phase in explanation.phases:
         if phase.end_ns > phase.begin_ns:
             yield _phase(phase)

@@ -62,6 +62,20 @@ def test_path_is_the_one_that_the_timeline_draws() -> None:
     assert {part.name: part.time_ns for part in explained().path}["mhc"] == mhc > 0
 
 
+def test_kernels_that_nothing_delays_are_not_slowed() -> None:
+    """Without urgent kernels and contention every kernel on the path takes its own time."""
+    plan = make_plan(PLAN | {"priority": "none", "contention": "off"})
+    assert explain(predict(plan, synthetic_profile())).slowed_ns == 0
+    step = small().step
+    alone_ns = step.table.duration_ns[step.program.cost]
+    by_hand = sum(
+        max(piece.end_ns - piece.start_ns - int(alone_ns[piece.op]), 0)
+        for piece in critical_path(step.timeline)
+        if piece.op >= 0 and step.program.group[piece.op] < 0
+    )
+    assert explained().slowed_ns == by_hand
+
+
 def test_phases_follow_each_other_and_hold_the_whole_path() -> None:
     found = explained()
     assert [phase.name for phase in found.phases] == ["warm-up", "steady", "drain", "update"]
