@@ -53,6 +53,11 @@ def warm_up() -> None:
     predicted(WhatIf())
 
 
+def warm_up_all() -> None:
+    """The same, and what is needed once an answer rests."""
+    how_sure(WhatIf())
+
+
 def answer(whatif: WhatIf, pinned: WhatIf | None) -> bytes:
     """The answer, its figures and tables; with a plan pinned beside it, what differs.
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Place = Literal["front", "background"]
 T = TypeVar("T")
 
-_WARM_UP_SECONDS = 300  # the first run in a checkout compiles
+_WARM_UP_SECONDS = 300
 _GRACE_SECONDS = 5  # a task that was given up may end by itself: its prediction is kept
 _MAX_WAITING = 16  # tasks a process
 
@@ -42,8 +42,8 @@ class Busy(Exception):
 class Workers:
     """The two processes; made by the server when it starts."""
 
-    def __init__(self, limit_seconds: float) -> None:
-        """``limit_seconds`` is what one task may take."""
+    def __init__(self, limit_seconds: float, *, warm_up: bool = True) -> None:
+        """``limit_seconds`` is what one task may take; ``warm_up`` prepares for what-ifs."""
         self._limit_seconds = limit_seconds
         context = multiprocessing.get_context("spawn")
         self._pools = {
@@ -51,7 +51,9 @@ class Workers:
         }
         self._waiting = dict.fromkeys(self._pools, 0)
         self._done = dict.fromkeys(self._pools, 0)
-        self._pools["front"].schedule(answers.warm_up, timeout=_WARM_UP_SECONDS)
+        if warm_up:  # the first run in a checkout compiles: each what is asked of it first
+            for place, task in (("front", answers.warm_up), ("background", answers.warm_up_all)):
+                self._pools[place].schedule(task, timeout=_WARM_UP_SECONDS)
 
     def close(self) -> None:
         """End both processes, whatever they do."""

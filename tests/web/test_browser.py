@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (extra test)")
 LAPTOP, PHONE = {"width": 1280, "height": 720}, {"width": 390, "height": 844}
-PATIENCE_MS = 120_000  # the first answer of a checkout compiles
+PATIENCE_MS = 240_000  # the first answer of a checkout compiles
 LARGE = "model=mhc-27b&microbatches=184"  # 207,080 ops
 
 

@@ -24,7 +24,7 @@ from tests.web.conftest import SMALL, refused, serving
 if TYPE_CHECKING:
     from pathlib import Path
 
-WAIT = httpx.Timeout(120)  # the first answer of a checkout compiles
+WAIT = httpx.Timeout(240)  # the first answer of a checkout compiles
 
 
 def get(server: str, path: str, **options: Any) -> httpx.Response:  # noqa: ANN401

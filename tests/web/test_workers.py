@@ -23,7 +23,7 @@ def test_tasks_are_limited_given_up_and_survived() -> None:
 
 
 async def _try_everything() -> None:
-    workers = Workers(limit_seconds=200)
+    workers = Workers(limit_seconds=200, warm_up=False)
     try:
         assert await workers.run("background", math.sqrt, 4) == 2
 
@@ -52,7 +52,7 @@ async def _try_everything() -> None:
 
 def test_a_task_beyond_the_limit_is_refused() -> None:
     async def sleep() -> None:
-        workers = Workers(limit_seconds=0.2)
+        workers = Workers(limit_seconds=0.2, warm_up=False)
         try:
             await workers.run("background", time.sleep, 1000)
         finally:
