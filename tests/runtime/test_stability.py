@@ -18,13 +18,18 @@ from mhcplan.planner.spec import make_plan
 from mhcplan.runtime.spec import RunError, RunSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 
 @pytest.fixture(autouse=True)
-def _small_and_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+def _small_and_plain(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(mhc, "INTERPRETED", False)  # kernel tests of the same worker ask for it
     monkeypatch.setitem(MODELS, "tiny", MODELS["tiny"] | {"num_blocks": 2})
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tensors are so small that threads only wait for each other
+    yield
+    torch.set_num_threads(threads)
 
 
 def run(out: Path, *words: str) -> dict[str, Recording]:
