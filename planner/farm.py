@@ -12,7 +12,7 @@ import os
 import signal
 import warnings
 from concurrent.futures import BrokenExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 from mhcplan.planner.spec import SpecError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterator, Sequence
     from types import TracebackType
 
 Backend = Literal["local", "ray", "dask"]
@@ -99,12 +99,13 @@ class Farm:
         left, deaths = dict(enumerate(tasks)), 0
         while left:
             try:
-                for number, result in self._run(function, list(left.items())):
-                    deaths = 0
-                    del left[number]
-                    if isinstance(result, _Raised):
-                        raise _TaskError(result.error)
-                    yield number, result
+                with _closing(self._run(function, list(left.items()))) as results:
+                    for number, result in results:
+                        deaths = 0
+                        del left[number]
+                        if isinstance(result, _Raised):
+                            raise _TaskError(result.error)
+                        yield number, result
             except _TaskError as raised:
                 raise raised.error from None
             except Exception as error:
@@ -119,7 +120,7 @@ class Farm:
 
     def _run(
         self, function: Callable[[Task], Result], numbered: Sequence[tuple[int, Task]]
-    ) -> Iterator[tuple[int, Result | _Raised]]:
+    ) -> Generator[tuple[int, Result | _Raised]]:
         joblib = _module("joblib")
         if self._workers is None:
             self._workers = self._start()
@@ -164,6 +165,17 @@ class _TaskError(Exception):
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
         self.error = error
+
+
+@contextmanager
+def _closing(results: Generator[Result]) -> Generator[Generator[Result]]:
+    """Give up what is not finished when nobody asks for it any more; joblib would warn of it."""
+    try:
+        yield results
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            results.close()
 
 
 def _caught(

@@ -47,21 +47,18 @@ def test_one_job_is_this_process_and_keeps_the_order() -> None:
         ]
 
 
-def test_worker_that_is_killed_costs_no_result(tmp_path: Path) -> None:
+def test_killed_worker_costs_no_result_and_error_of_a_task_comes_out(tmp_path: Path) -> None:
     tasks = [(number, str(tmp_path / "mark")) for number in range(8)]
     with Farm(jobs=2) as farm:
         assert sorted(farm.map(square_but_killed_once, tasks)) == [(n, n * n) for n in range(8)]
-    assert (tmp_path / "mark").exists()
+        assert (tmp_path / "mark").exists()
+        with pytest.raises(ValueError, match="number 3 fails"):
+            list(farm.map(fails_at_3, range(8)))
 
 
 def test_task_that_kills_every_worker_is_given_up_with_one_line() -> None:
     with Farm(jobs=2) as farm, pytest.raises(FarmError, match="workers died 3 times in a row"):
         list(farm.map(killed, [1, 2]))
-
-
-def test_error_of_a_task_comes_out_as_it_was_raised() -> None:
-    with Farm(jobs=2) as farm, pytest.raises(ValueError, match="number 3 fails"):
-        list(farm.map(fails_at_3, range(8)))
 
 
 def _cluster_library(name: str) -> pytest.MarkDecorator:
