@@ -17,6 +17,7 @@ from mhcplan.planner.schedules import SCHEDULES
 from mhcplan.planner.spec import PlanSpec, SpecError, make_plan
 from mhcplan.profiles.lookup import CostModel
 from mhcplan.profiles.presets import MODELS
+from mhcplan.profiles.store import find_profile
 from tests.support.synthetic_profile import TOKENS, make_synthetic_profile, synthetic_profile
 
 if TYPE_CHECKING:
@@ -70,6 +71,35 @@ def test_equal_on_every_preset_and_schedule(model: str, schedule: str) -> None:
 def test_equal_on_every_way_to_lay_a_plan_out(changes: dict[str, object]) -> None:
     base = {"model": "mhc-9b", "layout": {"pp": 4, "ep": 8}, "microbatches": 12}
     assert_equal(*lowered(make_plan(base | changes)))
+
+
+@cache
+def measured_costs() -> CostModel:
+    return CostModel(find_profile("h100-sxm"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"schedule": schedule} for schedule in sorted(SCHEDULES)),
+        {"p2p": "grouped", "priority": "all"},
+        {"comm_priority": "high", "attention": "preemptible"},
+        {"compute_sms": 112, "comm_ctas": 20},
+        {"max_connections": 1},
+    ],
+    ids=str,
+)
+def test_equal_with_contention(changes: dict[str, object]) -> None:
+    base = {"model": "mhc-9b", "layout": {"pp": 4, "ep": 8}, "microbatches": 8}
+    plan = make_plan(base | changes)
+    program = lower(plan, resolve_recompute_block(plan))
+    costs = measured_costs().table(program.cost_keys, plan.gpu)
+    assert costs.loads is not None
+    assert_equal(program, costs)
+    alone = measured_costs().table(program.cost_keys)
+    assert simulate(program, costs, "compiled").step_ns > simulate(
+        program, alone, "compiled"
+    ).step_ns  # fmt: skip
 
 
 def test_equal_where_hosts_wait() -> None:

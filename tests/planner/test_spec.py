@@ -170,3 +170,18 @@ def test_every_field_says_what_it_decides() -> None:
     for spec in (PlanSpec, LayoutSpec, ResidualSpec):
         for name, field in spec.model_fields.items():
             assert field.description, name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"contention": "off", "comm_ctas": 8}, "comm_ctas=8 needs contention=on"),
+        ({"contention": "off", "compute_sms": 112}, "compute_sms=112 needs contention=on"),
+        ({"max_connections": 64}, "max_connections"),
+        ({"comm_priority": "low"}, "comm_priority"),
+    ],
+)
+def test_settings_of_a_shared_gpu_are_checked(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        make_plan({"model": "mhc-3b"} | changes)
+    assert make_plan({"model": "mhc-3b", "contention": "off"}).gpu is None
