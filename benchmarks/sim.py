@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import resource
 import statistics
 import subprocess
@@ -81,14 +82,13 @@ def timed(call: Callable[[], T], repeats: int = 1) -> tuple[T, Timing]:
     """Result and median times of a call."""
     walls: list[float] = []
     cpus: list[float] = []
-    result = None
+    results: list[T] = []
     for _ in range(repeats):
         wall, cpu = time.perf_counter(), time.process_time()
-        result = call()
+        results[:] = [call()]
         walls.append(1e3 * (time.perf_counter() - wall))
         cpus.append(1e3 * (time.process_time() - cpu))
-    assert result is not None
-    return result, Timing(statistics.median(walls), statistics.median(cpus))
+    return results[0], Timing(statistics.median(walls), statistics.median(cpus))
 
 
 def what_if(repeats: int) -> Section:
@@ -198,7 +198,7 @@ def sweep(_: int) -> Section:
             found, row = _measured(pool, [plans])
         section.rows.append((f"{text}, one core", *row))
         with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-            _, row = _measured(pool, halves, confirmed=CONFIRMED)
+            row = _measured(pool, halves, confirmed=CONFIRMED)[1]
         section.rows.append((f"{text}, two cores, {CONFIRMED} best played", *row))
         best = _best(found)
         for name, some in (("best", best), ("every 41st", found[::41])):
@@ -243,25 +243,29 @@ def cold(repeats: int) -> Section:
     section = Section(
         "new process: mhcplan predict mhc-27b", ("what", "wall s", "CPU s", "peak MB")
     )
-    command = "from mhcplan.planner.cli import main; main(['predict', 'mhc-27b', '--json'])"
+    command = (
+        "import sys; from mhcplan.planner.cli import main\n"
+        "try: main(['predict', 'mhc-27b', '--json'])\n"
+        "finally: print(open('/proc/self/status').read(), file=sys.stderr)"
+    )
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {"NUMBA_CACHE_DIR": folder}
+
+        def run() -> float:
+            """Peak memory of a process, in MB."""
+            done = subprocess.run(
+                [sys.executable, "-c", command], env=environment, check=True, capture_output=True
+            )
+            (peak,) = re.findall(rb"VmHWM:\s*(\d+) kB", done.stderr)
+            return int(peak) * 1024 / _MB
+
         for text, rounds in (("first ever: compiles", 1), ("later", max(repeats // 4, 3))):
-            walls: list[float] = []
-            cpus: list[float] = []
-            peaks: list[float] = []
-            for _ in range(rounds):
-                begin = time.perf_counter()
-                process = subprocess.Popen(
-                    [sys.executable, "-c", command], env=environment, stdout=subprocess.DEVNULL
-                )
-                _, status, usage = os.wait4(process.pid, 0)
-                assert status == 0
-                walls.append(time.perf_counter() - begin)
-                cpus.append(usage.ru_utime + usage.ru_stime)
-                peaks.append(usage.ru_maxrss * 1024 / _MB)
-            medians = map(statistics.median, (walls, cpus, peaks))
-            section.rows.append((text, *medians))
+            before = os.times()
+            peak_mb, timing = timed(run, rounds)
+            after = os.times()
+            children_s = after.children_user + after.children_system
+            cpu_s = (children_s - before.children_user - before.children_system) / rounds
+            section.rows.append((text, timing.wall_ms / 1e3, cpu_s, peak_mb))
     return section
 
 

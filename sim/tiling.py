@@ -132,7 +132,7 @@ class _Kept:
             self._programs.clear()
 
 
-_kept = _Kept(max_ops=1 << 19)  # an op takes about 300 bytes with what is worked out from it
+_kept = _Kept(max_ops=1 << 18)  # an op takes about 500 bytes with what is worked out from it
 
 
 def forget() -> None:
