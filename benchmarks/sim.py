@@ -289,6 +289,7 @@ def growth(repeats: int) -> Section:
     section = Section(
         "growth", ("P", "M", "blocks", "ops", "lower us/op", "engine us/op", "estimate us/op")
     )
+    predict(plan_of(model="mhc-3b", layout={"pp": 2}, microbatches=8), PROFILE)  # machine code
     mhc = MODELS["mhc-27b"]
     cases = [(p, 64, 30) for p in (2, 4, 8, 16, 32)]
     cases += [(8, m, 30) for m in (16, 32, 128, 256)]
