@@ -37,6 +37,7 @@ _REASONS = {
     "peer": "the other end of a transfer",
     "link": "a transfer that held its link",
     "priority": "a more urgent op, or one that held its SMs",
+    "sms": "thread blocks of a kernel that were on the SMs it needs",
     "host": "the host to issue it",
     "start": "nothing: the step began",
     "end": "nothing: the step ended with it",
