@@ -187,7 +187,9 @@ class PlanSpec(Spec):
     max_connections: Annotated[
         int,
         Field(
-            ge=1, le=32, strict=True,
+            ge=1,
+            le=32,
+            strict=True,
             description="hardware queues that a GPU's streams share: CUDA_DEVICE_MAX_CONNECTIONS",
         ),
     ] = 8
