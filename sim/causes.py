@@ -9,11 +9,12 @@ decide, every engine gets the same causes from the same times.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from mhcplan.sim.device import links_of_transfers
+from mhcplan.sim.jit import Ints, compiled, ints
 from mhcplan.sim.order import NO_OP
 from mhcplan.sim.timeline import REASONS, Timeline
 
@@ -23,14 +24,14 @@ if TYPE_CHECKING:
     from mhcplan.sim.order import Order
     from mhcplan.sim.program import Program
 
-    Ints = NDArray[np.int64]
+    Array = NDArray[np.int64]
 
 _START, _HOST, _STREAM, _EVENT, _PEER, _LINK, _PRIORITY, _SMS = range(len(REASONS))
 
 
 def timeline_of(
-    program: Program, order: Order, issue_ns: Ints, start_ns: Ints, end_ns: Ints, release_ns: Ints,
-    placed_ns: Ints, behind: Ints,
+    program: Program, order: Order, issue_ns: Array, start_ns: Array, end_ns: Array,
+    release_ns: Array, placed_ns: Array, behind: Array,
 ) -> Timeline:  # fmt: skip
     """Make the Timeline of a step from its times.
 
@@ -54,7 +55,7 @@ def timeline_of(
     search.sms()
     at_start = start_ns == 0
     search.reason[at_start], search.cause[at_start] = _START, NO_OP
-    return Timeline(issue_ns, start_ns, end_ns, search.cause, search.reason)
+    return Timeline(issue_ns, start_ns, end_ns, search.cause, search.reason.astype(np.int8))
 
 
 class _Search:
@@ -64,51 +65,27 @@ class _Search:
     """
 
     def __init__(
-        self, program: Program, order: Order, start_ns: Ints, end_ns: Ints, release_ns: Ints
+        self, program: Program, order: Order, start_ns: Array, end_ns: Array, release_ns: Array
     ) -> None:
         self.program, self.order = program, order
         self.start, self.end, self.release = start_ns, end_ns, release_ns
         self.ready = np.zeros(program.num_ops, np.int64)
         self.cause = np.full(program.num_ops, NO_OP, np.int64)
-        self.reason = np.zeros(program.num_ops, np.int8)
+        self.reason = np.zeros(program.num_ops, np.int64)
         self.transfers = np.flatnonzero(order.meeting >= 0)
 
-    def own_rank(self, issue_ns: Ints, begun_ns: Ints, behind: Ints) -> None:
+    def own_rank(self, issue_ns: Array, begun_ns: Array, behind: Array) -> None:
         """What a kernel waits for on its own rank."""
-        first, waited = self.order.first, self.order.waited
-        waiting = first[waited.owners]
-        opens = np.flatnonzero((first == np.arange(len(first))) & (self.order.previous != NO_OP))
-        previous = self.order.previous[opens]
-        queued = np.flatnonzero(behind != NO_OP)
-        # From the weakest claim to the strongest: on a tie the last one written stays.
-        claims = (
-            (_STREAM, queued, begun_ns[behind[queued]], behind[queued]),
-            (_HOST, first, issue_ns, self.order.sync),
-            (_EVENT, waiting, self.end[waited.values], waited.values),
-            (_STREAM, opens, self.end[previous], previous),
+        order = self.order
+        own = _OwnRank(
+            *map(ints, (order.first, order.previous, order.waited.offsets, order.waited.values)),
+            *map(ints, (order.sync, behind, issue_ns, begun_ns, self.end, self.release)),
         )
-        for _, kernel, instant, _ in claims:
-            np.maximum.at(self.ready, kernel, instant)
-        for code, kernel, instant, by in claims:
-            binds = instant == self.ready[kernel]
-            self.reason[kernel[binds]] = code
-            self.cause[kernel[binds]] = by[binds]
-        caused = self.cause != NO_OP
-        self.cause[caused] = self._last_of_batch()[self.cause[caused]]
-        self.ready, self.cause = self.ready[first], self.cause[first]
-        self.reason = self.reason[first]
+        last = ints(np.arange(len(order.first)))
+        _own_rank(own, self.ready, self.reason, self.cause)
+        _whole_kernels(own.first, own.release_ns, last, self.ready, self.reason, self.cause)
 
-    def _last_of_batch(self) -> Ints:
-        """For every op, the op that its kernel ended with."""
-        first = self.order.first
-        kernel_release = self.release.copy()
-        np.maximum.at(kernel_release, first, self.release)
-        last = np.flatnonzero(self.release == kernel_release[first])
-        last_of = np.arange(len(first))
-        last_of[first[last]] = last
-        return last_of[first]
-
-    def places(self, placed_ns: Ints) -> None:
+    def places(self, placed_ns: Array) -> None:
         """Where its CTAs found no SM, the compute op that had begun last is the cause."""
         waits = self.transfers[placed_ns[self.transfers] > self.ready[self.transfers]]
         ran = np.flatnonzero((self.order.meeting < 0) & (self.end > self.start))
@@ -158,20 +135,86 @@ class _Search:
         self.cause[resident] = begun.find_last(self.program.rank[resident], self.start[resident])
         self.reason[resident] = _SMS
 
-    def _by_meeting(self) -> Ints:
+    def _by_meeting(self) -> Array:
         return np.full(int(self.order.meeting.max(initial=-1)) + 1, NO_OP, np.int64)
+
+
+class _OwnRank(NamedTuple):
+    """What :func:`_own_rank` reads: columns of Order and of the times, by op."""
+
+    first: Ints
+    previous: Ints
+    wait_begin: Ints
+    waited: Ints
+    sync: Ints
+    behind: Ints
+    issue_ns: Ints
+    begun_ns: Ints
+    end_ns: Ints
+    release_ns: Ints
+
+
+@compiled
+def _own_rank(own: _OwnRank, ready: Ints, reason: Ints, cause: Ints) -> None:
+    """Fill what each op's kernel waited for last on its own rank."""
+    ops = range(len(own.first))
+    for op in ops:
+        kernel = own.first[op]
+        instant = max(ready[kernel], own.issue_ns[op])
+        if kernel == op and own.previous[op] != NO_OP:
+            instant = max(instant, own.end_ns[own.previous[op]])
+        if own.behind[op] != NO_OP:
+            instant = max(instant, own.begun_ns[own.behind[op]])
+        for i in range(own.wait_begin[op], own.wait_begin[op + 1]):
+            instant = max(instant, own.end_ns[own.waited[i]])
+        ready[kernel] = instant
+    # From the weakest claim to the strongest: on a tie the last one written stays.
+    for op in ops:
+        if own.behind[op] != NO_OP and own.begun_ns[own.behind[op]] == ready[op]:
+            reason[op], cause[op] = _STREAM, own.behind[op]
+    for op in ops:
+        kernel = own.first[op]
+        if own.issue_ns[op] == ready[kernel]:
+            reason[kernel], cause[kernel] = _HOST, own.sync[op]
+    for op in ops:
+        kernel = own.first[op]
+        for i in range(own.wait_begin[op], own.wait_begin[op + 1]):
+            if own.end_ns[own.waited[i]] == ready[kernel]:
+                reason[kernel], cause[kernel] = _EVENT, own.waited[i]
+    for op in ops:
+        before = own.previous[op]
+        if own.first[op] == op and before != NO_OP and own.end_ns[before] == ready[op]:
+            reason[op], cause[op] = _STREAM, before
+
+
+@compiled
+def _whole_kernels(
+    first: Ints, release_ns: Ints, last: Ints, ready: Ints, reason: Ints, cause: Ints
+) -> None:
+    """Give every op of a batch what its kernel has; a cause is the op that its kernel ended with.
+
+    ``last`` comes as 0, 1, 2, ...; it is scratch.
+    """
+    for op in range(len(first)):
+        if release_ns[op] >= release_ns[last[first[op]]]:
+            last[first[op]] = op
+    for op in range(len(first)):
+        kernel = first[op]
+        if kernel == op and cause[op] != NO_OP:
+            cause[op] = last[first[cause[op]]]
+        ready[op], reason[op], cause[op] = ready[kernel], reason[kernel], cause[kernel]
 
 
 class _Lookup:
     """Finds an op by (place, instant): the lowest one, or NO_OP."""
 
-    def __init__(self, place: NDArray[np.integer], instant_ns: Ints, op: Ints) -> None:
+    def __init__(self, place: NDArray[np.integer], instant_ns: Array, op: Array) -> None:
         self._span = int(instant_ns.max(initial=0)) + 1
         key = place.astype(np.int64) * self._span + instant_ns
         by_key = np.lexsort((op, key))
         self._key, self._op = key[by_key], op[by_key]
 
-    def find(self, place: NDArray[np.integer], instant_ns: Ints) -> Ints:
+    def find(self, place: NDArray[np.integer], instant_ns: Array) -> Array:
         if not len(self._key):
             return np.full(len(place), NO_OP, np.int64)
         key = place.astype(np.int64) * self._span + instant_ns
@@ -179,7 +222,7 @@ class _Lookup:
         known = (self._key[at] == key) & (instant_ns < self._span)
         return np.where(known, self._op[at], NO_OP)
 
-    def find_last(self, place: NDArray[np.integer], instant_ns: Ints) -> Ints:
+    def find_last(self, place: NDArray[np.integer], instant_ns: Array) -> Array:
         """The last op at a place before an instant, or NO_OP."""
         if not len(self._key):
             return np.full(len(place), NO_OP, np.int64)

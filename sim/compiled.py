@@ -7,7 +7,7 @@ loop differs (:mod:`mhcplan.sim.compiled_loop`).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -36,12 +36,10 @@ def simulate_compiled(program: Program, costs: CostTable) -> Timeline:
         MeetError: a transfer lacks an end or a member.
         DeadlockError: ops wait for each other.
     """
-    order = order_of(program)
-    links = device.links_of_transfers(program, order.meeting)
-    place, places = _places(program, order)
+    order, room = order_of(program), program.shared(_room_of)
     behind = queued_behind(program, costs)
-    step = _step(program, costs, order, links, place, behind)
-    loop = _loop(program, order, links, place, places)
+    step = _step(program, costs, order, room, behind)
+    loop = _loop(program, order, room)
     times = Times(*(ints(np.full(program.num_ops, NEVER, np.int64)) for _ in Times._fields))
     physics = Physics(
         device.traits_of(program),
@@ -63,16 +61,40 @@ def simulate_compiled(program: Program, costs: CostTable) -> Timeline:
     return timeline_of(program, order, issue, start, end, release, placed, behind)
 
 
-def _step(
-    program: Program, costs: CostTable, order: Order, links: Csr, place: Array, behind: Array
-) -> Step:
-    members = Csr.grouped(order.meeting, len(links.offsets) - 1)
+class _Room(NamedTuple):
+    """What a Program's ops meet in: the same for all Programs of one order.
+
+    Attributes:
+        links: of every transfer; members: ops of every transfer; turn: of every transfer, see
+            :func:`mhcplan.sim.device.turns_of_transfers`.
+        place: of every op, where it is kept while it may run; places: how many a rank has.
+    """
+
+    links: Csr
+    members: Csr
+    turn: Array
+    place: Array
+    places: Array
+
+
+def _room_of(program: Program) -> _Room:
+    order = order_of(program)
+    links = device.links_of_transfers(program, order.meeting)
+    return _Room(
+        links,
+        Csr.grouped(order.meeting, len(links.offsets) - 1),
+        device.turns_of_transfers(program, order.meeting),
+        *_places(program, order),
+    )
+
+
+def _step(program: Program, costs: CostTable, order: Order, room: _Room, behind: Array) -> Step:
     return Step(
         rank=ints(program.rank),
         stream=ints(program.stream),
         first=ints(order.first),
         meeting=ints(order.meeting),
-        place=ints(place),
+        place=ints(room.place),
         host_ns=ints(costs.host_ns[program.cost]),
         host_sync=ints(program.host_sync),
         work=ints(_work(program, costs, order)),
@@ -81,17 +103,18 @@ def _step(
         behind=ints(behind),
         stream_begin=ints(program.by_stream.offsets),
         by_stream=ints(program.by_stream.values),
-        member_begin=ints(members.offsets),
-        members=ints(members.values),
-        link_begin=ints(links.offsets),
-        links=ints(links.values),
-        turn=ints(device.turns_of_transfers(program, order.meeting)),
+        member_begin=ints(room.members.offsets),
+        members=ints(room.members.values),
+        link_begin=ints(room.links.offsets),
+        links=ints(room.links.values),
+        turn=ints(room.turn),
         rank_begin=ints(program.rank_offsets),
     )
 
 
-def _loop(program: Program, order: Order, links: Csr, place: Array, places: Array) -> Loop:
+def _loop(program: Program, order: Order, room: _Room) -> Loop:
     """The state before anything has happened."""
+    links, place, places = room.links, room.place, room.places
     ops, streams, ranks = program.num_ops, len(program.streams), program.num_ranks
     transfers, num_places = len(links.offsets) - 1, int(places.sum())
     num_links = int(links.values.max(initial=-1)) + 1

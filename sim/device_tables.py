@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,9 +11,11 @@ from mhcplan.sim.device import FULL_RATE
 from mhcplan.sim.device_kernels import hbm_share, units
 from mhcplan.sim.device_sms import SHARE, Gpu
 from mhcplan.sim.jit import ints
-from mhcplan.sim.order import batch_first
+from mhcplan.sim.order import order_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
     from mhcplan.sim.device_kernels import Kernel, Loads, Parameters, Traffic
@@ -66,8 +68,17 @@ def queued_behind(program: Program, costs: CostTable) -> Array:
 
     Streams are dealt to the queues of their GPU in turn. A queue of one stream changes nothing.
     """
-    behind = np.full(program.num_ops, -1, np.int64)
     connections = costs.loads.connections if costs.loads is not None else len(program.streams)
+    return program.shared(_queues_of(connections))
+
+
+@cache
+def _queues_of(connections: int) -> Callable[[Program], Array]:
+    return partial(_queued_behind, connections)
+
+
+def _queued_behind(connections: int, program: Program) -> Array:
+    behind = np.full(program.num_ops, -1, np.int64)
     queue = np.zeros(len(program.streams), np.int64)
     count = [0] * program.num_ranks
     for i, stream in enumerate(program.streams):
@@ -80,7 +91,7 @@ def queued_behind(program: Program, costs: CostTable) -> Array:
     before, after = by_queue[:-1], by_queue[1:]
     shared = (of_op[before] == of_op[after]) & (program.stream[before] != program.stream[after])
     behind[after[shared]] = before[shared]
-    behind[batch_first(program) != np.arange(program.num_ops)] = -1
+    behind[order_of(program).first != np.arange(program.num_ops)] = -1
     return behind
 
 
@@ -173,7 +184,7 @@ def _transfer_columns(program: Program, loads: Loads, duration_ns: Array) -> tup
             received[key] = min(round(traffic.received_hbm_bytes * per_ns), SHARE)
     ops = np.flatnonzero(program.group >= 0)
     cost, is_send, collective = program.cost[ops], program.is_send[ops], program.peer[ops] < 0
-    first = batch_first(program)[ops]
+    first = order_of(program).first[ops]
     batch = np.bincount(first, minlength=1)[first]
     media = {medium: i for i, medium in enumerate(dict.fromkeys(g.medium for g in program.groups))}
     medium = np.array([media[group.medium] for group in program.groups], np.int64)

@@ -211,7 +211,7 @@ class _Tiling:
         places, labels = self._places, self._labels
         arrays = [*self._stamps, *(getattr(places, name) for name in _Map._fields)]
         shapes = [(len(shape.symbols), bytes(shape.buffer_component)) for shape in places.shapes]
-        members = [group.members for group in groups]
+        members = [(group.members, group.medium) for group in groups]
         small = (places.num_microbatches, shapes, [array.shape for array in arrays], streams,
                  members, list(labels.kinds), list(labels.categories))  # fmt: skip
         digest = hashlib.blake2b(repr(small).encode())
