@@ -11,8 +11,7 @@ import pytest
 
 from mhcplan.planner.farm import Farm, FarmError
 
-
-# Where workers are let go with tasks left, joblib's own thread may trip over one; no result is lost.
+# Where workers go with tasks left, joblib's own thread may trip over one; no result is lost.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Exception in thread ExecutorManagerThread:pytest.PytestUnhandledThreadExceptionWarning"
 )
