@@ -7,51 +7,26 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from mhcplan.planner import commands, output
-from mhcplan.planner.cli import main
 from mhcplan.planner.cli_flags import PlanFlags
 from mhcplan.planner.output import OutputError, write_files
 from mhcplan.planner.plan_file import read_plan
 from mhcplan.planner.report import PlanReport
 from mhcplan.planner.report_text import headline
 from mhcplan.planner.spec import PlanSpec, make_plan
-from mhcplan.profiles.schema import profile_text
-from tests.support.synthetic_profile import synthetic_profile
 
 if TYPE_CHECKING:
     from contextlib import ExitStack
 
-Run = Callable[..., tuple[int, str, str]]
+    from tests.support.commands import Run
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["mhc-3b", "--pp", "2", "--microbatches", "4"]
-
-
-@pytest.fixture(scope="module")
-def profile(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Path of a profile file."""
-    file = tmp_path_factory.mktemp("profile") / "synthetic.json"
-    file.write_text(profile_text(synthetic_profile()), encoding="utf-8")
-    return str(file)
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command line in this process: (exit code, standard output, standard error)."""
-
-    def call(*words: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as exit_:
-            main(list(words))
-        said = capfd.readouterr()
-        return int(exit_.value.code or 0), said.out, said.err
-
-    return call
 
 
 def spawn(code: str, *words: str, **more: Any) -> subprocess.CompletedProcess[str]:  # noqa: ANN401

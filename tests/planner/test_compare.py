@@ -4,35 +4,31 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jsonschema
 import pytest
 
-from mhcplan.planner.cli import main
 from mhcplan.planner.compare import Comparison, compare_sides
 from mhcplan.planner.compare_commands import plan_of_words
 from mhcplan.planner.compare_text import headline, remarks, sections
 from mhcplan.planner.report import json_schema
 from mhcplan.planner.sides import Side, read_side
-from mhcplan.profiles.schema import profile_text
 from mhcplan.sim.files import Trace, read_trace, write_trace
-from tests.support.synthetic_profile import synthetic_profile
+
+if TYPE_CHECKING:
+    from tests.support.commands import Run
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = ROOT / "docs" / "schemas" / "comparison.schema.json"
 SMALL = "mhc-3b --pp 2 --microbatches 4"
 
-Run = Callable[..., tuple[int, str, str]]
-
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> str:
+def small(profile: str) -> str:
     """A plan in words, priced by a made-up profile."""
-    file = tmp_path_factory.mktemp("profile") / "synthetic.json"
-    file.write_text(profile_text(synthetic_profile()), encoding="utf-8")
-    return f"{SMALL} --profile {file}"
+    return f"{SMALL} --profile {profile}"
 
 
 @pytest.fixture(scope="module")
@@ -42,19 +38,6 @@ def sides(small: str) -> tuple[Side, Side]:
         read_side(small, plan_of_words),
         read_side(f"{small} --n 2 --schedule zb1p", plan_of_words),
     )
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command line in this process: (exit code, standard output, standard error)."""
-
-    def call(*words: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as exit_:
-            main(list(words))
-        said = capfd.readouterr()
-        return int(exit_.value.code or 0), said.out, said.err
-
-    return call
 
 
 def test_fields_are_those_that_were_changed(sides: tuple[Side, Side]) -> None:

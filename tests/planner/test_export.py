@@ -6,17 +6,15 @@ import csv
 import json
 import re
 import tomllib
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import jsonschema
 import numpy as np
 import pytest
 
-from mhcplan.planner.cli import main
 from mhcplan.planner.export import export, losses_of
 from mhcplan.planner.export_formats import LOSSES, ExportFormat
 from mhcplan.planner.export_megatron import pipeline_layout
@@ -25,11 +23,11 @@ from mhcplan.planner.predict import Prediction, predict
 from mhcplan.planner.report import json_schema
 from mhcplan.planner.schedules import build_schedule
 from mhcplan.planner.spec import PlanSpec, SpecError, make_plan, schedule_of
-from mhcplan.profiles.schema import profile_text
 from mhcplan.sim.files import parse_program, parse_trace, write_program
 from tests.support.synthetic_profile import synthetic_profile
 
-Run = Callable[..., tuple[int, str, str]]
+if TYPE_CHECKING:
+    from tests.support.commands import Run
 
 SCHEMAS = Path(__file__).parents[2] / "docs" / "schemas"
 FORMATS = get_args(ExportFormat)
@@ -51,24 +49,6 @@ def _predicted(plan: PlanSpec) -> Prediction:
 @pytest.fixture(scope="module")
 def predictions() -> dict[str, Prediction]:
     return {name: small(name) for name in ("1f1b", "interleaved-1f1b", "dualpipev", "dualpipe")}
-
-
-@pytest.fixture(scope="module")
-def profile(tmp_path_factory: pytest.TempPathFactory) -> str:
-    file = tmp_path_factory.mktemp("profile") / "synthetic.json"
-    file.write_text(profile_text(synthetic_profile()), encoding="utf-8")
-    return str(file)
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Run:
-    def call(*words: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as exit_:
-            main(list(words))
-        said = capfd.readouterr()
-        return int(exit_.value.code or 0), said.out, said.err
-
-    return call
 
 
 def text(prediction: Prediction, to: ExportFormat, name: str) -> str:

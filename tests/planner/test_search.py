@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jsonschema
 import pytest
 
-from mhcplan.planner.cli import main
 from mhcplan.planner.farm import Farm
 from mhcplan.planner.plan_file import read_plan, source_fields
 from mhcplan.planner.plan_search import find_plans, quests
@@ -26,26 +24,15 @@ from mhcplan.planner.search_space import Space, search_space
 from mhcplan.planner.spec import make_plan
 from mhcplan.planner.sweep import named_profile
 from mhcplan.planner.sweep_axes import axes_of
-from mhcplan.profiles.schema import profile_text
-from tests.support.synthetic_profile import synthetic_profile
 
 if TYPE_CHECKING:
     from mhcplan.planner.sweep_points import ProfileName, Simulated
-
-Run = Callable[..., tuple[int, str, str]]
+    from tests.support.commands import Run
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = ROOT / "docs" / "schemas" / "search.schema.json"
 FEW = ["schedule=1f1b,dualpipe,zbv", "micro_batch_size=1,2", "layout.ep=2"]
 FEW += ["residual.recompute_block=auto,none", "priority=none,post,all"]
-
-
-@pytest.fixture(scope="module")
-def profile(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Path of a profile file."""
-    file = tmp_path_factory.mktemp("profile") / "synthetic.json"
-    file.write_text(profile_text(synthetic_profile()), encoding="utf-8")
-    return str(file)
 
 
 @pytest.fixture(scope="module")
@@ -68,19 +55,6 @@ def everything(space: Space, named: ProfileName) -> dict[str, Simulated]:
         for family in space.families
         for member in family.members
     }
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command line in this process: (exit code, standard output, standard error)."""
-
-    def call(*words: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as exit_:
-            main(list(words))
-        said = capfd.readouterr()
-        return int(exit_.value.code or 0), said.out, said.err
-
-    return call
 
 
 # -- space -----------------------------------------------------------------------------------------

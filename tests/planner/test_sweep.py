@@ -11,15 +11,13 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jsonschema
 import pytest
 
 from mhcplan.planner import sweep as sweep_module
-from mhcplan.planner.cli import main
 from mhcplan.planner.farm import Farm
 from mhcplan.planner.predict import predict
 from mhcplan.planner.report import json_schema
@@ -28,35 +26,19 @@ from mhcplan.planner.spec import make_plan
 from mhcplan.planner.sweep import SweepOptions, ranked, sweep
 from mhcplan.planner.sweep_axes import axes_of
 from mhcplan.planner.sweep_row import SweepRow
-from mhcplan.profiles.schema import profile_text
-from tests.support.synthetic_profile import synthetic_profile
 
-Run = Callable[..., tuple[int, str, str]]
+if TYPE_CHECKING:
+    from tests.support.commands import Run
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = ROOT / "docs" / "schemas" / "sweep.schema.json"
 
 
-@pytest.fixture(scope="module")
-def profile(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Path of a profile file."""
-    file = tmp_path_factory.mktemp("profile") / "synthetic.json"
-    file.write_text(profile_text(synthetic_profile()), encoding="utf-8")
-    return str(file)
-
-
 @pytest.fixture
-def run(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs a command line in this process, its store in a folder of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
-
-    def call(*words: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as exit_:
-            main(list(words))
-        said = capfd.readouterr()
-        return int(exit_.value.code or 0), said.out, said.err
-
-    return call
+    return run
 
 
 def small(profile: str, **more: str) -> dict[str, str]:
