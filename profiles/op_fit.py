@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mhcplan.profiles.schema import ProfileError
+from mhcplan.profiles.schema import SECOND_NS, ProfileError
 from mhcplan.profiles.vocabulary import OP_KINDS
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from mhcplan.profiles.vocabulary import OpKey
 
     Floats = NDArray[np.float64]
-
-SECOND_NS = 1_000_000_000
 
 _ENOUGH = 4  # shapes: one more than there are terms
 _TERMS = 3

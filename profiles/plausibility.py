@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mhcplan.profiles.schema import SECOND_NS
 from mhcplan.profiles.vocabulary import VOCABULARY
 
 if TYPE_CHECKING:
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
 
     from mhcplan.profiles.schema import OpTiming, Profile
     from mhcplan.profiles.specs import HardwareSpec
-
-SECOND_NS = 1_000_000_000
 
 _CACHE_SPEEDUP = 50  # a hot op whose data stays in cache may beat memory, not by more than this
 _SLOWEST_SHARE = 1e-6  # of the datasheet's memory rate: slower is another unit

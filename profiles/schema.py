@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 PROFILE_FORMAT = "mhcplan.profile"
 PROFILE_VERSION = 1
+SECOND_NS = 1_000_000_000
 _TABLES = ("ops", "transfers", "contention_ops", "contention_pairs", "priorities")
 _LATER_FIELDS = ("contention_ops", "contention_pairs", "contention_model", "priorities")
 

@@ -22,12 +22,11 @@ from typing import TYPE_CHECKING, NoReturn
 
 from mhcplan.profiles.costs import Cost, CostMissing, Source, worst
 from mhcplan.profiles.interpolation import MAX_EXTRAPOLATION
+from mhcplan.profiles.schema import SECOND_NS
 
 if TYPE_CHECKING:
     from mhcplan.profiles.schema import Profile, TransferTiming
     from mhcplan.profiles.vocabulary import TransferKey
-
-SECOND_NS = 1_000_000_000
 
 _PAIRS = ("send_recv", "send_recv_both")
 _HALVES = ("reduce_scatter", "all_gather")

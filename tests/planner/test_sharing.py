@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from hypothesis import given, settings
@@ -15,7 +14,10 @@ from mhcplan.planner.schedules import SCHEDULES
 from mhcplan.planner.spec import PlanSpec, make_plan
 from mhcplan.sim import tiling
 from mhcplan.sim.order import order_of
-from mhcplan.sim.program import Csr, Program
+from tests.support.programs import assert_same
+
+if TYPE_CHECKING:
+    from mhcplan.sim.program import Program
 
 SLIDERS: dict[str, Any] = {
     "n": st.sampled_from([1, 2, 4]),
@@ -41,19 +43,6 @@ def plan(sliders: dict[str, Any]) -> PlanSpec:
 
 def lowered(plan: PlanSpec) -> Program:
     return lower(plan, resolve_recompute_block(plan))
-
-
-def assert_same(kept: Program, fresh: Program) -> None:
-    for field in fields(Program):
-        a, b = getattr(kept, field.name), getattr(fresh, field.name)
-        if isinstance(a, Csr):
-            assert np.array_equal(a.offsets, b.offsets), field.name
-            assert np.array_equal(a.values, b.values), field.name
-        elif isinstance(a, np.ndarray):
-            assert a.dtype == b.dtype, field.name
-            assert np.array_equal(a, b), field.name
-        else:
-            assert a == b, field.name
 
 
 @settings(max_examples=15, deadline=None)

@@ -6,9 +6,8 @@ import base64
 import contextlib
 import json
 import zlib
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import jsonschema
 import numpy as np
@@ -30,11 +29,7 @@ from mhcplan.sim.files import (
     write_program,
     write_trace,
 )
-from mhcplan.sim.program import Csr, Program
-from tests.support.programs import Maker, add_buffers, makers
-
-if TYPE_CHECKING:
-    from mhcplan.sim.timeline import Timeline
+from tests.support.programs import Maker, add_buffers, assert_same, makers
 
 
 def example() -> Trace:
@@ -46,19 +41,6 @@ def example() -> Trace:
     program, costs = add_buffers(maker).build()
     program.meta["schedule"] = "1f1b"
     return Trace(program, simulate(program, costs), "predicted", {"note": "\u00fc"})
-
-
-def assert_same(a: Program | Timeline, b: Program | Timeline) -> None:
-    for field in fields(a):
-        ours, theirs = getattr(a, field.name), getattr(b, field.name)
-        if isinstance(ours, Csr):
-            assert np.array_equal(ours.offsets, theirs.offsets), field.name
-            assert np.array_equal(ours.values, theirs.values), field.name
-        elif isinstance(ours, np.ndarray):
-            assert ours.dtype == theirs.dtype, field.name
-            assert np.array_equal(ours, theirs), field.name
-        else:
-            assert ours == theirs, field.name
 
 
 @settings(max_examples=40, deadline=None)

@@ -6,7 +6,7 @@ for is given as ops; the events are made from that.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +18,22 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from hypothesis.strategies import DrawFn
+
+    from mhcplan.sim.timeline import Timeline
+
+
+def assert_same(a: Program | Timeline, b: Program | Timeline) -> None:
+    """Every field is equal, down to the types of arrays."""
+    for each in fields(a):
+        ours, theirs = getattr(a, each.name), getattr(b, each.name)
+        if isinstance(ours, Csr):
+            assert np.array_equal(ours.offsets, theirs.offsets), each.name
+            assert np.array_equal(ours.values, theirs.values), each.name
+        elif isinstance(ours, np.ndarray):
+            assert ours.dtype == theirs.dtype, each.name
+            assert np.array_equal(ours, theirs), each.name
+        else:
+            assert ours == theirs, each.name
 
 
 @dataclass
