@@ -2,8 +2,8 @@
 
 ``config`` looks a kernel up by its rows n and bytes an element, and takes the tuned entry for the
 nearest C if there is one. ``benchmarks/kernels_tune.py`` times candidates on the GPU at hand and
-prints the winners in the form of ``_TUNED``. The entries for n = 4 in bf16 were timed on an H100
-SXM; those for other n and fp32 were chosen by what the compiler makes of them (no spills, shared
+prints the winners in the form of ``_TUNED``. The entries for n = 4 and 8 in bf16 were timed on an
+H100 SXM; those for other n and fp32 were chosen by what the compiler makes of them (no spills, shared
 memory that fits).
 """
 
@@ -43,10 +43,10 @@ class Config(NamedTuple):
 
 # n = 4 in bf16, and whatever has no entry of its own.
 _DEFAULT: dict[str, Config] = {
-    "project": Config(BT=128, BK=128, warps=4, stages=3),
+    "project": Config(BT=128, BK=64, warps=4, stages=4),
     "pre": Config(BT=2, BC=512, warps=4, stages=3, BS=64),
     "post": Config(BT=1, BC=1024, warps=4),
-    "post_project": Config(BT=64, BC=32, warps=8, stages=3),
+    "post_project": Config(BT=64, BC=32, warps=4, stages=3),
     "post_backward": Config(BT=4, BC=256, warps=4, V=8),
     "pre_reduce": Config(BT=4, BC=256, warps=4, BS=32, V=8),
     "small": Config(BS=64, warps=4),
@@ -54,9 +54,9 @@ _DEFAULT: dict[str, Config] = {
     "pre_backward_input": Config(BT=64, BC=64, warps=8, stages=3, per_sm=1),
     "weight": Config(BT=64, BC=64, warps=4, stages=4, per_sm=4),
     "recompute": Config(BT=4, BC=256, warps=4),
-    "wide_project": Config(BT=128, BK=64, warps=8, stages=3, per_sm=1),
-    "wide_input": Config(BT=64, BC=64, warps=8, stages=2),
-    "wide_weight": Config(BT=64, BK=128, warps=8, stages=3, per_sm=1),
+    "wide_project": Config(BT=128, BK=64, warps=8, stages=3),
+    "wide_input": Config(BT=32, BC=64, warps=4, stages=3),
+    "wide_weight": Config(BT=64, BK=128, warps=8, stages=3),
 }
 
 # What does not fit, or not well, at other (n, bytes an element).
@@ -75,8 +75,9 @@ _OTHER: dict[tuple[int, int], dict[str, Config]] = {
     },
     (8, 2): {
         "small": Config(BS=32, warps=4),
-        "post": Config(BT=2, BC=256, warps=4),
-        "post_backward": Config(BT=2, BC=256, warps=4, V=8),
+        "post": Config(BT=1, BC=512, warps=2),
+        "post_backward": Config(BT=4, BC=256, warps=4, stages=3, V=8),
+        "pre_reduce": Config(BT=2, BC=512, warps=4, BS=64, V=8),
         "recompute": Config(BT=2, BC=256, warps=4),
     },
     (8, 4): {
@@ -118,6 +119,17 @@ _TUNED: dict[tuple[int, int], dict[str, dict[int, Config]]] = {
         "post_backward": {
             2560: Config(BT=4, BC=256, warps=4, V=8),
             4096: Config(BT=2, BC=512, warps=4, stages=3, V=8),
+        },
+        "pre_reduce": {
+            2560: Config(BT=4, BC=256, warps=4, BS=16, V=8),
+            4096: Config(BT=4, BC=256, warps=4, BS=32, V=8),
+            7168: Config(BT=2, BC=512, warps=4, BS=64, V=8),
+        },
+    },
+    (8, 2): {
+        "pre": {
+            2560: Config(BT=2, BC=512, warps=4, stages=3, BS=64),
+            7168: Config(BT=1, BC=1024, warps=4, stages=3, BS=64),
         },
     },
 }
