@@ -25,6 +25,8 @@ from mhcplan.sim.program import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
     from mhcplan.profiles.contention import Message
@@ -41,19 +43,41 @@ _FEWEST_OPS, _MOST_OPS = 8, 60_000
 _FIRST, _SECOND, _MESSAGE, _GAP, _LAG = range(5)
 
 
+class Played(NamedTuple):
+    """What an op and traffic do to each other while both streams are kept full; means.
+
+    Attributes:
+        compute: time of an op over its time alone, mean over the ranks that compute.
+        traffic: period of a message over its period alone.
+        queue_ns: from the end of a message, and its gap, until the next one has SMs on both ranks.
+        kernel_ns: from there to its end.
+    """
+
+    compute: float
+    traffic: float
+    queue_ns: float
+    kernel_ns: float
+
+
 def replay(
     kernels: tuple[Kernel, ...], message: Message, parameters: Parameters, op_ns: float
 ) -> tuple[float, float]:
-    """Slowdowns of an op and of traffic that run beside each other all the time.
+    """Slowdowns of an op and of traffic; arguments and errors as :func:`play`."""
+    return play(kernels, message, parameters, op_ns)[:2]
+
+
+def play(
+    kernels: tuple[Kernel, ...], message: Message, parameters: Parameters, op_ns: float,
+    engine: Callable[[Program, CostTable], Timeline] = simulate_compiled,
+) -> Played:  # fmt: skip
+    """An op and traffic that run beside each other all the time.
 
     Args:
         kernels: of the op, in order; it follows itself on its stream.
         message: the traffic; a message follows the one before.
         parameters: of the machine.
         op_ns: period of the op alone, with the gaps between kernels.
-
-    Returns:
-        Mean time of an op over its time alone (mean over the ranks that compute), and of a message.
+        engine: what plays it; all engines agree.
 
     Raises:
         ValueError: there is no kernel, a message takes more SMs than there are, or so much longer
@@ -64,9 +88,8 @@ def replay(
     if not 0 <= message.ctas <= parameters.num_sms:
         raise ValueError(f"ctas={message.ctas} must be 0 .. {parameters.num_sms}, the SMs")
     pair = _Pair(kernels, message, parameters, op_ns)
-    found = [_replay_from(pair, lag) for lag in _STARTS]
-    compute, traffic = (sum(values) / len(found) for values in zip(*found, strict=True))
-    return compute, traffic
+    found = [_play_from(pair, lag, engine) for lag in _STARTS]
+    return Played(*(sum(values) / len(found) for values in zip(*found, strict=True)))
 
 
 class _Pair(NamedTuple):
@@ -81,24 +104,25 @@ class _Pair(NamedTuple):
         return self.message.alone_ns + self.message.gap_ns
 
 
-def _replay_from(pair: _Pair, lag: float) -> tuple[float, float]:
+def _play_from(pair: _Pair, lag: float, engine: Callable[[Program, CostTable], Timeline]) -> Played:
     """Play with the second rank behind by ``lag`` of an op; longer until enough was done."""
     ops = max(_FEWEST_OPS, round(3 * _MESSAGES * pair.period_ns / pair.op_ns))
     while ops <= _MOST_OPS:
         program = _two_ranks(pair.message, ops)
-        found = _slowdowns(program, simulate_compiled(program, _costs(pair, lag)), pair)
+        found = _means(program, engine(program, _costs(pair, lag)), pair)
         if found is not None:
             return found
         ops *= 3
     raise ValueError(f"messages of {pair.message.alone_ns} ns never end beside the op")
 
 
-def _slowdowns(program: Program, timeline: Timeline, pair: _Pair) -> tuple[float, float] | None:
+def _means(program: Program, timeline: Timeline, pair: _Pair) -> Played | None:
     """While both sides were busy; None if that was too short."""
     key, start = program.cost, timeline.start_ns
     busy = {_FIRST: 1.0, _SECOND: _SKEW} if pair.message.both_busy else {_FIRST: 1.0}
     until = min(int(start[key == which].max()) for which in busy)
-    sent = np.sort(timeline.end_ns[(key == _MESSAGE) & (program.rank == 0)])
+    is_message = (key == _MESSAGE) & (program.rank == 0)
+    sent = np.sort(timeline.end_ns[is_message])
     done = sent[sent <= until]
     if len(done) < _FEWEST_MESSAGES:
         return None
@@ -107,7 +131,10 @@ def _slowdowns(program: Program, timeline: Timeline, pair: _Pair) -> tuple[float
         begun = np.sort(start[key == which])
         begun = begun[begun <= max(int(done[-1]), begun[_FEWEST_OPS - 1])]
         compute.append(_mean_step(begun) / (pair.op_ns * skew))
-    return sum(compute) / len(compute), _mean_step(done) / pair.period_ns
+    period_ns = _mean_step(done)
+    kernel_ns = float((sent - np.sort(start[is_message]))[1 : len(done)].mean())
+    queue_ns = max(period_ns - kernel_ns - pair.message.gap_ns, 0.0)
+    return Played(sum(compute) / len(compute), period_ns / pair.period_ns, queue_ns, kernel_ns)
 
 
 def _mean_step(times: Ints) -> float:
