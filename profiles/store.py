@@ -75,6 +75,12 @@ def find_profile(name_or_path: str) -> Profile:
     return profile
 
 
+def contention_log(name: str) -> str | None:
+    """Lines of the capture that the contention model of a shipped profile was fitted to, if any."""
+    log = files("mhcplan.profiles").joinpath("data", "raw", f"{name}-contention.jsonl")
+    return log.read_text(encoding="utf-8") if log.is_file() else None
+
+
 def profile_names() -> tuple[str, ...]:
     """Names that :func:`find_profile` knows: measured profiles, and those derived from them."""
     shipped = shipped_profiles()

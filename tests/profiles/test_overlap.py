@@ -1,0 +1,145 @@
+"""Any op beside any traffic is priced by what the engines play, and stored pairs as the fit saw
+them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mhcplan.profiles.contention_fit import TRAITS, Pairs, errors
+from mhcplan.profiles.contention_replay import play
+from mhcplan.profiles.loads import GpuSettings
+from mhcplan.profiles.lookup import CostModel
+from mhcplan.profiles.overlap import OverlapModel, parse_traffic, rows_of
+from mhcplan.profiles.schema import ProfileError
+from mhcplan.profiles.store import contention_log, find_profile
+from mhcplan.profiles.vocabulary import OpKey, TransferKey, op_key
+from mhcplan.sim.compiled import simulate_compiled
+from mhcplan.sim.engine import simulate
+from mhcplan.sim.program import CostTable, Program
+from mhcplan.sim.timeline import Timeline
+from tests.support.programs import Maker
+
+PROFILE = find_profile("h100-sxm")
+LOG = contention_log("h100-sxm")
+assert LOG is not None
+MODEL = OverlapModel(PROFILE, LOG)
+POST = op_key("mhc_post", "F", n=4, hidden=2560, tokens=4096)
+FFN = op_key("dense_ffn", "F", hidden=3000, ffn=8000, tokens=3000)  # nobody measured it
+SEND = TransferKey("send_recv_both", 2, 2, 8 * 2**20)
+
+Engine = Callable[[Program, CostTable], Timeline]
+OPS = st.sampled_from([row.key for row in PROFILE.ops if row.duration_ns > 20_000]) | st.just(FFN)
+TRANSFERS = st.builds(
+    TransferKey,
+    st.sampled_from(["send_recv", "send_recv_both", "all_to_all", "reduce_scatter"]),
+    st.just(2),
+    st.just(2),
+    st.integers(2**20, 2**26),
+)
+
+
+@given(OPS, TRANSFERS, st.sampled_from([None, 2, 8, 16]), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_nothing_is_faster_beside_something_else(
+    op: OpKey, transfer: TransferKey, ctas: int | None, urgent: bool
+) -> None:
+    found = MODEL.price(op, transfer, ctas=ctas, high_priority=urgent)
+    assert found.compute_slowdown > 1 - 1e-4  # times are whole nanoseconds
+    assert found.traffic_slowdown > 1 - 1e-4
+    together = found.queue_ns + found.kernel_ns
+    assert together == pytest.approx(found.traffic_slowdown * found.traffic_ns, rel=0.05)
+    assert found.kernel_ns >= found.traffic_ns - 1
+    assert ctas is None or found.ctas <= ctas
+
+
+@pytest.mark.parametrize("engine", [simulate, simulate_compiled])
+@pytest.mark.parametrize(("op", "urgent"), [(POST, False), (FFN, False), (FFN, True)])
+def test_the_price_is_what_the_engines_give(op: OpKey, urgent: bool, engine: Engine) -> None:
+    """Two streams of two ranks, written down here, with the tables of a prediction."""
+    price = MODEL.price(op, SEND, high_priority=urgent)
+    maker = Maker(2)
+    pair = maker.group("pair", 0, 1)
+    for rank in (0, 1):
+        length = price.compute_ns * (100 + rank) // 100  # no two GPUs are equal
+        maker.op(rank, rank * price.compute_ns // 3)
+        for _ in range(300):
+            maker.op(rank, length)
+        for _ in range(60):
+            maker.transfer(rank, pair, price.traffic_ns, priority=-int(urgent))
+    program, costs = maker.build()
+    loads = CostModel(PROFILE).table([str(op), str(SEND)], GpuSettings()).loads
+    assert loads is not None
+    sends = program.group >= 0
+    loads = dataclasses.replace(
+        loads,
+        kernels=tuple(() if is_send else loads.kernels[0] for is_send in sends),
+        traffic=tuple(loads.traffic[1] if is_send else None for is_send in sends),
+    )
+    timeline = engine(program, dataclasses.replace(costs, loads=loads))
+    ends = np.sort(timeline.end_ns[sends & (program.rank == 0)])
+    begun = np.sort(timeline.start_ns[~sends & (program.rank == 0)])
+    begun = begun[begun < ends[-1]]
+    traffic = (ends[-1] - ends[4]) / (len(ends) - 5) / price.traffic_ns
+    compute = (begun[-1] - begun[0]) / (len(begun) - 1) / price.compute_ns
+    assert price.traffic_slowdown == pytest.approx(traffic, rel=0.15)
+    assert price.compute_slowdown == pytest.approx(compute, rel=0.05)
+
+
+def test_a_stored_pair_has_the_error_that_the_fit_reports() -> None:
+    source = Pairs(rows_of(LOG))
+    pairs = [p for p in source.pairs(TRAITS) if " ctas=0 " in p.name and "busy=all" in p.name]
+    for pair, compute, traffic in errors(pairs[::15], MODEL.parameters):
+        row = source.rows[pair.name]["traffic"]
+        if row["pattern"] == "copy_engine":
+            continue
+        key = TransferKey(row["pattern"], 2, 2, row["num_bytes"])
+        found = MODEL.price(pair.compute, key, high_priority=row["high_priority"])
+        assert found.error.basis == "measured"
+        assert found.error.compute_percent == pytest.approx(100 * compute)
+        assert found.error.traffic_percent == pytest.approx(100 * traffic)
+        assert found.measured is not None
+        assert found.measured.compute_slowdown == pair.measured[0]
+        assert found.compute_slowdown == pytest.approx(play(
+            pair.kernels, pair.message, MODEL.parameters, pair.op_ns
+        ).compute)  # fmt: skip
+
+
+def test_what_was_not_overlapped_says_so() -> None:
+    held_out = MODEL.price(POST, SEND)
+    assert (held_out.error.basis, held_out.extrapolated) == ("held out", ())
+    assert held_out.error.pairs >= 3
+    reduce = MODEL.price(POST, parse_traffic("reduce_scatter 16MiB"))
+    assert reduce.error.basis == "all pairs"
+    assert "all_to_all" in reduce.extrapolated[0]
+    large = MODEL.price(POST, TransferKey("all_to_all", 8, 8, 2**30))
+    assert [text.split()[1] for text in large.extrapolated[:2]] == ["bytes:", "ranks:"]
+    bare = OverlapModel(PROFILE).price(POST, SEND)
+    assert bare.error.pairs == 324
+    assert dataclasses.replace(bare, error=held_out.error) == held_out
+
+
+@pytest.mark.parametrize(
+    "text", ["", "64MiB", "send_recv", "send_recv many", "gossip 1MiB", "all_to_all 2 2 1MiB"]
+)
+def test_traffic_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="must be a pattern"):
+        parse_traffic(text)
+
+
+def test_traffic_is_read() -> None:
+    assert parse_traffic("send_recv 64MiB") == TransferKey("send_recv", 2, 2, 2**26)
+    assert parse_traffic("all_to_all 8/4 1000") == TransferKey("all_to_all", 8, 4, 1000)
+    assert parse_traffic("all_to_all 8 1kB") == TransferKey("all_to_all", 8, 8, 1000)
+
+
+def test_what_the_profile_cannot_price_is_refused() -> None:
+    with pytest.raises(ProfileError, match=r"no overlapped kernel \(gemm_wave_long, "):
+        MODEL.price("gemm_huge", SEND)
+    with pytest.raises(ProfileError, match="no contention_model"):
+        OverlapModel(PROFILE.model_copy(update={"contention_model": None}))
