@@ -1,9 +1,12 @@
 """How well a profile prices what it did not measure: measured rows left out, then predicted.
 
 A fifth of the shapes of every kind and pass is left out, chosen by a hash of their keys, so that
-nobody chooses; the rest prices them. Transfers are left out by size, 1 MiB and above; the smallest
-and the largest size of a curve stay: outside them a prediction is an extrapolation, which is
-another question.
+nobody chooses; the rest prices them. Of a curve (transfers by size, from 1 MiB on; ops with one
+axis) the smallest and the largest stay: outside them a prediction is an extrapolation, which is
+another question. Overlapped pairs are held out by a hash of their names, when the contention model
+is fitted.
+
+Every family has bars, and says by how much it misses them: :data:`BARS`.
 """
 
 from __future__ import annotations
@@ -14,9 +17,11 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
+from mhcplan.profiles.contention_fit import TRAITS, Pairs, errors
 from mhcplan.profiles.costs import CostMissing
 from mhcplan.profiles.lookup import CostModel
-from mhcplan.profiles.vocabulary import TransferKey
+from mhcplan.profiles.overlap import parameters_of, rows_of
+from mhcplan.profiles.vocabulary import OP_KINDS, TransferKey
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -29,15 +34,40 @@ ONE_IN = 5
 LEAST_TRANSFER_BYTES = 2**20
 
 
+class Bar(NamedTuple):
+    """What the errors of a family may be, and how much of it must be held out, in percent; None:
+    anything.
+    """
+
+    share: float | None = 100 / ONE_IN
+    median: float | None = None
+    p90: float | None = None
+    mean: float | None = None
+    worst: float | None = None
+
+
+# median and 90th percentile of shapes; messages of pipelines and experts, from 1 MiB on, each;
+# slowdowns of overlapped pairs on average
+BARS = {
+    "ops": Bar(median=5.0, p90=12.0),
+    "transfers": Bar(median=5.0, p90=12.0),
+    "messages": Bar(worst=5.0),
+    "pairs": Bar(mean=5.0, share=None),  # each by its own hash: one in five, more or less
+}
+_MESSAGES = ("send_recv", "send_recv_both", "all_to_all")
+
+
 class HeldOut(NamedTuple):
-    """Errors of one family: an op kind, or the transfers of a pattern.
+    """Errors of one family: an op kind, the transfers of a pattern, a side of overlapped pairs.
 
     Attributes:
         family: its name.
         shapes: of the family in the profile; held_out: how many of them were predicted.
         missing: how many of the held-out ones the rest could not price.
-        median_percent, p90_percent, worst_percent: of the error's size; worst keeps its sign.
+        median_percent, p90_percent, mean_percent, worst_percent: of the error's size; worst keeps
+            its sign.
         worst: what was predicted worst.
+        bar: what is asked of it.
     """
 
     family: str
@@ -46,8 +76,28 @@ class HeldOut(NamedTuple):
     missing: int
     median_percent: float
     p90_percent: float
+    mean_percent: float
     worst_percent: float
     worst: str
+    bar: Bar
+
+    @property
+    def misses(self) -> tuple[str, ...]:
+        """Which bars it misses, with the figures; none: it passes."""
+        errors = {
+            "median": self.median_percent, "p90": self.p90_percent, "mean": self.mean_percent,
+            "worst": abs(self.worst_percent),
+        }  # fmt: skip
+        problems = [
+            f"{name} {error:.1f} % over {limit:g} %"
+            for name, error in errors.items()
+            if (limit := getattr(self.bar, name)) is not None and error > limit
+        ]
+        if self.bar.share is not None and 100 * self.held_out < self.bar.share * self.shapes:
+            problems.append(f"{self.held_out} of {self.shapes} held out")
+        if self.missing:
+            problems.append(f"{self.missing} without a price")
+        return tuple(problems)
 
 
 class _Error(NamedTuple):
@@ -56,27 +106,60 @@ class _Error(NamedTuple):
     percent: float | None
 
 
-def holdout(profile: Profile) -> list[HeldOut]:
-    """Errors by family: op kinds first, then patterns of transfers; ``all ops`` sums up the ops."""
+def holdout(profile: Profile, contention_log: str | None = None) -> list[HeldOut]:
+    """Errors by family: op kinds, patterns of transfers, overlapped pairs; and of all ops.
+
+    ``contention_log``: lines of the capture that the contention model was fitted to
+    (:func:`mhcplan.profiles.store.contention_log`); None: no pairs.
+    """
     ops = _op_errors(profile)
     transfers = _transfer_errors(profile)
     sizes: dict[str, int] = defaultdict(int)
+    bars: dict[str, Bar] = {}
     for row in profile.ops:
         sizes[row.kind] += 1
+        bars[row.kind] = BARS["ops"]
     for row in profile.transfers:
         sizes[_pattern(row)] += row.bytes >= LEAST_TRANSFER_BYTES
+        bars[_pattern(row)] = BARS["messages" if row.pattern in _MESSAGES else "transfers"]
     found = [
-        _summary(family, sizes[family], [e for e in (*ops, *transfers) if e.family == family])
-        for family in dict.fromkeys(e.family for e in (*ops, *transfers))
+        _summary(name, sizes[name], [e for e in (*ops, *transfers) if e.family == name], bars[name])
+        for name in dict.fromkeys(e.family for e in (*ops, *transfers))
     ]
-    return [*found, _summary("all ops", len(profile.ops), ops)]
+    found.append(_summary("all ops", len(profile.ops), ops, BARS["ops"]))
+    if contention_log is not None and profile.contention_model is not None:
+        found += _pairs(profile, contention_log)
+    return found
+
+
+def _pairs(profile: Profile, log: str) -> list[HeldOut]:
+    """Slowdowns of either side, and of sends that go ahead of their receiver apart: the engine lets
+    both ends meet, so that the fit leaves those out."""
+    parameters = parameters_of(profile)
+    pairs = Pairs(rows_of(log), parameters.num_sms).pairs(TRAITS)
+    found: list[HeldOut] = []
+    for what, ahead in (("pairs", False), ("pairs, sent ahead", True)):
+        alike = [pair for pair in pairs if pair.message.eager == ahead]
+        held = errors((pair for pair in alike if pair.held_out), parameters)
+        for side, each in (
+            ("compute", [(pair.name, compute) for pair, compute, _ in held]),
+            ("traffic", [(pair.name, traffic) for pair, _, traffic in held]),
+        ):
+            family = f"{what}: {side}"
+            sizes = [_Error(family, name, 100 * error) for name, error in each]
+            found.append(_summary(family, len(alike), sizes, BARS["pairs"]))
+    return found
 
 
 def _op_errors(profile: Profile) -> list[_Error]:
     families: dict[tuple[str, str], list[OpTiming]] = defaultdict(list)
     for row in profile.ops:
         families[row.kind, row.pass_].append(row)
-    held = [row for rows in families.values() for row in _held_out(rows, lambda r: str(r.key))]
+    held = [
+        row
+        for (kind, _), rows in families.items()
+        for row in _held_out(_inside_of_curve(kind, rows), lambda r: str(r.key), len(rows))
+    ]
     rest = CostModel(_without(profile, "ops", held))
     errors: list[_Error] = []
     for row in held:
@@ -97,7 +180,8 @@ def _transfer_errors(profile: Profile) -> list[_Error]:
     for curve in curves.values():
         inside = sorted(curve, key=lambda row: row.bytes)[1:-1]
         large = [row for row in inside if row.bytes >= LEAST_TRANSFER_BYTES]
-        held += _held_out(large, _transfer_name)
+        count = sum(row.bytes >= LEAST_TRANSFER_BYTES for row in curve)
+        held += _held_out(large, _transfer_name, count)
     rest = CostModel(_without(profile, "transfers", held))
     errors: list[_Error] = []
     for row in held:
@@ -108,10 +192,16 @@ def _transfer_errors(profile: Profile) -> list[_Error]:
     return errors
 
 
-def _held_out(rows: Sequence[_Row], name: Callable[[_Row], str]) -> list[_Row]:
-    """A fifth of ``rows``, rounded up: those whose names have the lowest hashes."""
+def _inside_of_curve(kind: str, rows: list[OpTiming]) -> list[OpTiming]:
+    """All rows of a kind with several axes; of one with one axis, all but its ends."""
+    axis, *others = OP_KINDS[kind].axes
+    return rows if others else sorted(rows, key=lambda row: row.shape[axis])[1:-1]
+
+
+def _held_out(rows: Sequence[_Row], name: Callable[[_Row], str], family: int) -> list[_Row]:
+    """A fifth of a family of so many, rounded up: the ``rows`` whose names have lowest hashes."""
     by_hash = sorted(rows, key=lambda row: sha256(name(row).encode()).digest())
-    return by_hash[: -(-len(rows) // ONE_IN)]
+    return by_hash[: -(-family // ONE_IN)]
 
 
 def _without(
@@ -130,15 +220,15 @@ def _transfer_name(row: TransferTiming) -> str:
     return f"{row.pattern} {row.medium} group_size={row.group_size} bytes={row.bytes}"
 
 
-def _summary(family: str, shapes: int, errors: Iterable[_Error]) -> HeldOut:
-    errors = list(errors)
-    priced = [(abs(e.percent), e.percent, e.what) for e in errors if e.percent is not None]
-    missing = len(errors) - len(priced)
+def _summary(family: str, shapes: int, found: Iterable[_Error], bar: Bar) -> HeldOut:
+    held = list(found)
+    priced = [(abs(e.percent), e.percent, e.what) for e in held if e.percent is not None]
+    missing = len(held) - len(priced)
     if not priced:
-        return HeldOut(family, shapes, len(errors), missing, 0.0, 0.0, 0.0, "")
+        return HeldOut(family, shapes, len(held), missing, 0.0, 0.0, 0.0, 0.0, "", bar)
     sizes = np.array([size for size, *_ in priced])
     _, worst_percent, worst = max(priced)
     return HeldOut(
-        family, shapes, len(errors), missing, float(np.median(sizes)),
-        float(np.quantile(sizes, 0.9)), worst_percent, worst,
+        family, shapes, len(held), missing, float(np.median(sizes)),
+        float(np.quantile(sizes, 0.9)), float(sizes.mean()), worst_percent, worst, bar,
     )  # fmt: skip

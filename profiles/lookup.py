@@ -15,6 +15,7 @@ from mhcplan.profiles.loads import LoadModel
 from mhcplan.profiles.op_costs import (
     OpCosts,
     deferred_bytes,
+    is_aligned,
     measure_command,
     saved_bytes,
     scale_segments,
@@ -84,7 +85,7 @@ class CostModel:
             key = row.key
             rows[key.kind, key.pass_].append((key, row))
         self._rows = dict(rows)
-        self._tables: dict[tuple[str, str], OpCosts] = {}
+        self._tables: dict[tuple[str, str, bool], OpCosts] = {}
         self._transfers = TransferCosts(profile)
         self._loads = LoadModel(profile)
         self._cache: dict[OpKey | TransferKey, Cost] = {}
@@ -145,7 +146,7 @@ class CostModel:
         return self.op(key) if isinstance(key, OpKey) else self.transfer(key)
 
     def _price(self, key: OpKey) -> Cost:
-        table = self._table(key.kind, key.pass_)
+        table = self._table(key)
         if table is not None:
             return table.price(key)
         if key.kind in _STAND_IN:
@@ -155,13 +156,16 @@ class CostModel:
             f" {measure_command(key)}"
         )
 
-    def _table(self, kind: str, pass_: str) -> OpCosts | None:
-        if (kind, pass_) not in self._tables:
-            rows = self._rows.get((kind, pass_))
+    def _table(self, key: OpKey) -> OpCosts | None:
+        """Rows of the key's kind and pass: those of equal alignment, if there are any."""
+        name = key.kind, key.pass_, is_aligned(key)
+        if name not in self._tables:
+            rows = self._rows.get(name[:2])
             if rows is None:
                 return None
-            self._tables[kind, pass_] = OpCosts(rows, self._roofline, self.profile.name)
-        return self._tables[kind, pass_]
+            alike = [row for row in rows if is_aligned(row[0]) == name[2]]
+            self._tables[name] = OpCosts(alike or rows, self._roofline, self.profile.name)
+        return self._tables[name]
 
     def _stand_in(self, key: OpKey) -> Cost:
         """Price an unmeasured kind as another one that does the same, by the ratio of rooflines."""

@@ -144,12 +144,7 @@ class OverlapModel:
             ProfileError: the profile has no contention model.
         """
         self._profile, self._model = profile, profile.contention_model
-        if self._model is None:
-            raise ProfileError(
-                f"profile {profile.name} has no contention_model: overlap was not measured on it"
-            )
-        values = dict(self._model.parameters)
-        self.parameters = Parameters(num_sms=round(values.pop("num_sms")), **values)
+        self.parameters = parameters_of(profile)
         self._costs = cost_model_of(profile)
         self._source = Pairs(rows_of(log) if log else {}, self.parameters.num_sms)
         self._pairs: list[Pair] | None = None
@@ -332,6 +327,20 @@ class OverlapModel:
         for what, source in ((ours.name, ours.source), (str(key), theirs.source)):
             if source in ("extrapolated", "assumed"):
                 yield f"the time of {what} alone is {source}"
+
+
+def parameters_of(profile: Profile) -> Parameters:
+    """The fitted parameters of the machine.
+
+    Raises:
+        ProfileError: the profile has no contention model.
+    """
+    if profile.contention_model is None:
+        raise ProfileError(
+            f"profile {profile.name} has no contention_model: overlap was not measured on it"
+        )
+    values = dict(profile.contention_model.parameters)
+    return Parameters(num_sms=round(values.pop("num_sms")), **values)
 
 
 def parse_traffic(text: str) -> TransferKey:
