@@ -28,7 +28,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 
 from mhcplan.profiles.schema import ProfileError
 from mhcplan.profiles.specs import Spec
-from mhcplan.profiles.vocabulary import NO_COST, VOCABULARY
+from mhcplan.profiles.vocabulary import MEASURABLE, NO_COST
 from mhcplan.sim.breakdown import CLASSES, TRAFFIC, breakdown, overlap
 
 if TYPE_CHECKING:
@@ -230,7 +230,7 @@ class Row:
 def resource_of(row: OpTiming, profile: Profile) -> Resource:
     """What bounds an op by the vocabulary's work: moving bytes or the matrix units."""
     rates = {rate.name: rate.per_second for rate in profile.rates}
-    kind = VOCABULARY[row.kind]
+    kind = MEASURABLE[row.kind]
     flops_s = kind.flops(row.shape, row.pass_) / rates["gemm_bf16_flops"]
     return (
         "matrix" if flops_s > kind.bytes(row.shape, row.pass_) / rates["copy_bytes"] else "memory"

@@ -42,6 +42,7 @@ _STAND_IN = {
                  " (arXiv 2601.05732)"),
     "single_pre": ("mhc_pre", "F writes u alone, as the scan of F_post,res makes it (arXiv"
                    " 2609.19969); backward as mHC's"),
+    "experts_skewed": ("experts", "the same rows and weights, shared evenly among the experts"),
     "mhc_collapse": ("mhc_pre", f"a site's projection and pre-apply ({_PAPER}, equations 14-17)"
                      " with n outputs, as in DeepSeek-V4's hc_head"),
 }  # fmt: skip
@@ -170,7 +171,8 @@ class CostModel:
     def _stand_in(self, key: OpKey) -> Cost:
         """Price an unmeasured kind as another one that does the same, by the ratio of rooflines."""
         kind, reason = _STAND_IN[key.kind]
-        shape, how = dict(key.shape), ""
+        shape = {axis: size for axis, size in key.shape if axis in VOCABULARY[kind].axes}
+        how = ""
         if "steps" in set(VOCABULARY[kind].axes) - set(shape):
             measured = self._rows.get((kind, key.pass_), [])
             # the fewest steps measured: these kinds have none

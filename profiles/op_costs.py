@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from mhcplan.profiles.costs import Cost, CostMissing, Source, worst
 from mhcplan.profiles.interpolation import MAX_EXTRAPOLATION, Grid, Outside
 from mhcplan.profiles.op_fit import FittedTime
-from mhcplan.profiles.vocabulary import OP_KINDS, VOCABULARY, OpKey
+from mhcplan.profiles.vocabulary import OP_KINDS, OpKey
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -166,7 +166,7 @@ def _scaled_kept(
 
 
 def _bytes_ratio(key: OpKey, row_key: OpKey) -> float:
-    least = VOCABULARY[key.kind].bytes
+    least = OP_KINDS[key.kind].bytes
     there = least(dict(row_key.shape), row_key.pass_)
     return least(dict(key.shape), key.pass_) / there if there else 1.0
 

@@ -38,6 +38,7 @@ ErrorClass = Literal["measured", "held out", "all pairs", "unknown"]
 # the kernels that were overlapped stand for those of other ops, by what they do
 _FAMILIES = {
     "attention_mla": "attention", "attention_gqa": "attention", "experts": "grouped_gemm",
+    "experts_skewed": "grouped_gemm", "gemm": "gemm_library", "gemm_fp8": "gemm_library",
     "dense_ffn": "gemm_library", "shared_experts": "gemm_library", "head": "gemm_library",
     "router": "gemm_library", "mhc_pre": "projection", "hc_pre": "projection",
     "mhc_collapse": "projection", "mhc_post": "post_res", "hc_post": "post_res",

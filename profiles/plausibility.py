@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mhcplan.profiles.schema import SECOND_NS
-from mhcplan.profiles.vocabulary import VOCABULARY
+from mhcplan.profiles.vocabulary import MEASURABLE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -89,7 +89,7 @@ def _of_rates(profile: Profile) -> Iterator[str]:
 
 
 def _least_ns(row: OpTiming, hardware: HardwareSpec) -> float:
-    kind = VOCABULARY[row.kind]
+    kind = MEASURABLE[row.kind]
     return SECOND_NS * max(
         kind.flops(row.shape, row.pass_) / hardware.bf16_flops_per_second,
         kind.bytes(row.shape, row.pass_) / hardware.memory_bytes_per_second,

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from mhcplan.profiles.specs import HardwareSpec, Spec
-from mhcplan.profiles.vocabulary import VOCABULARY, OpKey, op_key
+from mhcplan.profiles.vocabulary import MEASURABLE, OpKey, op_key
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -103,7 +103,7 @@ class OpTiming(Figure):
 
     @model_validator(mode="after")
     def _in_vocabulary(self) -> Self:
-        if self.kind not in VOCABULARY:
+        if self.kind not in MEASURABLE:
             raise ValueError(f"kind={self.kind!r} is not an op of this version")
         op_key(self.kind, self.pass_, **self.shape)
         return self

@@ -472,7 +472,33 @@ PRICED_ONLY: dict[str, OpKind] = {
     # backward, which is taken to be mHC's
     "single_pre": _pre_kind(_MHC + " steps", coefficients, forward=(0, 1)),
 }
-OP_KINDS = VOCABULARY | PRICED_ONLY
+
+
+# -- kinds that no plan runs: measured to compare with, and for what-ifs --------------------------
+
+
+def _gemm_kind(operand_bytes: int) -> OpKind:
+    """[m, k] x [k, n] with fp32 sums and a bf16 result."""
+    return _kind(
+        "m n k",
+        "F",
+        "compute",
+        flops=lambda s, _p: 2 * s["m"] * s["n"] * s["k"],
+        bytes=lambda s, _p: (s["m"] + s["n"]) * s["k"] * operand_bytes + s["m"] * s["n"] * BF16,
+    )
+
+
+MEASURED_ONLY: dict[str, OpKind] = {
+    "gemm": _gemm_kind(BF16),
+    "gemm_fp8": _gemm_kind(1),  # e4m3, one scale a tensor
+    # one expert of the rank gets ``largest`` percent of its rows, the others share the rest evenly
+    "experts_skewed": _kind(
+        "rows hidden ffn experts largest", "FIW", "compute",
+        flops=_expert_flops, bytes=_expert_bytes, saved=_expert_saved, deferred=_expert_deferred,
+    ),
+}  # fmt: skip
+MEASURABLE = VOCABULARY | MEASURED_ONLY
+OP_KINDS = MEASURABLE | PRICED_ONLY
 
 
 class TransferKey(NamedTuple):

@@ -1,8 +1,10 @@
 """Which op keys a capture measures, in tiers: a lower tier is measured first.
 
 Tier 1 is what predicting the mHC paper's 9B and 27B models needs, tier 2 brackets it (more token
-counts, the 3B model, widths of larger models for the residual), tier 3 adds the layers of
-DeepSeek-V3, Llama 3 and Qwen3. ``TINY`` is a shape of every kind that a CPU can run in no time.
+counts, the 3B model, and the residual for n 2, 4, 8, widths 1280 to 7168, 1024 to 16384 tokens),
+tier 3 adds the layers of the other presets, uneven experts and single matrix products. Where the
+look-up's form interpolates well there are few rows: every row costs about 0.3 s on a GPU, and one
+GPU should be done in nine minutes. ``TINY`` is a shape of every kind that a CPU runs in no time.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from mhcplan.profiles.presets import MODELS
 from mhcplan.profiles.specs import Attention, Mla, ModelSpec
-from mhcplan.profiles.vocabulary import VOCABULARY, OpKey, op_key
+from mhcplan.profiles.vocabulary import MEASURABLE, OpKey, op_key
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -20,9 +22,20 @@ SINKHORN_STEPS = 20
 SINKHORN_SWEEP = (1, 5, 10, 40)  # at one shape: what t_max costs, and what a site costs without it
 EXPANSION_RATES = (4, 2, 8)
 RECOMPUTE_SITES = (1, 2, 4, 8)
+FEW_SITES = (1, 8)  # and between them, where tokens are not SEQ
 EXPERT_PARALLEL = (8, 4, 2, 1)
+LARGE_EXPERT_PARALLEL = (64, 32, 8)  # all experts on one GPU do not fit with their gradients
 SEQ = 4096
-OPTIMIZER_SIZES = tuple(2**20 * 4**power for power in range(6))  # 1 Mi to 1 Gi parameters
+WIDTHS = (1280, 1920, 2560, 4096, 7168)
+ENDS = (1024, SEQ, 16384)  # tokens
+# 1 Mi to 1 Gi parameters, and lengths that forbid the widest loads
+OPTIMIZER_SIZES = tuple(2**power + odd for odd in (0, 4) for power in (20, 24, 27, 30))
+GEMMS = tuple(  # m, n, k: linears of the 27B model and of DeepSeek-V3, and a square
+    (m, n, k)
+    for n, k in ((6144, 2560), (2560, 3072), (36864, 7168), (7168, 18432), (8192, 8192))
+    for m in (SEQ, 1024)
+)
+SKEWED_EXPERTS = ((9, (25, 50, 75)), (72, (5, 25)))  # of a rank of the 27B model; percent of one
 TIERS = (1, 2, 3)
 
 TINY: dict[str, dict[str, int]] = {
@@ -52,30 +65,36 @@ TINY: dict[str, dict[str, int]] = {
     "head": {"tokens": 9, "hidden": 32, "vocab": 50},
     "adamw": {"parameters": 1500},
     "zero_gradients": {"parameters": 1500},
+    "gemm": {"m": 32, "n": 48, "k": 64},
+    "gemm_fp8": {"m": 32, "n": 48, "k": 64},
+    "experts_skewed": {"rows": 21, "hidden": 32, "ffn": 16, "experts": 3, "largest": 60},
 }  # fmt: skip
 
 
 def tiny_keys() -> list[OpKey]:
     """Every pass of every kind at its tiny shape."""
-    return [op_key(k, p, **TINY[k]) for k, op in VOCABULARY.items() for p in op.passes]
+    return [op_key(k, p, **TINY[k]) for k, op in MEASURABLE.items() for p in op.passes]
 
 
 def _all_passes(kind: str, **shape: int) -> Iterator[OpKey]:
-    yield from (op_key(kind, p, **shape) for p in VOCABULARY[kind].passes)
+    yield from (op_key(kind, p, **shape) for p in MEASURABLE[kind].passes)
 
 
 def residual_keys(n: int, hidden: int, tokens: int) -> Iterator[OpKey]:
     """The mHC ops of one expansion rate, width and token count.
 
     HC's are left out until its coefficients have kernels: the eager ones would price another code.
+    Recompute of some numbers of sites, and the ends of a model, are left to interpolation where
+    tokens are no end of the grid.
     """
     state = {"n": n, "hidden": hidden, "tokens": tokens}
     yield from _all_passes("mhc_pre", **state, steps=SINKHORN_STEPS)
     yield from _all_passes("mhc_post", **state)
-    for sites in RECOMPUTE_SITES:
+    for sites in RECOMPUTE_SITES if tokens == SEQ else FEW_SITES:
         yield from _all_passes("mhc_recompute", **state, sites=sites)
-    yield from _all_passes("mhc_expand", **state)
-    yield from _all_passes("mhc_collapse", **state)
+    if tokens in ENDS:
+        yield from _all_passes("mhc_expand", **state)
+        yield from _all_passes("mhc_collapse", **state)
 
 
 def block_keys(model: ModelSpec, tokens: int, seq: int) -> Iterator[OpKey]:
@@ -156,23 +175,41 @@ def _second_tier() -> Iterator[OpKey]:
             for n in EXPANSION_RATES:
                 yield from residual_keys(n, MODELS[name].hidden_size, tokens)
             yield from _model_keys(name, tokens, min(tokens, SEQ))
-    for n in EXPANSION_RATES:
-        for hidden in (1280, 7168, 4096):
-            for tokens in (4096, 2048):
-                yield from residual_keys(n, hidden, tokens)
-    for tokens in (4096, 2048):
+    for tokens in (SEQ, 2048):
         yield from _model_keys("mhc-3b", tokens, min(tokens, SEQ))
-    shape = {"n": 4, "hidden": MODELS["mhc-27b"].hidden_size, "tokens": 4096}
+    for n in EXPANSION_RATES:
+        for hidden in WIDTHS:
+            for tokens in ENDS:
+                yield from residual_keys(n, hidden, tokens)
+    shape = {"n": 4, "hidden": MODELS["mhc-27b"].hidden_size, "tokens": SEQ}
     for steps in SINKHORN_SWEEP:
         yield from _all_passes("mhc_pre", **shape, steps=steps)
 
 
 def _third_tier() -> Iterator[OpKey]:
-    for tokens in (4096, 2048):
-        # all 256 experts on one GPU do not fit with their gradients; V3 trains on 64 ranks
-        yield from _model_keys("deepseek-v3", tokens, min(tokens, SEQ), (64, 32, 8))
-        for name in ("llama-3-8b", "qwen3-30b-a3b"):
-            yield from _model_keys(name, tokens, min(tokens, SEQ))
+    for name in ("llama-3-8b", "qwen3-30b-a3b"):
+        yield from _model_keys(name, SEQ, SEQ)
+    for name in ("deepseek-v3", "deepseek-v4-flash", "deepseek-v4-pro"):
+        yield from _model_keys(name, SEQ, SEQ, LARGE_EXPERT_PARALLEL)
+    yield from _uneven_keys("mhc-27b")
+    for m, n, k in GEMMS:
+        yield from _all_passes("gemm", m=m, n=n, k=k)
+        yield from _all_passes("gemm_fp8", m=m, n=n, k=k)
+    for name in ("llama-3-8b", "qwen3-30b-a3b"):
+        yield from _model_keys(name, 2048, 2048)
+    yield from _model_keys("deepseek-v3", 2048, 2048, LARGE_EXPERT_PARALLEL)
+
+
+def _uneven_keys(name: str) -> Iterator[OpKey]:
+    """Experts of a rank of ``name`` where one of them is asked for more often than the others."""
+    model = MODELS[name]
+    assert model.moe is not None
+    for experts, shares in SKEWED_EXPERTS:
+        for largest in shares:
+            yield from _all_passes(
+                "experts_skewed", rows=SEQ * model.moe.top_k, hidden=model.hidden_size,
+                ffn=model.moe.ffn_dim, experts=experts, largest=largest,
+            )  # fmt: skip
 
 
 def keys(tiers: Iterable[int] = TIERS) -> list[OpKey]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mhcplan.profiles.capture.timing import GpuTimer
 
 _ENVIRONMENT = ("NCCL_", "CUDA_", "TORCH_NCCL_", "PYTORCH_", "TRITON_", "NVIDIA_TF32")
-_MEASURING = ("comm", "machine", "ops", "segments", "timing")  # of this folder
+_MEASURING = ("cases", "comm", "machine", "ops", "segments", "timing")  # of this folder
 _COPY_BYTES = 2 * 1024**3
 _GEMM_SIZE = 8192
 

@@ -35,7 +35,7 @@ from mhcplan.profiles.schema import (
     profile_text,
 )
 from mhcplan.profiles.specs import HardwareSpec, Spec
-from mhcplan.profiles.vocabulary import VOCABULARY
+from mhcplan.profiles.vocabulary import MEASURABLE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -107,7 +107,8 @@ def _progress(text: str) -> None:
 
 def _compile(keys: list[OpKey]) -> None:
     """Run every key once, so that its kernels are in the compiler's cache on disk."""
-    from mhcplan.kernels.layers import Env, make_case
+    from mhcplan.kernels.layers import Env
+    from mhcplan.profiles.capture.cases import make_case
 
     for kind, shape, passes in groups(keys):
         try:
@@ -311,8 +312,8 @@ def measure(
         RuntimeError: a worker process failed.
     """
     _hardware(hardware)
-    if unknown := sorted(set(kinds) - set(VOCABULARY)):
-        raise ValueError(f"kind={unknown[0]!r} must be one of {sorted(VOCABULARY)}")
+    if unknown := sorted(set(kinds) - set(MEASURABLE)):
+        raise ValueError(f"kind={unknown[0]!r} must be one of {sorted(MEASURABLE)}")
     kind_of_device = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
     devices = torch.cuda.device_count() if kind_of_device == "cuda" else 2
     wanted = tuple(parts) if parts is not None else PARTS[: 1 + (devices > 1)]

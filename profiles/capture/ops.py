@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mhcplan.kernels.layers import Case, Env, make_case, storage_bytes
+from mhcplan.kernels.layers import Case, Env, storage_bytes
+from mhcplan.profiles.capture.cases import make_case
 from mhcplan.profiles.capture.segments import Chip, Kernel, chip_of, make_segments, record_kernels
 from mhcplan.profiles.capture.timing import GpuTimer, HostTimer, make_timer
 from mhcplan.profiles.schema import OpTiming, Segment
-from mhcplan.profiles.vocabulary import VOCABULARY, OpKey
+from mhcplan.profiles.vocabulary import MEASURABLE, OpKey
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 _SET_LIMIT = 12
 _SETS_MEMORY_SHARE = 0.25
 OP_BUDGET_NS = 50_000_000
+_NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+_DTYPES = {"gemm_fp8": "fp8"}  # of kinds that have their own
 
 
 @dataclass
@@ -52,7 +55,10 @@ class Session:
     chip: Chip | None = field(init=False)
 
     def __post_init__(self) -> None:
-        """Make the timer."""
+        """Make the timer; what Python has imported by now is no garbage, and is not looked at in
+        every collection."""
+        gc.collect()
+        gc.freeze()
         self.timer = make_timer(self.device)
         self.chip = chip_of(self.device) if self.is_gpu else None
 
@@ -169,7 +175,7 @@ def _measure_case(
     cases = [first, *_more_cases(first, kind, shape, passes, session)]
     rows = []
     for p in passes:
-        count = _sets(VOCABULARY[kind].bytes(shape, p), session)
+        count = _sets(MEASURABLE[kind].bytes(shape, p), session)
         calls = [case.prepare(p) for case in cases[:count]]
         launched = max(1, len(kernels[p]))
         sample = session.timer.measure(calls, session.budget_ns, kernels=launched + 1)
@@ -183,11 +189,11 @@ def _row(
 ) -> OpTiming:  # fmt: skip
     segments: tuple[Segment, ...] = ()
     if session.chip is not None:
-        moved = VOCABULARY[kind].bytes(shape, pass_)
+        moved = MEASURABLE[kind].bytes(shape, pass_)
         segments = make_segments(kernels, session.chip, sample.duration_ns, moved)
     return OpTiming(
         source="measured", kind=kind, pass_=pass_, shape=shape,
-        dtype={torch.bfloat16: "bf16", torch.float32: "fp32"}[session.dtype],
+        dtype=_DTYPES.get(kind) or _NAMES[session.dtype],
         duration_ns=sample.duration_ns, spread_percent=sample.spread_percent,
         samples=sample.samples, host_ns=sample.host_ns, segments=segments,
         saved_bytes=memory.get("saved"), deferred_bytes=memory.get("deferred"),
@@ -209,7 +215,7 @@ def _more_cases(
     """Further input sets for the same op, as many as the lightest pass needs and memory allows."""
     if not first.inputs:
         return iter(())
-    need = max(_sets(VOCABULARY[kind].bytes(shape, p), session) for p in passes)
+    need = max(_sets(MEASURABLE[kind].bytes(shape, p), session) for p in passes)
     if session.is_gpu:
         kept = storage_bytes([*first.inputs, *first.saved, *first.grads, *first.deferred])
         free = torch.cuda.mem_get_info(session.device)[0]
