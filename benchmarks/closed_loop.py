@@ -41,8 +41,8 @@ import torch
 
 from benchmarks.closed_loop_predict import PREDICTIONS
 from benchmarks.closed_loop_rows import BLIND, GPUS, SETS
-from mhcplan.planner.claim import program_digest, programs_of
-from mhcplan.planner.spec import make_plan
+from mhcplan.planner.measured.claim import program_digest, programs_of
+from mhcplan.planner.plan.spec import make_plan
 from mhcplan.profiles.accuracy import (
     BASELINE,
     BLOCK,

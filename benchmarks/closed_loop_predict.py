@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.closed_loop_rows import BLIND, SETS
-from mhcplan.planner.claim import claim, programs_of
-from mhcplan.planner.spec import PlanSpec, make_plan
+from mhcplan.planner.measured.claim import claim, programs_of
+from mhcplan.planner.plan.spec import PlanSpec, make_plan
 from mhcplan.profiles.accuracy import BASELINE, MHC, Claim, append_lines, latest, read_lines
 from mhcplan.profiles.store import find_profile
 from mhcplan.profiles.vocabulary import OpKey, parse_key

@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from mhcplan.planner.plan_search import find_plans
-from mhcplan.planner.search_text import print_search
-from mhcplan.planner.sweep import Sweep, SweepOptions, sweep
-from mhcplan.planner.sweep_axes import axes_of
+from mhcplan.planner.search.find import find_plans
+from mhcplan.planner.search.text import print_search
+from mhcplan.planner.sweep.axes import axes_of
+from mhcplan.planner.sweep.run import Sweep, SweepOptions, sweep
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -31,12 +31,12 @@ from typing import TYPE_CHECKING, TypeVar
 from rich.console import Console
 from rich.table import Table
 
-from mhcplan.planner.lowering import lower
+from mhcplan.planner.lowering.lower import lower
+from mhcplan.planner.lowering.recompute import resolve_recompute_block
+from mhcplan.planner.plan.spec import PlanSpec, SpecError, make_plan
 from mhcplan.planner.predict import Prediction, predict, simulate
-from mhcplan.planner.ranking import Estimate, estimate
-from mhcplan.planner.recompute import resolve_recompute_block
-from mhcplan.planner.report_make import make_report
-from mhcplan.planner.spec import PlanSpec, SpecError, make_plan
+from mhcplan.planner.report.make import make_report
+from mhcplan.planner.sweep.ranking import Estimate, estimate
 from mhcplan.profiles.lookup import cost_model_of
 from mhcplan.profiles.presets import MODELS
 from mhcplan.profiles.store import find_profile

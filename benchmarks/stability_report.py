@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from benchmarks.stability_run import SCHEMES
-from mhcplan.planner.diagnose import composite_gains, judge
-from mhcplan.planner.diagnose_file import Recording, read_recording
+from mhcplan.planner.diagnose.judge import composite_gains, judge
+from mhcplan.planner.diagnose.recording import Recording, read_recording
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from mhcplan.planner.diagnose import Gain
+    from mhcplan.planner.diagnose.judge import Gain
 
 LAST_STEPS = 50  # that the final loss is a mean of
 DEPTHS = 8  # points over depth in the table of gains

@@ -20,8 +20,8 @@ import torch
 from mhcplan.kernels.diagnostics import Recorder
 from mhcplan.kernels.diagnostics_maps import Site, make_site, res_logits
 from mhcplan.kernels.reference import Coefficients
-from mhcplan.planner.lowering import lower
-from mhcplan.planner.spec import make_plan
+from mhcplan.planner.lowering.lower import lower
+from mhcplan.planner.plan.spec import make_plan
 from mhcplan.runtime.binding import ModelBinding
 from mhcplan.runtime.data import TextBatches
 from mhcplan.runtime.executor import Bound

@@ -1,8 +1,9 @@
 """The Python API: what the commands do, as functions whose results show themselves in a notebook.
 
 ``import mhcplan`` has these functions. Plans are named as on the command line, by a preset, a plan
-file or a :class:`~mhcplan.planner.spec.PlanSpec`, and changed by keywords that are called as the
-flags are (``n=2``, ``recompute_block="none"``); ``settings`` reaches every other field by its path.
+file or a :class:`~mhcplan.planner.plan.spec.PlanSpec`, and changed by keywords that are called as
+the flags are (``n=2``, ``recompute_block="none"``); ``settings`` reaches every other field by its
+path.
 
 Examples:
     >>> import mhcplan
@@ -10,7 +11,7 @@ Examples:
     >>> answer.report.gpus
     16
 
-Every function raises :class:`~mhcplan.planner.spec.SpecError` for a plan that cannot be, and
+Every function raises :class:`~mhcplan.planner.plan.spec.SpecError` for a plan that cannot be, and
 :class:`~mhcplan.profiles.schema.ProfileError` for one that cannot be priced; the message is the
 line that the command line would print.
 """
@@ -24,20 +25,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from mhcplan.planner.api_results import Compared, Exported, Planned, Predicted, Swept
-from mhcplan.planner.cli_flags import FLAG_FIELDS
-from mhcplan.planner.plan_file import changed_plan, source_fields
+from mhcplan.planner.plan.file import FLAG_FIELDS, changed_plan, source_fields
+from mhcplan.planner.plan.spec import PlanSpec, SpecError
 from mhcplan.planner.predict import predict as predict_step
-from mhcplan.planner.report_make import make_report
-from mhcplan.planner.spec import PlanSpec, SpecError
-from mhcplan.planner.sweep_axes import GLOBAL_BATCH, Axis
+from mhcplan.planner.report.make import make_report
+from mhcplan.planner.sweep.axes import GLOBAL_BATCH, Axis
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from mhcplan.planner.export_formats import ExportFormat
+    from mhcplan.planner.compare.sides import Side
+    from mhcplan.planner.export.formats import ExportFormat
     from mhcplan.planner.predict import Prediction
-    from mhcplan.planner.report import PlanReport
-    from mhcplan.planner.sides import Side
+    from mhcplan.planner.report.schema import PlanReport
 
 Source = str | os.PathLike[str] | PlanSpec
 
@@ -86,8 +86,8 @@ def sweep(
     Raises:
         StoreError: the store cannot be opened.
     """
-    from mhcplan.planner.sweep import SweepOptions
-    from mhcplan.planner.sweep import sweep as sweep_plans
+    from mhcplan.planner.sweep.run import SweepOptions
+    from mhcplan.planner.sweep.run import sweep as sweep_plans
 
     options = SweepOptions(
         method="estimate" if fast else "engine",
@@ -119,7 +119,7 @@ def plan(
         jobs: processes; None is one a core.
         flags: values that fields may take, as the command line names them.
     """
-    from mhcplan.planner.plan_search import find_plans
+    from mhcplan.planner.search.find import find_plans
 
     axes = _axes(settings, flags)
     found = find_plans(_named(source), gpus, memory_gib, axes, seconds=seconds, jobs=jobs)
@@ -134,7 +134,7 @@ def compare(a: Source | Predicted, b: Source | Predicted, /) -> Compared:
             was predicted of one; or the path of a report or a trace.
         b: the same.
     """
-    from mhcplan.planner.compare import compare_sides
+    from mhcplan.planner.compare.comparison import compare_sides
 
     sides = _side(a), _side(b)
     command = shlex.join(["mhcplan", "compare", *(side.figures.name for side in sides)])
@@ -162,7 +162,7 @@ def export(
     Raises:
         OutputError: the folder cannot be written.
     """
-    from mhcplan.planner.export import export as export_step
+    from mhcplan.planner.export.files import export as export_step
     from mhcplan.planner.output import write_files
 
     if isinstance(source, Predicted):
@@ -209,7 +209,7 @@ def _report(
     flags: Mapping[str, object],
     intervals: bool,
 ) -> PlanReport:
-    from mhcplan.planner.uncertainty import intervals as intervals_of
+    from mhcplan.planner.report.uncertainty import intervals as intervals_of
 
     name = "plan.toml" if isinstance(source, PlanSpec) else os.fspath(source)
     words = [f"--{flag.replace('_', '-')}={value}" for flag, value in flags.items()]
@@ -236,8 +236,8 @@ def _toml(value: object) -> str:
 
 
 def _side(source: Source | Predicted) -> Side:
-    from mhcplan.planner.compare_commands import plan_of_words
-    from mhcplan.planner.sides import predicted_side, read_side, side_of
+    from mhcplan.planner.cli.compare import plan_of_words
+    from mhcplan.planner.compare.sides import predicted_side, read_side, side_of
 
     if isinstance(source, Predicted):
         return side_of(source.report.command, source.prediction, source.report)

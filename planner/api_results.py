@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from mhcplan.planner import report_text
+from mhcplan.planner.report import text as report_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from mhcplan.planner.compare import Comparison
-    from mhcplan.planner.explain import Explanation
+    from mhcplan.planner.compare.comparison import Comparison
+    from mhcplan.planner.compare.sides import Side
+    from mhcplan.planner.explain.explanation import Explanation
+    from mhcplan.planner.plan.spec import PlanSpec
     from mhcplan.planner.predict import Prediction
-    from mhcplan.planner.report import PlanReport
-    from mhcplan.planner.search_report import SearchReport
-    from mhcplan.planner.sides import Side
-    from mhcplan.planner.spec import PlanSpec
-    from mhcplan.planner.sweep import Sweep
-    from mhcplan.planner.sweep_row import SweepRow
+    from mhcplan.planner.report.schema import PlanReport
+    from mhcplan.planner.search.report import SearchReport
+    from mhcplan.planner.sweep.row import SweepRow
+    from mhcplan.planner.sweep.run import Sweep
 
 _WIDTH = 110  # columns of tables that are shown as text
 _STYLE = """
@@ -53,13 +53,13 @@ class Predicted:
 
     def explain(self) -> Explanation:
         """Why the step takes as long as it does, and what would help: simulates a dozen plans."""
-        from mhcplan.planner.explain import explain
+        from mhcplan.planner.explain.explanation import explain
 
         return explain(self.prediction, self.report.command)
 
     def page(self) -> str:
         """The HTML page with the timeline, as ``predict --out`` writes it."""
-        from mhcplan.planner.timeline_page import timeline_page
+        from mhcplan.planner.figures.timeline_page import timeline_page
 
         return timeline_page(self.prediction, self.report)
 
@@ -86,18 +86,18 @@ class Compared:
 
     def page(self) -> str:
         """The HTML page with both timelines, as ``compare --out`` writes it."""
-        from mhcplan.planner.compare_page import compare_page
+        from mhcplan.planner.compare.page import compare_page
 
         return compare_page(self.comparison, *self.sides)
 
     def __repr__(self) -> str:
         """The answer in one line."""
-        from mhcplan.planner.compare_text import headline
+        from mhcplan.planner.compare.text import headline
 
         return headline(self.comparison)
 
     def _repr_html_(self) -> str:
-        from mhcplan.planner.compare_text import headline, remarks, sections
+        from mhcplan.planner.compare.text import headline, remarks, sections
 
         found = self.comparison
         return _html((headline(found),), sections(found), tuple(remarks(found)))
@@ -116,7 +116,7 @@ class Swept:
     @property
     def best(self) -> list[SweepRow]:
         """Predicted rows, those that fit first, by tokens a second of a GPU."""
-        from mhcplan.planner.sweep import ranked
+        from mhcplan.planner.sweep.run import ranked
 
         return ranked(self.sweep.rows)
 
@@ -137,7 +137,7 @@ class Swept:
         return self._printed().export_html(**_AS_HTML)
 
     def _printed(self) -> Console:
-        from mhcplan.planner.sweep_text import print_sweep
+        from mhcplan.planner.sweep.text import print_sweep
 
         console = _recorder()
         print_sweep(self.sweep, console)
@@ -168,7 +168,7 @@ class Planned:
         return self._printed().export_html(**_AS_HTML)
 
     def _printed(self) -> Console:
-        from mhcplan.planner.search_text import print_search
+        from mhcplan.planner.search.text import print_search
 
         console = _recorder()
         for report in self.reports:
@@ -198,7 +198,7 @@ def _html(
     lines: Iterable[str], sections: Iterable[report_text.Section], remarks: Iterable[str]
 ) -> str:
     """What a notebook shows: lines, tables, remarks."""
-    from mhcplan.planner.timeline_page import table_html
+    from mhcplan.planner.figures.timeline_page import table_html
 
     said = "".join(f"<li>{escape(remark)}</li>" for remark in remarks)
     return "".join(

@@ -15,9 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mhcplan.planner.lowering import lower
-from mhcplan.planner.recompute import resolve_recompute_block
-from mhcplan.planner.spec import SpecError
+from mhcplan.planner.lowering.lower import lower
+from mhcplan.planner.lowering.recompute import resolve_recompute_block
+from mhcplan.planner.plan.spec import SpecError
 from mhcplan.profiles.lookup import cost_model_of
 from mhcplan.profiles.store import find_profile
 from mhcplan.sim.breakdown import breakdown
@@ -25,7 +25,7 @@ from mhcplan.sim.jit import MISSING_NUMBA, has_numba
 from mhcplan.sim.memory import memory_of
 
 if TYPE_CHECKING:
-    from mhcplan.planner.spec import Engine, PlanSpec
+    from mhcplan.planner.plan.spec import Engine, PlanSpec
     from mhcplan.profiles.costs import Cost
     from mhcplan.profiles.lookup import CostModel
     from mhcplan.profiles.schema import Profile

@@ -1,7 +1,8 @@
 """What every op of a Program computes for the shipped transformer.
 
-A table from (op kind, pass) to a method that binds one op: it looks up the stage's module once
-and returns a callable of buffers. Buffers hold what :mod:`mhcplan.planner.chunks` says; bundles are
+A table from (op kind, pass) to a method that binds one op: it looks up the stage's module once and
+returns a callable of buffers. Buffers hold what :mod:`mhcplan.planner.lowering.chunks` says;
+bundles are
 
 * ``coef``: coefficients and projection of a site (HC: coefficients only);
 * ``keep``, ``defer``: what the sublayer's F left for I, and I for W, less its input, which W reads

@@ -88,12 +88,12 @@ def test_no_module_is_longer_than_600_lines() -> None:
     [
         ("sim/_broken.py", "import mhcplan.profiles.specs"),
         ("kernels/_broken.py", "import mhcplan.sim.program"),
-        ("profiles/_broken.py", "import mhcplan.planner.spec"),
+        ("profiles/_broken.py", "import mhcplan.planner.plan.spec"),
         ("profiles/_broken.py", "import mhcplan.kernels"),
         ("planner/_broken.py", "import torch"),
         ("planner/_broken.py", "import mhcplan.profiles.capture"),
         ("web/_broken.py", "import mhcplan.runtime"),
-        ("runtime/_broken.py", "import mhcplan.planner.spec"),
+        ("runtime/_broken.py", "import mhcplan.planner.plan.spec"),
     ],
 )
 def test_import_contracts_catch(

@@ -12,21 +12,21 @@ import zipfile
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple, cast, get_args
 
-from mhcplan.planner.compare import compare_sides
-from mhcplan.planner.compare_text import sections as difference_sections
-from mhcplan.planner.export import TRACE_NAME, export
-from mhcplan.planner.export_formats import ExportFormat
-from mhcplan.planner.figures import breakdown_figure, memory_figure, timeline_figure
-from mhcplan.planner.plan_file import parse_plan, plan_text
+from mhcplan.planner.compare.comparison import compare_sides
+from mhcplan.planner.compare.sides import side_of
+from mhcplan.planner.compare.text import sections as difference_sections
+from mhcplan.planner.export.files import TRACE_NAME, export
+from mhcplan.planner.export.formats import ExportFormat
+from mhcplan.planner.figures.step import breakdown_figure, memory_figure, timeline_figure
+from mhcplan.planner.figures.timeline_data import timeline_data
+from mhcplan.planner.figures.timeline_page import figure_json, table_html, timeline_page
+from mhcplan.planner.plan.file import parse_plan, plan_text
+from mhcplan.planner.plan.spec import SpecError
 from mhcplan.planner.predict import predict
-from mhcplan.planner.report import COMPONENT_FIELDS
-from mhcplan.planner.report_make import make_report
-from mhcplan.planner.report_text import CLASS_NAMES, certainty, headline, remarks, sections
-from mhcplan.planner.sides import side_of
-from mhcplan.planner.spec import SpecError
-from mhcplan.planner.timeline_data import timeline_data
-from mhcplan.planner.timeline_page import figure_json, table_html, timeline_page
-from mhcplan.planner.uncertainty import intervals
+from mhcplan.planner.report.make import make_report
+from mhcplan.planner.report.schema import COMPONENT_FIELDS
+from mhcplan.planner.report.text import CLASS_NAMES, certainty, headline, remarks, sections
+from mhcplan.planner.report.uncertainty import intervals
 from mhcplan.profiles.schema import ProfileError
 from mhcplan.profiles.store import find_profile
 from mhcplan.web.facts import facts
@@ -34,7 +34,7 @@ from mhcplan.web.whatif import Refused, WhatIf, refused, whatif_of
 
 if TYPE_CHECKING:
     from mhcplan.planner.predict import Prediction
-    from mhcplan.planner.report import PlanReport
+    from mhcplan.planner.report.schema import PlanReport
     from mhcplan.profiles.schema import Profile
 
 _KEPT = 4  # predictions: of the page, of the plan pinned beside it, and of where it came from

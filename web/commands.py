@@ -13,10 +13,10 @@ from typing import Annotated
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from mhcplan.planner.cli_flags import PlanFlags
-from mhcplan.planner.commands import Source
+from mhcplan.planner.cli.flags import PlanFlags
+from mhcplan.planner.cli.predict import Source
+from mhcplan.planner.cli.terminal import note
 from mhcplan.planner.output import OutputError
-from mhcplan.planner.terminal import note
 from mhcplan.profiles.store import find_profile, profile_names
 from mhcplan.web.whatif import WhatIf, whatif_of
 

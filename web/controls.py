@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 
-from mhcplan.planner.cli_flags import FLAG_FIELDS
-from mhcplan.planner.export_formats import LOSSES
-from mhcplan.planner.spec import PlanSpec
+from mhcplan.planner.export.formats import LOSSES
+from mhcplan.planner.plan.file import FLAG_FIELDS
+from mhcplan.planner.plan.spec import PlanSpec
 from mhcplan.profiles.presets import MODELS
 from mhcplan.web.whatif import DEFAULT_MODEL
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from mhcplan.planner.report_text import gb, ms, residual_name
+from mhcplan.planner.report.text import gb, ms, residual_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mhcplan.planner.report import PlanReport
+    from mhcplan.planner.report.schema import PlanReport
 
 
 class Fact(NamedTuple):

@@ -52,7 +52,7 @@ _PLANNER = ("page.css", "timeline.js", "toolbar.js")
 _FILES = {  # name in the address: package, and path in it
     "": ("mhcplan.web", "static/index.html"),
     **{name: ("mhcplan.web", f"static/{name}") for name in _WEB},
-    **{name: ("mhcplan.planner", f"static/{name}") for name in _PLANNER},
+    **{name: ("mhcplan.planner.figures", f"static/{name}") for name in _PLANNER},
     "plotly.min.js": ("plotly", "package_data/plotly.min.js"),
 }
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
-from mhcplan.planner.figures_sweep import Point, axis_figure, pareto_figure
-from mhcplan.planner.spec import ScheduleName
-from mhcplan.planner.timeline_page import figure_json
+from mhcplan.planner.figures.sweep import Point, axis_figure, pareto_figure
+from mhcplan.planner.figures.timeline_page import figure_json
+from mhcplan.planner.plan.spec import ScheduleName
 from mhcplan.profiles.specs import SITES_PER_BLOCK
 from mhcplan.web.answers import predicted
 from mhcplan.web.whatif import Refused, WhatIf
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
-    from mhcplan.planner.spec import PlanSpec
+    from mhcplan.planner.plan.spec import PlanSpec
 
 SweepKind = Literal["n", "recompute_block", "pareto"]
 

@@ -20,10 +20,9 @@ from urllib.parse import parse_qsl, urlencode
 
 from pydantic import BaseModel
 
-from mhcplan.planner.cli_flags import FLAG_FIELDS
-from mhcplan.planner.plan_file import parse_setting, resolve_plan
-from mhcplan.planner.spec import PlanSpec, SpecError, make_plan
-from mhcplan.planner.spec_errors import field_paths, short
+from mhcplan.planner.plan.errors import field_paths, short
+from mhcplan.planner.plan.file import FLAG_FIELDS, parse_setting, resolve_plan
+from mhcplan.planner.plan.spec import PlanSpec, SpecError, make_plan
 from mhcplan.profiles.presets import MODELS
 
 if TYPE_CHECKING:

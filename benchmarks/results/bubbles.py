@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from benchmarks.results.tables import Section
-from mhcplan.planner.schedule_graph import ChunkTimes, Waits, bubbles_ns, end_times_ns
-from mhcplan.planner.schedules import build_schedule
+from mhcplan.planner.schedules.catalogue import build_schedule
+from mhcplan.planner.schedules.graph import ChunkTimes, Waits, bubbles_ns, end_times_ns
 
 # F, I, W and F&B in tenths of a unit
 TIMES = (

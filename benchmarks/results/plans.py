@@ -9,14 +9,18 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from benchmarks.results.tables import Section, gb, ms, percent
+from mhcplan.planner.lowering.recompute import (
+    live_peak,
+    paper_recompute_block,
+    resolve_recompute_block,
+)
+from mhcplan.planner.plan.spec import PlanSpec, make_plan, schedule_of
 from mhcplan.planner.predict import Prediction, predict
-from mhcplan.planner.recompute import live_peak, paper_recompute_block, resolve_recompute_block
-from mhcplan.planner.report_make import make_report
-from mhcplan.planner.spec import PlanSpec, make_plan, schedule_of
+from mhcplan.planner.report.make import make_report
 from mhcplan.profiles.specs import SITES_PER_BLOCK
 
 if TYPE_CHECKING:
-    from mhcplan.planner.report import BreakdownNs, PlanReport
+    from mhcplan.planner.report.schema import BreakdownNs, PlanReport
     from mhcplan.profiles.schema import Profile
 
 MODEL = "mhc-27b"

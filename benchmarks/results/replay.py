@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from benchmarks.results.tables import Section, ms, percent
-from mhcplan.planner.replay import (
+from mhcplan.planner.measured.replay import (
     Measures,
     MhcTimes,
     Phase,

@@ -28,7 +28,7 @@ from mhcplan.kernels.diagnostics_maps import (
     row_similarity,
     spectral_norm,
 )
-from mhcplan.planner.diagnose_file import read_recording
+from mhcplan.planner.diagnose.recording import read_recording
 
 if TYPE_CHECKING:
     from collections.abc import Callable

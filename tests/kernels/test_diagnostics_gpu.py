@@ -10,7 +10,7 @@ from torch import nn
 
 from mhcplan.kernels import modules
 from mhcplan.kernels.diagnostics import Recorder
-from mhcplan.planner.diagnose_file import read_recording
+from mhcplan.planner.diagnose.recording import read_recording
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,11 +11,11 @@ import pytest
 import mhcplan
 from mhcplan.planner.api import plan_of
 from mhcplan.planner.cli import main
-from mhcplan.planner.cli_flags import PlanFlags
-from mhcplan.planner.plan_file import plan_text
-from mhcplan.planner.report import PlanReport
-from mhcplan.planner.report_text import headline, sections
-from mhcplan.planner.spec import PlanSpec, SpecError, make_plan
+from mhcplan.planner.cli.flags import PlanFlags
+from mhcplan.planner.plan.file import plan_text
+from mhcplan.planner.plan.spec import PlanSpec, SpecError, make_plan
+from mhcplan.planner.report.schema import PlanReport
+from mhcplan.planner.report.text import headline, sections
 from mhcplan.profiles.schema import profile_text
 from tests.support.synthetic_profile import synthetic_profile
 

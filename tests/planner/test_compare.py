@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import jsonschema
 import pytest
 
-from mhcplan.planner.compare import Comparison, compare_sides
-from mhcplan.planner.compare_commands import plan_of_words
-from mhcplan.planner.compare_text import headline, remarks, sections
-from mhcplan.planner.report import json_schema
-from mhcplan.planner.sides import Side, read_side
+from mhcplan.planner.cli.compare import plan_of_words
+from mhcplan.planner.compare.comparison import Comparison, compare_sides
+from mhcplan.planner.compare.sides import Side, read_side
+from mhcplan.planner.compare.text import headline, remarks, sections
+from mhcplan.planner.report.schema import json_schema
 from mhcplan.sim.files import Trace, read_trace, write_trace
 
 if TYPE_CHECKING:

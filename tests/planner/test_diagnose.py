@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mhcplan.planner.cli import main
-from mhcplan.planner.diagnose import THRESHOLDS, Diagnosis, judge
-from mhcplan.planner.diagnose_file import Recording, RecordingError, read_recording
-from mhcplan.planner.report import json_schema
+from mhcplan.planner.diagnose.judge import THRESHOLDS, Diagnosis, judge
+from mhcplan.planner.diagnose.recording import Recording, RecordingError, read_recording
+from mhcplan.planner.report.schema import json_schema
 
 L, N, EVERY, RECORDS = 3, 2, 4, 40
 PAIRS = (

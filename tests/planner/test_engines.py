@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 import mhcplan.planner.predict as predict_module
-from mhcplan.planner.lowering import lower
+from mhcplan.planner.lowering.lower import lower
+from mhcplan.planner.lowering.recompute import resolve_recompute_block
+from mhcplan.planner.plan.spec import PlanSpec, SpecError, make_plan
 from mhcplan.planner.predict import predict, simulate
-from mhcplan.planner.recompute import resolve_recompute_block
-from mhcplan.planner.report_make import make_report
-from mhcplan.planner.schedules import SCHEDULES
-from mhcplan.planner.spec import PlanSpec, SpecError, make_plan
+from mhcplan.planner.report.make import make_report
+from mhcplan.planner.schedules.catalogue import SCHEDULES
 from mhcplan.profiles.lookup import CostModel
 from mhcplan.profiles.presets import MODELS
 from mhcplan.profiles.store import find_profile

@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mhcplan.planner.cli import main
-from mhcplan.planner.counterfactuals import FREE, TWICE_AS_FAST, Change, changed_costs
-from mhcplan.planner.explain import Explanation, explain, phase_ends_ns
-from mhcplan.planner.explain_text import sections, sentences
+from mhcplan.planner.explain.counterfactuals import FREE, TWICE_AS_FAST, Change, changed_costs
+from mhcplan.planner.explain.explanation import Explanation, explain, phase_ends_ns
+from mhcplan.planner.explain.text import sections, sentences
+from mhcplan.planner.plan.spec import make_plan
 from mhcplan.planner.predict import Prediction, predict, simulate
-from mhcplan.planner.report import json_schema, overhead_percent
-from mhcplan.planner.spec import make_plan
+from mhcplan.planner.report.schema import json_schema, overhead_percent
 from mhcplan.profiles.schema import profile_text
 from mhcplan.sim.timeline import critical_path
 from tests.support.loads import loads, with_loads

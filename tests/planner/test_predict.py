@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mhcplan.planner.plan.spec import PlanSpec, make_plan
 from mhcplan.planner.predict import Prediction, predict
-from mhcplan.planner.schedules import SCHEDULES
-from mhcplan.planner.spec import PlanSpec, make_plan
+from mhcplan.planner.schedules.catalogue import SCHEDULES
 from mhcplan.profiles.costs import CostMissing
 from mhcplan.sim.check import check
 from tests.support.scaling import scaled

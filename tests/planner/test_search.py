@@ -10,23 +10,23 @@ from typing import TYPE_CHECKING, Any
 import jsonschema
 import pytest
 
-from mhcplan.planner.farm import Farm
-from mhcplan.planner.plan_file import read_plan, source_fields
-from mhcplan.planner.plan_search import find_plans, quests
+from mhcplan.planner.plan.file import read_plan, source_fields
+from mhcplan.planner.plan.spec import make_plan
 from mhcplan.planner.predict import predict
-from mhcplan.planner.report import json_schema
-from mhcplan.planner.report_make import make_report
-from mhcplan.planner.search import BAND_PERCENT, Found, Search
-from mhcplan.planner.search_points import Bound, FamilyBounds, MemberBounds, Play
-from mhcplan.planner.search_report import SearchReport, loss_words
-from mhcplan.planner.search_sampled import SampledSearch
-from mhcplan.planner.search_space import Space, search_space
-from mhcplan.planner.spec import make_plan
-from mhcplan.planner.sweep import named_profile
-from mhcplan.planner.sweep_axes import axes_of
+from mhcplan.planner.report.make import make_report
+from mhcplan.planner.report.schema import json_schema
+from mhcplan.planner.search.branch_and_bound import BAND_PERCENT, Found, Search
+from mhcplan.planner.search.find import find_plans, quests
+from mhcplan.planner.search.points import Bound, FamilyBounds, MemberBounds, Play
+from mhcplan.planner.search.report import SearchReport, loss_words
+from mhcplan.planner.search.sampled import SampledSearch
+from mhcplan.planner.search.space import Space, search_space
+from mhcplan.planner.sweep.axes import axes_of
+from mhcplan.planner.sweep.farm import Farm
+from mhcplan.planner.sweep.run import named_profile
 
 if TYPE_CHECKING:
-    from mhcplan.planner.sweep_points import ProfileName, Simulated
+    from mhcplan.planner.sweep.points import ProfileName, Simulated
     from tests.support.commands import Run
 
 ROOT = Path(__file__).parents[2]

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.closed_loop_report import PAGE, joined, misordered, page_lines, why_not_blind
-from mhcplan.planner.claim import claim
+from mhcplan.planner.measured.claim import claim
+from mhcplan.planner.plan.spec import PlanSpec, make_plan
 from mhcplan.planner.predict import predict
-from mhcplan.planner.spec import PlanSpec, make_plan
 from mhcplan.profiles.accuracy import (
     BASELINE,
     MHC,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from mhcplan.planner.lowering import lower
-from mhcplan.planner.recompute import resolve_recompute_block
-from mhcplan.planner.spec import make_plan
+from mhcplan.planner.lowering.lower import lower
+from mhcplan.planner.lowering.recompute import resolve_recompute_block
+from mhcplan.planner.plan.spec import make_plan
 from tests.runtime.worker import Case
 
 TINY = {

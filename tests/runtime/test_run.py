@@ -9,10 +9,10 @@ import pytest
 
 from benchmarks.closed_loop_rows import tiny
 from mhcplan.planner.cli import main
-from mhcplan.planner.lowering import lower
-from mhcplan.planner.plan_file import plan_text
-from mhcplan.planner.recompute import resolve_recompute_block
-from mhcplan.planner.spec import make_plan
+from mhcplan.planner.lowering.lower import lower
+from mhcplan.planner.lowering.recompute import resolve_recompute_block
+from mhcplan.planner.plan.file import plan_text
+from mhcplan.planner.plan.spec import make_plan
 from mhcplan.sim.files import read_trace, write_program
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ import torch
 from benchmarks import stability, stability_report, stability_sinkhorn
 from benchmarks.stability_run import MODELS, SEVEN, pinned_bias
 from mhcplan.kernels import mhc, reference
-from mhcplan.planner.diagnose import judge
-from mhcplan.planner.diagnose_file import Recording, read_recording
-from mhcplan.planner.spec import make_plan
+from mhcplan.planner.diagnose.judge import judge
+from mhcplan.planner.diagnose.recording import Recording, read_recording
+from mhcplan.planner.plan.spec import make_plan
 from mhcplan.runtime.spec import RunError, RunSpec
 
 if TYPE_CHECKING:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from mhcplan.planner.report import (
+from mhcplan.planner.plan.spec import make_plan
+from mhcplan.planner.report.schema import (
     COMPONENT_FIELDS,
     BreakdownNs,
     PlanReport,
@@ -10,7 +11,6 @@ from mhcplan.planner.report import (
     SourcesPercent,
     overhead_percent,
 )
-from mhcplan.planner.spec import make_plan
 
 GB = 10**9
 

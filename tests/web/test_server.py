@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mhcplan.planner.cli import main
-from mhcplan.planner.export_formats import LOSSES
-from mhcplan.planner.plan_file import parse_plan
-from mhcplan.planner.report import PlanReport
+from mhcplan.planner.export.formats import LOSSES
+from mhcplan.planner.plan.file import parse_plan
+from mhcplan.planner.report.schema import PlanReport
 from tests.web.conftest import SMALL, refused, serving
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mhcplan.planner.spec import PlanSpec, SpecError, make_plan
+from mhcplan.planner.plan.spec import PlanSpec, SpecError, make_plan
 from mhcplan.profiles.presets import MODELS
 from mhcplan.web.controls import controls
 from mhcplan.web.whatif import MAX_QUERY_BYTES, Refused, WhatIf, parse_query, whatif_of

@@ -1,4 +1,4 @@
-// Plotly figures in the page: made in Python (planner/figures*.py), coloured here as the page is.
+// Plotly figures in the page: made in Python (planner/figures), coloured here as the page is.
 
 import { pageInk, themed } from "/static/timeline.js";
 

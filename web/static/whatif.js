@@ -93,7 +93,7 @@ function showRemarks(certainty, remarks) {
   }));
 }
 
-/** Tables come as HTML, escaped where it is made: planner/timeline_page.py. */
+/** Tables come as HTML, escaped where it is made: planner/figures/timeline_page.py. */
 function putTables(element, tables) {
   element.innerHTML = tables.map((table) => `<div>${table}</div>`).join("");
 }

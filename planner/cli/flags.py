@@ -1,0 +1,154 @@
+"""The flags that describe a plan, shared by every command that takes one.
+
+A flag that is not given is None, so that it does not override a plan file; the default that help
+shows is the plan field's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+from cyclopts.types import PositiveInt
+from pydantic.fields import FieldInfo
+
+from mhcplan.planner.plan.file import FLAG_FIELDS, resolve_plan
+from mhcplan.planner.plan.spec import Engine, LayoutSpec, PlanSpec, Priority, ScheduleName
+from mhcplan.planner.sweep.axes import GLOBAL_BATCH, Axis, axes_of
+from mhcplan.profiles.specs import ResidualKind, ResidualSpec
+
+_GLOBAL_BATCH = (
+    "sequences of the whole job's step, in place of --microbatches: a multiple of"
+    " micro-batch-size x ep x dp"
+)
+_SPECS = {"residual": ResidualSpec, "layout": LayoutSpec}
+
+
+def _field(name: str) -> FieldInfo:
+    parent, _, last = FLAG_FIELDS[name].rpartition(".")
+    return _SPECS.get(parent, PlanSpec).model_fields[last]
+
+
+def _flag(name: str) -> Parameter:
+    """A flag of the plan field behind ``name``, with its description and its default."""
+    info = _field(name)
+
+    def default(_value: object) -> str:
+        return str(info.default)
+
+    return Parameter(help=info.description, show_default=default)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class PlanFlags:
+    """What to change in a preset or a plan file."""
+
+    n: Annotated[int | None, _flag("n")] = None
+    residual: Annotated[ResidualKind | None, _flag("residual")] = None
+    recompute_block: Annotated[
+        Literal["auto", "none", "stage"] | PositiveInt | None,
+        _flag("recompute_block"),
+    ] = None
+    pp: Annotated[int | None, _flag("pp")] = None
+    ep: Annotated[int | None, _flag("ep")] = None
+    dp: Annotated[int | None, _flag("dp")] = None
+    microbatches: Annotated[int | None, _flag("microbatches")] = None
+    global_batch: Annotated[PositiveInt | None, Parameter(help=_GLOBAL_BATCH)] = None
+    micro_batch_size: Annotated[int | None, _flag("micro_batch_size")] = None
+    seq_len: Annotated[int | None, _flag("seq_len")] = None
+    schedule: Annotated[ScheduleName | None, _flag("schedule")] = None
+    priority: Annotated[Priority | None, _flag("priority")] = None
+    profile: Annotated[str | None, _flag("profile")] = None
+    engine: Annotated[Engine | None, _flag("engine")] = None
+    settings: Annotated[
+        list[str],
+        Parameter(
+            name="--set",
+            negative=(),
+            help="field=value: any other field of a plan, by its dotted path; may be repeated",
+        ),
+    ] = field(default_factory=list[str])
+
+    def plan(self, source: str) -> PlanSpec:
+        """The plan of ``source`` (a preset or a plan file) with these changes.
+
+        Raises:
+            SpecError: see :func:`mhcplan.planner.plan.file.resolve_plan`.
+        """
+        given: dict[str, Any] = {
+            path: value
+            for flag, path in FLAG_FIELDS.items()
+            if (value := getattr(self, flag)) is not None
+        }
+        return resolve_plan(source, given, self.settings, self.global_batch)
+
+    def arguments(self) -> list[str]:
+        """The command-line words that give these flags."""
+        words: list[str] = []
+        for flag in FLAG_FIELDS:
+            if (value := getattr(self, flag)) is not None:
+                words += [f"--{flag.replace('_', '-')}", str(value)]
+        if self.global_batch is not None:
+            words += ["--global-batch", str(self.global_batch)]
+        for setting in self.settings:
+            words += ["--set", setting]
+        return words
+
+
+def _values(name: str) -> Parameter:
+    return Parameter(help=f"{_field(name).description}: values to visit", show_default=False)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class AxisFlags:
+    """Which values of which fields: a list (1,2,4), a range with its ends (16..64..16), or both."""
+
+    n: Annotated[str | None, _values("n")] = None
+    residual: Annotated[str | None, _values("residual")] = None
+    recompute_block: Annotated[str | None, _values("recompute_block")] = None
+    pp: Annotated[str | None, _values("pp")] = None
+    ep: Annotated[str | None, _values("ep")] = None
+    dp: Annotated[str | None, _values("dp")] = None
+    microbatches: Annotated[str | None, _values("microbatches")] = None
+    global_batch: Annotated[str | None, Parameter(help=f"{_GLOBAL_BATCH}: values to visit")] = None
+    micro_batch_size: Annotated[str | None, _values("micro_batch_size")] = None
+    seq_len: Annotated[str | None, _values("seq_len")] = None
+    schedule: Annotated[str | None, _values("schedule")] = None
+    priority: Annotated[str | None, _values("priority")] = None
+    profile: Annotated[str | None, _values("profile")] = None
+    engine: Annotated[str | None, _values("engine")] = None
+    settings: Annotated[
+        list[str],
+        Parameter(
+            name="--set",
+            negative=(),
+            help="field=values: any other field of a plan, by its dotted path; may be repeated",
+        ),
+    ] = field(default_factory=list[str])
+
+    def axes(self) -> tuple[Axis, ...]:
+        """The axes of the flags that were given, in the order of the help, then of ``--set``.
+
+        Raises:
+            SpecError: see :func:`mhcplan.planner.sweep.axes.axes_of`.
+        """
+        paths = FLAG_FIELDS | {GLOBAL_BATCH: GLOBAL_BATCH}
+        given = {
+            path: str(text)
+            for flag, path in paths.items()
+            if (text := getattr(self, flag)) is not None
+        }
+        return axes_of(given, self.settings)
+
+    def arguments(self) -> list[str]:
+        """The command-line words that give these flags."""
+        words: list[str] = []
+        for flag in (*FLAG_FIELDS, GLOBAL_BATCH):
+            if (text := getattr(self, flag)) is not None:
+                words += [f"--{flag.replace('_', '-')}", str(text)]
+        for setting in self.settings:
+            words += ["--set", setting]
+        return words

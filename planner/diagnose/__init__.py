@@ -1,0 +1,1 @@
+"""What a residual did in a training run: reads recordings, sounds alarms, draws."""

@@ -1,0 +1,93 @@
+"""Which recompute block L_r takes least memory: the paper's equation 20 on a pipeline's ranks.
+
+A rank stores the input of every recompute block (n C a token) once for each live chunk, and while
+one block is rebuilt holds its transient states ((n + 2) C a token and site). The paper minimises
+n C ceil(L / L_r) + (n + 2) C L_r over one model with one microbatch (arXiv 2512.24880, eq. 20);
+a rank has L sites a stage, several live chunks, and blocks that end where the stage ends.
+"""
+
+from __future__ import annotations
+
+from math import ceil, sqrt
+from typing import TYPE_CHECKING
+
+from mhcplan.planner.plan.spec import schedule_of
+from mhcplan.profiles.specs import SITES_PER_BLOCK
+
+if TYPE_CHECKING:
+    from mhcplan.planner.plan.spec import PlanSpec
+    from mhcplan.planner.schedules.catalogue import Schedule
+
+
+def paper_recompute_block(expansion_rate: int, num_sites: int) -> float:
+    """L_r* = sqrt(n L / (n + 2)), the closed form of equation 20.
+
+    >>> round(paper_recompute_block(4, 60), 2)
+    6.32
+    """
+    n = expansion_rate
+    return sqrt(n * num_sites / (n + 2))
+
+
+def stored_elements(expansion_rate: int, num_sites: int, block: int, live_chunks: int = 1) -> int:
+    """Elements a token, in units of C, that depend on L_r: stored block inputs and one transient
+    block (equation 20; sublayer outputs, C a site, come on top whatever L_r is).
+
+    >>> [stored_elements(4, 60, r) + 60 for r in (1, 4, 6, 10, 60)]
+    [306, 144, 136, 144, 424]
+    """
+    n = expansion_rate
+    resident = live_chunks * n * ceil(num_sites / block)
+    return resident + (n + 2) * min(block, num_sites)
+
+
+def resolve_recompute_block(plan: PlanSpec) -> int | None:
+    """L_r in sites of a plan, None for no recompute (or nothing to recompute).
+
+    ``auto`` is the block with the least :func:`stored_elements` on the rank that needs most, the
+    smaller block on a tie.
+    """
+    wish = plan.residual.recompute_block
+    if plan.residual.is_plain or wish == "none":
+        return None
+    sites = [SITES_PER_BLOCK * len(blocks) for blocks in plan.stages]
+    if wish == "stage":
+        return max(sites)
+    if wish != "auto":
+        return min(wish, max(sites))
+    schedule = schedule_of(plan)
+    ranks = {tuple(live_peak(schedule, rank).items()) for rank in range(schedule.num_ranks)}
+
+    def worst(block: int) -> int:
+        n = plan.residual.expansion_rate
+        return max(
+            sum(n * ceil(sites[stage] / block) * live for stage, live in rank)
+            + (n + 2) * max(min(block, sites[stage]) for stage, _ in rank)
+            for rank in ranks
+        )
+
+    return min(range(1, max(sites) + 1), key=worst)
+
+
+def recomputes(plan: PlanSpec, recompute_block: int | None) -> bool:
+    """Whether a backward runs any part of the forward again, mHC's or the sublayers' own."""
+    return recompute_block is not None or plan.recompute_layers != "none"
+
+
+def live_peak(schedule: Schedule, rank: int) -> dict[int, int]:
+    """Live chunks by stage when the rank holds most of them: F has run, its I or B has not ended.
+
+    An overlapped pair allocates its F before its B frees, so DualPipe holds P + 1.
+    """
+    live = dict.fromkeys(schedule.stages_of(rank), 0)
+    peak = dict(live)
+    for action in schedule.actions[rank]:
+        for part in action.parts:
+            if part.kind == "F":
+                live[part.stage] += 1
+                if sum(live.values()) > sum(peak.values()):
+                    peak = dict(live)
+        for part in action.parts:
+            if part.kind in ("I", "B"):
+                live[part.stage] -= 1
+    return peak

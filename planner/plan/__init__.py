@@ -1,0 +1,1 @@
+"""What is asked: a plan and its fields, plan files, Hugging Face configs, and what refuses them."""

@@ -1,0 +1,238 @@
+"""A report for people: one line that answers, then tables. The terminal and the HTML page share it.
+
+:func:`headline` and :func:`sections` say everything; :func:`print_report` draws it with rich.
+Times are shown in ms, sizes in GB (10^9 bytes, as GPUs are sold).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mhcplan.planner.report.schema import BreakdownNs, RankMemory
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mhcplan.planner.plan.spec import PlanSpec
+    from mhcplan.planner.report.schema import PlanReport
+
+CLASS_NAMES = {
+    "compute": "model compute",
+    "mhc": "mHC kernels",
+    "recompute": "recompute",
+    "optimizer": "optimizer",
+    "exposed_ep": "waiting for experts' traffic",
+    "exposed_pp": "waiting for pipeline messages",
+    "exposed_dp": "waiting for gradient reduction",
+    "host": "waiting for the host",
+    "bubble": "pipeline bubble",
+}
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table with a title: the first column is text, the others are figures."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def ms(ns: int) -> str:
+    """Nanoseconds as milliseconds.
+
+    >>> ms(1_234_567_890)
+    '1,234.57'
+    """
+    return f"{ns / 1e6:,.2f}"
+
+
+def gb(num_bytes: int) -> str:
+    """Bytes as GB.
+
+    >>> gb(79_500_000_000)
+    '79.50'
+    """
+    return f"{num_bytes / 1e9:,.2f}"
+
+
+_RESIDUAL_NAMES = {
+    "mhc": "mHC",
+    "hc": "HC",
+    "identity": "identity HC",
+    "mhc-lite": "mHC-lite",
+    "mhc-single-pass": "single-pass mHC",
+}
+
+
+def residual_name(plan: PlanSpec) -> str:
+    """The residual in a word: ``mHC n=4``, ``HC n=2``, ``plain residual``."""
+    residual = plan.residual
+    if residual.is_plain:
+        return "plain residual"
+    return f"{_RESIDUAL_NAMES[residual.kind]} n={residual.expansion_rate}"
+
+
+def headline(report: PlanReport) -> str:
+    """The answer in one line: overhead, recompute block, peak memory, and whether it fits."""
+    spare = report.memory_limit_bytes - report.device_memory_bytes
+    verdict = (
+        f"fits with {gb(spare)} GB to spare"
+        if spare >= 0
+        else f"does NOT fit: {gb(-spare)} GB over"
+    )
+    memory = (
+        f"peak memory {gb(report.peak_memory_bytes)} GB, with allocator, NCCL and context"
+        f" {gb(report.device_memory_bytes)} of {gb(report.memory_limit_bytes)} GB: {verdict}"
+    )
+    return f"{_time_line(report)}; {memory}"
+
+
+def _time_line(report: PlanReport) -> str:
+    if report.plan.residual.is_plain:
+        return f"plain residual: {ms(report.step_time_ns)} ms a step"
+    block = report.recompute_block
+    recompute = f"recompute block {block} sites" if block else "no recompute"
+    return (
+        f"{residual_name(report.plan)}: {report.overhead_percent:+.2f} % step time"
+        f" ({ms(report.step_time_ns)} ms against {ms(report.baseline_step_time_ns)} ms);"
+        f" {recompute}"
+    )
+
+
+def certainty(report: PlanReport) -> str:
+    """How sure the answer is, in one line; empty where nobody asked."""
+    found = report.intervals
+    if found is None:
+        return ""
+    low, high = found.step_time_ns
+    parts = [f"{ms(low)} to {ms(high)} ms a step"]
+    if not report.plan.residual.is_plain:
+        parts.append("{:+.2f} to {:+.2f} %".format(*found.overhead_percent))
+    if found.device_memory_bytes is not None and found.out_of_memory_percent is not None:
+        least, most = found.device_memory_bytes
+        risk = f"{found.out_of_memory_percent:.0f} % risk of running out of memory"
+        parts.append(f"{gb(least)} to {gb(most)} GB, {risk}")
+    of_what = (
+        f"op times' spread and the model's error, measured in {found.num_measured_runs} run(s)"
+        if found.num_measured_runs
+        else "op times' spread only, the model's own error is not measured yet"
+    )
+    return f"{found.coverage_percent:.0f} % of drawn runs: {', '.join(parts)} ({of_what})"
+
+
+def remarks(report: PlanReport) -> tuple[str, ...]:
+    """What is assumed, simplified and missing."""
+    notes = report.intervals.notes if report.intervals else ()
+    return (*report.warnings, *(f"intervals: {note}" for note in notes))
+
+
+def sections(report: PlanReport) -> tuple[Section, ...]:
+    """The tables below the headline."""
+    return (_run(report), _time(report), _memory(report), _sources(report))
+
+
+def _run(report: PlanReport) -> Section:
+    plan, layout = report.plan, report.plan.layout
+    rows = (
+        ("model", f"{plan.model.name}, {residual_name(plan)}"),
+        ("GPUs", f"{report.gpus} = pp {layout.pp} x ep {layout.ep} x dp {layout.dp}"),
+        (
+            "schedule",
+            f"{plan.schedule}, {plan.microbatches} microbatches of {plan.tokens:,} tokens",
+        ),
+        ("throughput", f"{report.tokens_per_second:,} tokens/s of the whole job"),
+        ("pipeline bubble", f"{report.bubble_percent:.2f} % of the busiest rank's step"),
+        ("simulated", f"{report.num_ops:,} ops, {report.engine} engine, profile {plan.profile}"),
+    )
+    return Section("Run", ("", ""), rows)
+
+
+def _time(report: PlanReport) -> Section:
+    plain = report.plan.residual.is_plain
+    columns = ("", "ms", "% of step") if plain else (
+        "", "ms", "% of step", "baseline ms", "difference ms", "% of baseline",
+    )  # fmt: skip
+    rows = [_time_row(report, name, plain=plain) for name in BreakdownNs.model_fields]
+    total = ("step", ms(report.step_time_ns), "100.00")
+    if not plain:
+        base = report.baseline_step_time_ns
+        total += (ms(base), ms(report.step_time_ns - base), f"{report.overhead_percent:+.2f}")
+    title = f"Where the step goes (rank {report.reported_rank}, the busiest)"
+    return Section(title, columns, (*rows, total))
+
+
+def _time_row(report: PlanReport, name: str, *, plain: bool) -> tuple[str, ...]:
+    ns = _part(report.breakdown_ns, name)
+    row = (CLASS_NAMES[name], ms(ns), f"{100 * ns / report.step_time_ns:.2f}")
+    if plain:
+        return row
+    base = _part(report.baseline_breakdown_ns, name)
+    share = 100 * (ns - base) / report.baseline_step_time_ns
+    return (*row, ms(base), ms(ns - base), f"{share:+.2f}")
+
+
+def _part(breakdown: BreakdownNs, name: str) -> int:
+    return getattr(breakdown, name)
+
+
+def _memory(report: PlanReport) -> Section:
+    fullest = report.fullest_rank
+    words = {
+        "peak_bytes": "peak allocated",
+        "reserved_bytes": "with the allocator's margin",
+        "device_bytes": "with NCCL and CUDA context",
+    }
+    rows: list[tuple[str, ...]] = []
+    for name in RankMemory.model_fields:
+        ranks: list[int] = [getattr(rank, name) for rank in report.memory]
+        word = words.get(name, name.removesuffix("_bytes"))
+        rows.append((word, gb(ranks[fullest]), gb(min(ranks)), gb(max(ranks))))
+    limit = gb(report.memory_limit_bytes)
+    title = f"Memory of a GPU, GB (limit {limit}); components at the instant of the peak"
+    columns = ("", f"rank {fullest}, the fullest", "least of all ranks", "most")
+    return Section(title, columns, tuple(rows))
+
+
+def _sources(report: PlanReport) -> Section:
+    shares = report.sources_percent
+    words = {
+        "measured": "measured at this shape on this device",
+        "interpolated": "between measured shapes",
+        "extrapolated": "up to 4x outside the measured shapes",
+        "assumed": "published or datasheet figures",
+    }
+    rows = tuple((words[name], f"{getattr(shares, name):.2f}") for name in words)
+    return Section("Where durations come from", ("", "% of op time"), rows)
+
+
+def print_report(report: PlanReport, console: Console) -> None:
+    """Write the report to a terminal, or as plain text to a file."""
+    from rich.text import Text
+
+    style = "bold green" if report.fits else "bold red"
+    console.print(Text(headline(report), style=style), soft_wrap=True)
+    if report.intervals:
+        console.print(Text(certainty(report)), soft_wrap=True)
+    for section in sections(report):
+        print_section(section, console)
+    said = remarks(report)
+    if said:
+        console.print(Text("\nAssumed and simplified:"))
+        for remark in said:
+            console.print(Text(f"- {remark}"), soft_wrap=True)
+    console.print(Text(f"\nAgain: {report.command}"), soft_wrap=True)
+
+
+def print_section(section: Section, console: Console) -> None:
+    """Write one table; a row named "step" is the total, columns without a name hold words."""
+    from rich.table import Table
+
+    table = Table(title=section.title, title_justify="left", show_header=any(section.columns))
+    for number, column in enumerate(section.columns):
+        table.add_column(column, justify="right" if number and column else "left")
+    for row in section.rows:
+        table.add_row(*row, style="bold" if row[0] == "step" else None)
+    console.print()
+    console.print(table)

@@ -1,0 +1,140 @@
+"""What a search asks of plans, from cheap to dear: what a family's members have in common, bounds
+of each member, and the engine's answer for one plan. Asked in whatever process there is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from mhcplan.planner.lowering.lower import lower
+from mhcplan.planner.sweep.points import ProfileName, Simulated, cost_model, simulated
+from mhcplan.profiles.schema import ProfileError
+from mhcplan.sim.longest_path import StepGraph
+from mhcplan.sim.memory import memory_of, memory_report
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from mhcplan.planner.plan.spec import PlanSpec
+    from mhcplan.planner.search.space import Family, Member
+    from mhcplan.profiles.lookup import CostModel
+    from mhcplan.sim.program import CostTable, Program
+
+
+class Bound(NamedTuple):
+    """What a plan takes at least."""
+
+    step_time_ns: int
+    device_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Unpriced:
+    """The profile lacks a measurement that a plan needs."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class FamilyBounds:
+    """Asks for the bounds of families, which share templates if they differ in schedule only."""
+
+    families: tuple[Family, ...]
+    profile: ProfileName
+
+    def answer(self) -> list[Bound | Unpriced]:
+        """What no member of a family stays below."""
+        model = cost_model(self.profile)
+        return [self._bound(family.common, model) for family in self.families]
+
+    def _bound(self, plan: PlanSpec, model: CostModel) -> Bound | Unpriced:
+        program = lower(plan, None)
+        try:
+            table = model.table(program.cost_keys, plan.gpu)
+        except ProfileError as error:
+            return Unpriced(str(error))
+        return Bound(_busy_ns(plan, program, table), _kept_bytes(program, table))
+
+
+@dataclass(frozen=True)
+class MemberBounds:
+    """Asks for the bounds of members, some or all of a family. Memory is exact."""
+
+    family: Family
+    profile: ProfileName
+    memory_limit_bytes: int
+
+    def answer(self) -> list[Bound | Unpriced]:
+        """The longest path of every member; of one that does not fit, only its memory."""
+        model = cost_model(self.profile)
+        return [self._bound(member, model) for member in self.family.members]
+
+    def _bound(self, member: Member, model: CostModel) -> Bound | Unpriced:
+        program = lower(member.plan, member.recompute_block)
+        try:
+            table = model.table(program.cost_keys, member.plan.gpu)
+        except ProfileError as error:
+            return Unpriced(str(error))
+        device_bytes = _device_bytes(program, table)
+        if device_bytes > self.memory_limit_bytes:
+            return Bound(0, device_bytes)
+        longest_ns = int(StepGraph(program).step_ns([table])[0])
+        return Bound(max(longest_ns, _busy_ns(member.plan, program, table)), device_bytes)
+
+
+@dataclass(frozen=True)
+class Play:
+    """Asks the engine for the step of one plan."""
+
+    member: Member
+    profile: ProfileName
+
+    def answer(self) -> Simulated:
+        """The step as played."""
+        return simulated(self.member.plan, self.member.recompute_block, cost_model(self.profile))
+
+
+Question = FamilyBounds | MemberBounds | Play
+Answer = list[Bound | Unpriced] | Simulated
+
+
+def answer(question: Question) -> Answer:
+    """The answer to any question: what a worker runs."""
+    return question.answer()
+
+
+def _busy_ns(plan: PlanSpec, program: Program, table: CostTable) -> int:
+    """Summed durations, in ns, of what has to run one after the other on the rank with most of it.
+
+    Without contention that is every compute op (:mod:`mhcplan.sim.device`). With it, streams of
+    different priority may share a GPU, and there is a member that moves every mHC op to another.
+    """
+    counts = np.array([stream.group < 0 for stream in program.streams])[program.stream]
+    if plan.gpu is not None:
+        counts &= ~_is_mhc(program)
+    durations = table.duration_ns[program.cost[counts]]
+    return int(np.bincount(program.rank[counts], durations, program.num_ranks).max(initial=0))
+
+
+def _kept_bytes(program: Program, table: CostTable) -> int:
+    """Device bytes of the rank that needs most, were nothing kept of what mHC ops make.
+
+    Recompute drops some of that; nothing else is freed any sooner for it.
+    """
+    made_by = np.full(len(program.buffer_bytes), -1)
+    made_by[program.allocs.values] = program.allocs.owners
+    dropped = _is_mhc(program)[made_by] & (made_by >= 0)
+    kept = replace(program, buffer_bytes=np.where(dropped, 0, program.buffer_bytes))
+    return _device_bytes(kept, table)
+
+
+def _device_bytes(program: Program, table: CostTable) -> int:
+    ranks = memory_report(program, table, memory_of(program, table))
+    return max(rank["device_bytes"] for rank in ranks)
+
+
+def _is_mhc(program: Program) -> NDArray[np.bool_]:
+    return np.array([name == "mhc" for name in program.categories])[program.category]

@@ -1,0 +1,155 @@
+"""A sweep for people and for other programs: table, JSON lines, CSV and Parquet."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections import Counter
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from mhcplan.planner.plan.file import FLAG_FIELDS
+from mhcplan.planner.report.text import gb, ms
+from mhcplan.planner.sweep.row import SWEEP_FORMAT, SWEEP_VERSION, Figures, SweepRow
+from mhcplan.planner.sweep.run import ranked
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import Console
+
+    from mhcplan.planner.sweep.run import Sweep
+
+ROWS_SHOWN = 40  # of a larger sweep, the best
+
+Cell = str | int | float | bool | None
+
+_FLAG_OF = {path: flag.replace("_", "-") for flag, path in FLAG_FIELDS.items()}
+_FIGURES = ("overhead %", "step ms", "memory GB", "fits", "tokens/s")
+
+
+def json_lines(rows: Sequence[SweepRow]) -> str:
+    """A JSON object a line, as ``docs/schemas/sweep.schema.json`` has it."""
+    return "".join(row.model_dump_json() + "\n" for row in rows)
+
+
+def csv_text(sweep: Sweep) -> str:
+    """A line a row under a line of names: the axes' paths, then everything of a row."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    columns = _columns(sweep)
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
+    return text.getvalue()
+
+
+def parquet_bytes(sweep: Sweep) -> bytes:
+    """The same columns as :func:`csv_text`, typed, as a Parquet file.
+
+    Raises:
+        ImportError: pyarrow is not installed.
+    """
+    arrow: Any = import_module("pyarrow")  # has no types
+    parquet: Any = import_module("pyarrow.parquet")
+    table = arrow.table({name: arrow.array(cells) for name, cells in _columns(sweep).items()})
+    buffer = io.BytesIO()
+    parquet.write_table(table, buffer)
+    return buffer.getvalue()
+
+
+def print_sweep(sweep: Sweep, console: Console) -> None:
+    """The answer in a line, then a table: all rows, or the best of many."""
+    from rich.text import Text
+
+    console.print(Text(_headline(sweep), style="bold"), soft_wrap=True)
+    rows = sweep.rows
+    if len(rows) > ROWS_SHOWN:
+        rows = ranked(rows)[:ROWS_SHOWN]
+        console.print(f"The {ROWS_SHOWN} best by tokens/s of a GPU; --csv and --json have all.")
+    _print_table(sweep, rows, console)
+    deviation = sweep.worst_deviation_percent
+    if deviation is not None:
+        console.print(
+            f"\nThe {len(sweep.confirmed)} most promising, played by the engine (the times above"
+            f" are lower bounds, {deviation:.2f} % too short at worst for these):"
+        )
+        _print_table(sweep, sweep.confirmed, console)
+
+
+def _headline(sweep: Sweep) -> str:
+    count = dict.fromkeys(("predicted", "illegal", "unpriced"), 0)
+    for row in sweep.rows:
+        count[row.status] += 1
+    fitting = sum(row.fits for row in sweep.rows)
+    parts = [f"{sweep.total} combinations: {fitting} fit"]
+    if count["predicted"] > fitting:
+        parts.append(f"{count['predicted'] - fitting} need too much memory")
+    if count["illegal"]:
+        parts.append(f"{count['illegal']} are illegal")
+    if count["unpriced"]:
+        parts.append(f"{count['unpriced']} are unpriced")
+    if len(sweep.rows) < sweep.total:
+        parts.append(f"{sweep.total - len(sweep.rows)} are not finished")
+    if sweep.stored:
+        parts.append(f"{sweep.stored} were known from before")
+    return ", ".join(parts)
+
+
+def _print_table(sweep: Sweep, rows: Sequence[SweepRow], console: Console) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table()
+    for axis in sweep.axes:
+        table.add_column(_FLAG_OF.get(axis.path, axis.path))
+    for name in _FIGURES:
+        table.add_column(name, justify="right")
+    for row in rows:
+        figures = ["", "", "", row.status, ""] if row.figures is None else _figures(row.figures)
+        cells = [*map(_shown, row.values.values()), *figures]
+        table.add_row(*(Text(cell) for cell in cells), style=None if row.fits else "dim")
+    console.print(table)
+    reasons = Counter(row.reason for row in rows if row.reason)
+    for reason, count in reasons.most_common():
+        console.print(Text(f"{count} x {reason}"), soft_wrap=True)
+
+
+def _figures(figures: Figures) -> list[str]:
+    over = figures.device_memory_bytes - figures.memory_limit_bytes
+    return [
+        f"{figures.overhead_percent:+.2f}",
+        ms(figures.step_time_ns),
+        gb(figures.device_memory_bytes),
+        "yes" if figures.fits else f"NO, {gb(over)} over",
+        f"{figures.tokens_per_second:,}",
+    ]
+
+
+def _columns(sweep: Sweep) -> dict[str, list[Cell]]:
+    """The rows by column: the format, the axes' values, and every field of a row."""
+    rows = sweep.rows
+    columns: dict[str, list[Cell]] = {
+        "format": [SWEEP_FORMAT] * len(rows),
+        "format_version": [SWEEP_VERSION] * len(rows),
+    }
+    for axis in sweep.axes:
+        columns[axis.path] = _alike([row.values[axis.path] for row in rows])
+    for name in SweepRow.model_fields:
+        if name not in ("format", "format_version", "values", "figures"):
+            columns[name] = [getattr(row, name) for row in rows]
+    for name in Figures.model_fields:
+        columns[name] = [row.figures and getattr(row.figures, name) for row in rows]
+    return columns
+
+
+def _alike(values: Sequence[object]) -> list[Cell]:
+    """Values of one type for a column; text where they differ, as in ``auto`` and 4."""
+    kinds = {type(value) for value in values}
+    if len(kinds) == 1 and kinds <= {int, float, bool}:
+        return list(values)  # pyright: ignore[reportReturnType] - of these types, as just seen
+    return [_shown(value) for value in values]
+
+
+def _shown(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,91 @@
+"""Tasks on all cores and on clusters: every result once, also when a worker is killed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from mhcplan.planner.sweep.farm import Farm, FarmError
+
+# Where workers go with tasks left, joblib's own thread may trip over one; no result is lost.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Exception in thread ExecutorManagerThread:pytest.PytestUnhandledThreadExceptionWarning"
+)
+
+
+def square(number: int) -> int:
+    return number * number
+
+
+def square_but_killed_once(task: tuple[int, str]) -> int:
+    """The worker that gets number 3 is killed, the first time."""
+    number, mark = task
+    if number == 3:
+        try:
+            Path(mark).touch(exist_ok=False)
+        except FileExistsError:
+            return number * number
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number * number
+
+
+def killed(_: int) -> int:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return 0
+
+
+def fails_at_3(number: int) -> int:
+    if number == 3:
+        raise ValueError("number 3 fails")
+    return number
+
+
+def test_one_job_is_this_process_and_keeps_the_order() -> None:
+    with Farm(jobs=1) as farm:
+        assert list(farm.map(lambda n: (n, os.getpid()), [5, 6])) == [
+            (0, (5, os.getpid())),
+            (1, (6, os.getpid())),
+        ]
+
+
+def test_killed_worker_costs_no_result_and_error_of_a_task_comes_out(tmp_path: Path) -> None:
+    tasks = [(number, str(tmp_path / "mark")) for number in range(8)]
+    with Farm(jobs=2) as farm:
+        assert sorted(farm.map(square_but_killed_once, tasks)) == [(n, n * n) for n in range(8)]
+        assert (tmp_path / "mark").exists()
+        with pytest.raises(ValueError, match="number 3 fails"):
+            list(farm.map(fails_at_3, range(8)))
+
+
+def test_task_that_kills_every_worker_is_given_up_with_one_line() -> None:
+    with Farm(jobs=2) as farm, pytest.raises(FarmError, match="workers died 3 times in a row"):
+        list(farm.map(killed, [1, 2]))
+
+
+def _cluster_library(name: str) -> pytest.MarkDecorator:
+    missing = importlib.util.find_spec(name) is None
+    return pytest.mark.skipif(
+        missing, reason=f"{name} is not installed: it is in the extra cluster"
+    )
+
+
+@pytest.mark.filterwarnings("default")  # the cluster libraries' own
+@pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param("dask", marks=_cluster_library("distributed")),
+        pytest.param("ray", marks=_cluster_library("ray")),
+    ],
+)
+def test_cluster_of_two_workers_gives_the_same_results_also_when_one_is_killed(
+    backend: str, tmp_path: Path
+) -> None:
+    tasks = [(number, str(tmp_path / "mark")) for number in range(12)]
+    with Farm(backend, jobs=2) as farm:  # pyright: ignore[reportArgumentType]
+        assert sorted(farm.map(square_but_killed_once, tasks)) == [(n, n * n) for n in range(12)]
+        assert sorted(farm.map(square, [7, 8])) == [(0, 49), (1, 64)]
+    assert (tmp_path / "mark").exists()
