@@ -9,9 +9,11 @@ what a rank sends: (g - 1) / g of its buffer in an all-to-all, reduce-scatter or
 that in a ring all-reduce (Thakur, Rabenseifner and Gropp, "Optimization of collective communication
 operations in MPICH", 2005; nccl-tests doc/PERFORMANCE.md has the same factors).
 
-Across nodes, unless the profile measured that medium, the network of the machine's specification
-prices what leaves the node: latency + traffic / bandwidth, ``assumed`` with the link's citation.
-The part that stays in the node runs at the same time, so that the longer of the two counts.
+Across nodes, what leaves the node is priced as a message of so many bytes between two nodes, where
+the profile measured those, else by the network of the machine's specification: latency + traffic /
+bandwidth, ``assumed`` with the link's citation. The part that stays in the node runs at the same
+time, so that the longer of the two counts. A group with one rank a node that was measured as such,
+or one near it, is looked up as inside a node.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from mhcplan.profiles.interpolation import MAX_EXTRAPOLATION
 from mhcplan.profiles.schema import SECOND_NS
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from mhcplan.profiles.schema import Profile, TransferTiming
     from mhcplan.profiles.vocabulary import TransferKey
 
@@ -66,7 +70,12 @@ class TransferCosts:
             raise ValueError(f"transfer {key}: {pattern} is between 2 ranks")
         if per_node == size:
             return self._on_medium("intra_node", pattern, size, num_bytes)
-        if (pattern, "inter_node") in self._curves:
+        measured = self._curves.get((pattern, "inter_node"), {})
+        if (
+            per_node == 1
+            and measured
+            and _beyond(_nearest(measured, size), size) <= MAX_EXTRAPOLATION
+        ):
             return self._on_medium("inter_node", pattern, size, num_bytes)
         return self._over_network(key)
 
@@ -74,9 +83,8 @@ class TransferCosts:
         groups = self._curves.get((pattern, medium))
         if groups is None:
             return self._half_of_all_reduce(medium, pattern, size, num_bytes)
-        # nearest by ratio; the smaller of two equally near
-        near = min(groups, key=lambda g: (max(g / size, size / g), g))
-        if max(near / size, size / near) > MAX_EXTRAPOLATION:
+        near = _nearest(groups, size)
+        if _beyond(near, size) > MAX_EXTRAPOLATION:
             self._missing(
                 f"{pattern} on {medium} was measured for group_size {_listed(groups)};"
                 f" group_size={size} is more than {MAX_EXTRAPOLATION}x outside",
@@ -112,21 +120,37 @@ class TransferCosts:
     def _over_network(self, key: TransferKey) -> Cost:
         """What leaves the node at the link's rate, what stays in it at the measured one."""
         pattern, size, per_node, num_bytes = key
-        sent = self._network_bytes(key)
-        network_ns = self._link.latency_ns + round(sent * SECOND_NS / self._link.bytes_per_second)
-        how = f"across nodes: {self._link.source}"
-        network = Cost(network_ns, self._host_ns(pattern), "assumed", how, link_bytes=sent)
+        network = self._leaving_the_node(pattern, self._network_bytes(key))
         if per_node == 1:
             return network
         # of an all-to-all buffer, only the parts for the node's own ranks stay in it
         local = num_bytes * per_node // size if pattern == "all_to_all" else num_bytes
         inside = self._on_medium("intra_node", pattern, per_node, max(local, 1))
-        longer = inside if inside.duration_ns > network_ns else network
+        longer = inside if inside.duration_ns > network.duration_ns else network
         return replace(
             longer,
-            source="assumed",
-            explanation=f"{how}; beside it {per_node} ranks inside the node"
+            source=worst([network.source, inside.source]),
+            explanation=f"{network.explanation}; beside it {per_node} ranks inside the node"
             f" ({inside.explanation}); the longer of the two counts",
+            link_bytes=network.link_bytes,
+        )
+
+    def _leaving_the_node(self, pattern: str, sent: int) -> Cost:
+        """A rank's ``sent`` bytes to another node: as a message was measured, or by the link."""
+        messages = self._curves.get(("send_recv", "inter_node"))
+        host_ns = self._host_ns(pattern)
+        if messages is None:
+            duration_ns = self._link.latency_ns + round(
+                sent * SECOND_NS / self._link.bytes_per_second
+            )
+            how = f"across nodes: {self._link.source}"
+            return Cost(duration_ns, host_ns, "assumed", how, link_bytes=sent)
+        cost = _on_curve(messages[2], max(sent, 1))
+        return replace(
+            cost,
+            host_ns=host_ns,
+            source=worst([cost.source, "extrapolated"]),
+            explanation=f"across nodes: as a message of {sent} bytes, {cost.explanation}",
             link_bytes=sent,
         )
 
@@ -157,6 +181,15 @@ class TransferCosts:
             f"profile {self._profile.name}: {problem};"
             f" measure it: mhcplan profile measure --transfer {pattern} --group-size {size}"
         )
+
+
+def _nearest(groups: Iterable[int], size: int) -> int:
+    """The group nearest by ratio; the smaller of two equally near."""
+    return min(groups, key=lambda group: (_beyond(group, size), group))
+
+
+def _beyond(group: int, size: int) -> float:
+    return max(group / size, size / group)
 
 
 def _on_curve(rows: list[TransferTiming], num_bytes: int) -> Cost:

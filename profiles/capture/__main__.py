@@ -81,7 +81,8 @@ def main(argv: list[str] | None = None) -> int:
             write_merged(args.out, args.merge[0], args.merge[1:], args.hardware, args.name)
             return 0
         sizes = {"sizes": (64, 4096)} if args.tiny else {}
-        base = find_profile(args.base) if args.base else None
+        is_first = os.environ.get("RANK", "0") == "0"  # of torchrun's: the others write nothing
+        base = find_profile(args.base) if args.base and is_first else None
         for path in measure(
             args.out, hardware=args.hardware, name=args.name, parts=args.part,
             tiers=args.tier or grid.TIERS, kinds=args.kind, budget_seconds=args.budget_seconds,

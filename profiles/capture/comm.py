@@ -5,6 +5,9 @@ calls is enqueued back to back behind a sleep, between two events of that stream
 neither Python nor the peer's Python is in the figure. The slowest rank counts. Of messages between
 pairs the first pair counts, while all others send as well, as in a pipeline. On a CPU (gloo) the
 clock is used; that serves tests.
+
+The processes are started here, one for each GPU of the host; or by torchrun, one on each of several
+nodes, and then the network between them is measured.
 """
 
 from __future__ import annotations
@@ -17,13 +20,13 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
 
 from mhcplan.profiles.capture.timing import spread_percent
-from mhcplan.profiles.schema import Pattern, TransferTiming
+from mhcplan.profiles.schema import Medium, Pattern, TransferTiming
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -163,7 +166,9 @@ def _bursts(call: Callable[[], Any], gpu: bool, ranks: int) -> tuple[list[float]
     return good, round(statistics.median(host))
 
 
-def _measure(transfers: Transfers, pattern: Pattern, num_bytes: int) -> TransferTiming | None:
+def _measure(
+    transfers: Transfers, pattern: Pattern, num_bytes: int, medium: Medium
+) -> TransferTiming | None:
     """One row on rank 0, None elsewhere and where nothing could be timed; every rank calls it."""
     call = transfers.call(pattern, num_bytes)
     gpu = transfers.device.type == "cuda"
@@ -176,7 +181,7 @@ def _measure(transfers: Transfers, pattern: Pattern, num_bytes: int) -> Transfer
     if transfers.rank or not times:
         return None
     return TransferTiming(
-        source="measured", pattern=pattern, medium="intra_node", group_size=ranks,
+        source="measured", pattern=pattern, medium=medium, group_size=ranks,
         bytes=num_bytes, duration_ns=max(1, round(statistics.median(times))),
         spread_percent=spread_percent(times), samples=len(times), host_ns=host_ns,
     )  # fmt: skip
@@ -197,26 +202,65 @@ def _communicator_bytes(device: torch.device) -> int:
     return max(0, before - torch.cuda.mem_get_info(device)[0] - grown)
 
 
+class Launched(NamedTuple):
+    """This process as torchrun started it, and what lies between it and the others."""
+
+    rank: int
+    world: int
+    medium: Medium
+
+
+def launched() -> Launched | None:
+    """How torchrun started this process; None if it did not.
+
+    Raises:
+        ValueError: several processes on each of several nodes: neither NVLink nor the network alone
+            would be measured.
+    """
+    if not dist.is_torchelastic_launched():
+        return None
+    rank, world, local = (
+        int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    )
+    if local not in (1, world):
+        raise ValueError(
+            f"LOCAL_WORLD_SIZE={local} of WORLD_SIZE={world}: start one process a node"
+            " (torchrun --nproc-per-node 1), or all on one node"
+        )
+    return Launched(rank, world, "intra_node" if local == world else "inter_node")
+
+
 def _worker(
     rank: int, world: int, device_type: str, port: int, job: dict[str, Any], result: str
 ) -> None:
-    """One rank: measures what the log does not have; rank 0 writes the lines."""
+    """One rank of those that are started here."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
+    _join(rank, rank, world, device_type, job, result)
+
+
+def _join(
+    rank: int, local_rank: int, world: int, device_type: str, job: dict[str, Any], result: str
+) -> None:
+    """Measure what the log does not have; rank 0 writes the lines, and its job is everybody's."""
+    gpu = device_type == "cuda"
+    device = torch.device(device_type, local_rank) if gpu else torch.device("cpu")
     options: dict[str, Any] = {}
-    if device_type == "cuda":
+    if gpu:
         torch.cuda.set_device(device)
         options["device_id"] = device
-    backend = "nccl" if device_type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=rank, world_size=world, **options)
+    dist.init_process_group("nccl" if gpu else "gloo", rank=rank, world_size=world, **options)
     try:
-        _run(device, job, Path(result))
+        found = [job]
+        dist.broadcast_object_list(found, 0)
+        _run(device, found[0], Path(result))
     finally:
         dist.destroy_process_group()
 
 
 def _run(device: torch.device, job: dict[str, Any], result: Path) -> None:
     rank = dist.get_rank()
+    if not job["todo"]:
+        return
     communicator = _communicator_bytes(device)
     sizes = sorted(s for _, s in job["todo"])
     transfers = Transfers(device, max(sizes))
@@ -227,7 +271,7 @@ def _run(device: torch.device, job: dict[str, Any], result: Path) -> None:
         dist.broadcast_object_list(stop, 0)
         if stop[0]:
             break
-        row = _measure(transfers, pattern, num_bytes)
+        row = _measure(transfers, pattern, num_bytes, job["medium"])
         if rank == 0 and row is not None:
             data = row.model_dump(mode="json", exclude_none=True)
             line = {**job["stamp"], "transfer": data, "communicator_bytes": communicator}
@@ -295,7 +339,7 @@ def measure_transfers(
         log: file of lines; appended to, and read when a run is resumed.
         stamp: code hash and device name that lines must carry to be used again.
         device_type: ``cuda`` (NCCL) or ``cpu`` (gloo).
-        world: processes, one a device.
+        world: processes, one a device; torchrun's, where it started this one.
         sizes: bytes, see :class:`~mhcplan.profiles.schema.TransferTiming`; each at least 4 a rank.
         budget_seconds: stop before the next transfer when this much time has passed.
 
@@ -307,9 +351,15 @@ def measure_transfers(
     """
     have = {(r.pattern, r.bytes) for r in read_transfers(log, stamp)[0]}
     todo = [(p, s) for s in sorted(sizes) for p in PATTERNS if (p, s) not in have]
-    if todo:
+    started = launched()
+    medium = started.medium if started else "intra_node"
+    job = {"todo": todo, "stamp": stamp, "budget_seconds": budget_seconds, "medium": medium}
+    if started:
         _mend(log)
-        job = {"todo": todo, "stamp": stamp, "budget_seconds": budget_seconds}
+        local_rank = int(os.environ["LOCAL_RANK"])
+        _join(started.rank, local_rank, started.world, device_type, job, str(log))
+    elif todo:
+        _mend(log)
         context = torch.multiprocessing.get_context("spawn")
         port = _free_port()
         workers = [

@@ -20,7 +20,7 @@ from pydantic import NonNegativeInt, ValidationError
 
 from mhcplan.profiles.capture import grid, machine
 from mhcplan.profiles.capture.block import allocator_margin_percent
-from mhcplan.profiles.capture.comm import SIZES, measure_transfers
+from mhcplan.profiles.capture.comm import SIZES, launched, measure_transfers
 from mhcplan.profiles.capture.ops import OP_BUDGET_NS, Log, Session, groups, measure_ops
 from mhcplan.profiles.capture.timing import GpuTimer
 from mhcplan.profiles.presets import HARDWARE
@@ -208,7 +208,11 @@ def measure_comm_part(
         raise ValueError(f"devices={world}: transfers need at least 2")
     code = machine.code_sha256()
     device = torch.device(device_type)
-    stamp = {"code": code, "device": machine.device_name(device), "world": str(world)}
+    started = launched()
+    stamp = {
+        "code": code, "device": machine.device_name(device), "world": str(world),
+        "medium": started.medium if started else "intra_node",
+    }  # fmt: skip
     rows, communicator = measure_transfers(log, stamp, device_type, world, sizes, budget_seconds)
     return CommPart(
         provenance=machine.provenance(device, world, code),
@@ -225,7 +229,7 @@ def merge(ops: OpsPart, comms: Sequence[CommPart], hardware: HardwareSpec, name:
     Raises:
         ProfileError: the parts are of different devices.
     """
-    transfers: dict[tuple[str, int, int], TransferTiming] = {}
+    transfers: dict[tuple[str, str, int, int], TransferTiming] = {}
     for comm in comms:
         if ops.provenance.device != comm.provenance.device:
             raise ProfileError(
@@ -233,7 +237,7 @@ def merge(ops: OpsPart, comms: Sequence[CommPart], hardware: HardwareSpec, name:
                 f" transfers on {comm.provenance.device!r}"
             )
         for row in comm.transfers:
-            transfers.setdefault((row.pattern, row.group_size, row.bytes), row)
+            transfers.setdefault((row.pattern, row.medium, row.group_size, row.bytes), row)
     return Profile(
         name=name, hardware=hardware,
         provenance=(ops.provenance, *(comm.provenance for comm in comms)), rates=ops.rates,
@@ -303,6 +307,8 @@ def measure(
         keys: op keys instead of the grid's.
         base: write this profile with the rows added, instead of a new one.
 
+    Under torchrun only transfers are measured, between its processes, and rank 0 writes.
+
     Returns:
         The files written.
 
@@ -317,6 +323,8 @@ def measure(
     kind_of_device = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
     devices = torch.cuda.device_count() if kind_of_device == "cuda" else 2
     wanted = tuple(parts) if parts is not None else PARTS[: 1 + (devices > 1)]
+    if (started := launched()) is not None:
+        devices, wanted = started.world, ("comm",)
     chosen = [
         k for k in (grid.keys(tiers) if keys is None else keys) if not kinds or k.kind in kinds
     ]
@@ -335,6 +343,8 @@ def measure(
             comm_path.with_suffix(".jsonl"), kind_of_device, devices, sizes=sizes,
             budget_seconds=budget_seconds,
         )  # fmt: skip
+        if started is not None and started.rank:
+            return []  # rank 0 has the rows
         write_whole(comm_path, comm.model_dump_json(by_alias=True, exclude_none=True) + "\n")
         written.append(comm_path)
     if base is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import torch
 
 from mhcplan.profiles.capture import grid, machine, measure
 from mhcplan.profiles.capture.__main__ import main
-from mhcplan.profiles.capture.comm import without_starved
+from mhcplan.profiles.capture.comm import launched, without_starved
 from mhcplan.profiles.capture.ops import Log, Session, groups, measure_ops
 from mhcplan.profiles.capture.segments import Chip, Kernel, ctas_per_sm, make_segments
 from mhcplan.profiles.capture.timing import HostTimer, spread_percent
@@ -38,12 +39,23 @@ def ops_part(tmp_path: Path, **kwargs: object) -> measure.OpsPart:
     )
 
 
-def run(*args: str, **kwargs: object) -> subprocess.Popen[str]:
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def run(*args: str, variables: dict[str, str] | None = None) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "mhcplan.profiles.capture", "--device", "cpu", *args]
     source = Path(__file__).parents[2] / "src"
-    env = {**os.environ, "PYTHONPATH": str(source), "TRITON_INTERPRET": "0"}
+    env = {**os.environ, "PYTHONPATH": str(source), "TRITON_INTERPRET": "0"} | (variables or {})
     return subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
+        command,
+        env=env,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -63,6 +75,38 @@ def test_whole_suite_end_to_end(tmp_path: Path) -> None:
     assert [p.num_devices for p in profile.provenance] == [1, 2]
     assert profile.provenance[0].versions["torch"] == torch.__version__
     assert not list(out.parent.glob("*.tmp"))
+
+
+def test_two_nodes_under_torchrun_add_the_network_to_a_profile(tmp_path: Path) -> None:
+    """Two processes as torchrun starts them, one on each of two nodes that share a folder."""
+    base, out = tmp_path / "base.json", tmp_path / "p.json"
+    one = run("--out", str(base), "--part", "ops", "--op", str(SOME[0]), "--op-budget-ms", "0.01")
+    one.communicate(timeout=60)
+    world = {
+        "TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+    }  # fmt: skip
+    args = ("--out", str(out), "--tiny", "--base", str(base))
+    nodes = [run(*args, variables={**world, "RANK": rank}) for rank in "01"]
+    (said, problem), (other, _) = (node.communicate(timeout=80) for node in nodes)
+    assert [node.returncode for node in nodes] == [0, 0], problem
+    assert str(out) in said
+    assert not other  # one writes for both
+    profile = read_profile(out)
+    assert {(row.medium, row.bytes) for row in profile.transfers} == {
+        ("inter_node", 64), ("inter_node", 4096)
+    }  # fmt: skip
+    assert [row.key for row in profile.ops] == SOME[:1]
+
+
+def test_several_processes_on_several_nodes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="start one process a node"):
+        launched()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert launched() == (0, 8, "intra_node")
 
 
 def test_kill_and_resume_measures_nothing_twice(tmp_path: Path) -> None:
@@ -86,6 +130,27 @@ def test_kill_and_resume_measures_nothing_twice(tmp_path: Path) -> None:
     keys = [json.dumps([r["kind"], r["pass"], r["shape"]]) for r in map(row_of, lines) if r]
     assert len(keys) == len(set(keys)) == len(grid.tiny_keys())
     assert len(read_profile(out).ops) == len(keys)
+
+
+def test_transfers_go_on_after_a_kill(tmp_path: Path) -> None:
+    log = tmp_path / "p.json.comm.jsonl"
+    args = ("--out", str(tmp_path / "p.json"), "--tiny", "--part", "comm")
+    process = run(*args)
+    end = time.monotonic() + 60
+    while time.monotonic() < end and (not log.exists() or log.read_bytes().count(b"\n") < 3):
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)  # with the two processes that it started
+    process.communicate(timeout=20)
+    kept = log.read_text().splitlines()[:3]
+    log.write_text("\n".join([*kept, '{"code": "cut sho']))
+    again = run(*args)
+    _, stderr = again.communicate(timeout=60)
+    assert again.returncode == 0, stderr
+    assert "/12 " not in stderr  # 6 patterns, 2 sizes; some of them known
+    lines = log.read_text().splitlines()
+    assert lines[:3] == kept
+    rows = [json.loads(line)["transfer"] for line in lines if line.endswith("}")]
+    assert len({(row["pattern"], row["bytes"]) for row in rows}) == 12
 
 
 def row_of(line: str) -> dict[str, object]:

@@ -193,6 +193,12 @@ def test_measured_network_is_used_before_the_assumed_link(profile: Profile) -> N
     cost = model.transfer(TransferKey("send_recv", 2, 1, MIB))
     assert cost.source == "measured"
     assert cost.duration_ns == 7 * inside.duration_ns
+    # what eight ranks of a node send to seven other nodes each goes as one message did
+    key = TransferKey("all_to_all", 64, 8, 64 * MIB)
+    far = model.transfer(key)
+    message = model.transfer(TransferKey("send_recv", 2, 1, 56 * MIB))
+    assert far.duration_ns == message.duration_ns
+    assert (far.source, far.link_bytes) == ("extrapolated", 56 * MIB)
 
 
 @pytest.mark.parametrize(
