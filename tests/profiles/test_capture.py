@@ -70,7 +70,8 @@ def test_whole_suite_end_to_end(tmp_path: Path) -> None:
     assert {str(row.key) for row in profile.ops} == {str(key) for key in grid.tiny_keys()}
     patterns = {row.pattern for row in profile.transfers}
     assert len(patterns) == 6
-    assert {row.bytes for row in profile.transfers} == {64, 4096}
+    # small ones that a busy machine made slower than large ones are dropped
+    assert {4096} <= {row.bytes for row in profile.transfers} <= {64, 4096}
     assert all(row.source == "measured" for row in (*profile.ops, *profile.transfers))
     assert [p.num_devices for p in profile.provenance] == [1, 2]
     assert profile.provenance[0].versions["torch"] == torch.__version__
@@ -93,9 +94,8 @@ def test_two_nodes_under_torchrun_add_the_network_to_a_profile(tmp_path: Path) -
     assert str(out) in said
     assert not other  # one writes for both
     profile = read_profile(out)
-    assert {(row.medium, row.bytes) for row in profile.transfers} == {
-        ("inter_node", 64), ("inter_node", 4096)
-    }  # fmt: skip
+    found = {(row.medium, row.bytes) for row in profile.transfers}
+    assert {("inter_node", 4096)} <= found <= {("inter_node", 64), ("inter_node", 4096)}
     assert [row.key for row in profile.ops] == SOME[:1]
 
 
