@@ -15,24 +15,24 @@ from pydantic.fields import FieldInfo
 
 from mhcplan.planner.plan.file import FLAG_FIELDS, resolve_plan
 from mhcplan.planner.plan.spec import Engine, LayoutSpec, PlanSpec, Priority, ScheduleName
-from mhcplan.planner.sweep.axes import GLOBAL_BATCH, Axis, axes_of
 from mhcplan.profiles.specs import ResidualKind, ResidualSpec
 
-_GLOBAL_BATCH = (
+GLOBAL_BATCH_HELP = (
     "sequences of the whole job's step, in place of --microbatches: a multiple of"
     " micro-batch-size x ep x dp"
 )
 _SPECS = {"residual": ResidualSpec, "layout": LayoutSpec}
 
 
-def _field(name: str) -> FieldInfo:
+def field_of(name: str) -> FieldInfo:
+    """The plan field behind a flag."""
     parent, _, last = FLAG_FIELDS[name].rpartition(".")
     return _SPECS.get(parent, PlanSpec).model_fields[last]
 
 
 def _flag(name: str) -> Parameter:
     """A flag of the plan field behind ``name``, with its description and its default."""
-    info = _field(name)
+    info = field_of(name)
 
     def default(_value: object) -> str:
         return str(info.default)
@@ -55,7 +55,7 @@ class PlanFlags:
     ep: Annotated[int | None, _flag("ep")] = None
     dp: Annotated[int | None, _flag("dp")] = None
     microbatches: Annotated[int | None, _flag("microbatches")] = None
-    global_batch: Annotated[PositiveInt | None, Parameter(help=_GLOBAL_BATCH)] = None
+    global_batch: Annotated[PositiveInt | None, Parameter(help=GLOBAL_BATCH_HELP)] = None
     micro_batch_size: Annotated[int | None, _flag("micro_batch_size")] = None
     seq_len: Annotated[int | None, _flag("seq_len")] = None
     schedule: Annotated[ScheduleName | None, _flag("schedule")] = None
@@ -92,63 +92,6 @@ class PlanFlags:
                 words += [f"--{flag.replace('_', '-')}", str(value)]
         if self.global_batch is not None:
             words += ["--global-batch", str(self.global_batch)]
-        for setting in self.settings:
-            words += ["--set", setting]
-        return words
-
-
-def _values(name: str) -> Parameter:
-    return Parameter(help=f"{_field(name).description}: values to visit", show_default=False)
-
-
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class AxisFlags:
-    """Which values of which fields: a list (1,2,4), a range with its ends (16..64..16), or both."""
-
-    n: Annotated[str | None, _values("n")] = None
-    residual: Annotated[str | None, _values("residual")] = None
-    recompute_block: Annotated[str | None, _values("recompute_block")] = None
-    pp: Annotated[str | None, _values("pp")] = None
-    ep: Annotated[str | None, _values("ep")] = None
-    dp: Annotated[str | None, _values("dp")] = None
-    microbatches: Annotated[str | None, _values("microbatches")] = None
-    global_batch: Annotated[str | None, Parameter(help=f"{_GLOBAL_BATCH}: values to visit")] = None
-    micro_batch_size: Annotated[str | None, _values("micro_batch_size")] = None
-    seq_len: Annotated[str | None, _values("seq_len")] = None
-    schedule: Annotated[str | None, _values("schedule")] = None
-    priority: Annotated[str | None, _values("priority")] = None
-    profile: Annotated[str | None, _values("profile")] = None
-    engine: Annotated[str | None, _values("engine")] = None
-    settings: Annotated[
-        list[str],
-        Parameter(
-            name="--set",
-            negative=(),
-            help="field=values: any other field of a plan, by its dotted path; may be repeated",
-        ),
-    ] = field(default_factory=list[str])
-
-    def axes(self) -> tuple[Axis, ...]:
-        """The axes of the flags that were given, in the order of the help, then of ``--set``.
-
-        Raises:
-            SpecError: see :func:`mhcplan.planner.sweep.axes.axes_of`.
-        """
-        paths = FLAG_FIELDS | {GLOBAL_BATCH: GLOBAL_BATCH}
-        given = {
-            path: str(text)
-            for flag, path in paths.items()
-            if (text := getattr(self, flag)) is not None
-        }
-        return axes_of(given, self.settings)
-
-    def arguments(self) -> list[str]:
-        """The command-line words that give these flags."""
-        words: list[str] = []
-        for flag in (*FLAG_FIELDS, GLOBAL_BATCH):
-            if (text := getattr(self, flag)) is not None:
-                words += [f"--{flag.replace('_', '-')}", str(text)]
         for setting in self.settings:
             words += ["--set", setting]
         return words

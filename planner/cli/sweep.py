@@ -9,7 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 from cyclopts.types import PositiveFloat, PositiveInt
 
-from mhcplan.planner.cli.flags import AxisFlags
+from mhcplan.planner.cli.axis_flags import AxisFlags
 from mhcplan.planner.cli.predict import Source
 from mhcplan.planner.cli.terminal import note, output, progress_bar
 from mhcplan.planner.output import write_file
