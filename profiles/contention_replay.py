@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 _STARTS = (0.23, 0.61)  # the second rank's lag, as a share of an op: no phase is special
 _SKEW = 1.01  # the second rank is that much slower: no two GPUs are equal
 _MESSAGES, _FEWEST_MESSAGES = 14, 6
+_MOST_MESSAGES = 2_000
 _FEWEST_OPS, _MOST_OPS = 8, 60_000
 # cost keys: the op on either rank, a message, the gap after it, and what makes the second rank late
 _FIRST, _SECOND, _MESSAGE, _GAP, _LAG = range(5)
@@ -106,9 +107,12 @@ class _Pair(NamedTuple):
 
 def _play_from(pair: _Pair, lag: float, engine: Callable[[Program, CostTable], Timeline]) -> Played:
     """Play with the second rank behind by ``lag`` of an op; longer until enough was done."""
-    ops = max(_FEWEST_OPS, round(3 * _MESSAGES * pair.period_ns / pair.op_ns))
+    # short messages are as many as it takes to be there for all the ops that count
+    messages = max(_MESSAGES, -(-_FEWEST_OPS * pair.op_ns // pair.period_ns))
+    messages = min(int(messages), _MOST_MESSAGES)
+    ops = max(_FEWEST_OPS, round(3 * messages * pair.period_ns / pair.op_ns))
     while ops <= _MOST_OPS:
-        program = _two_ranks(pair.message, ops)
+        program = _two_ranks(pair.message, ops, messages)
         found = _means(program, engine(program, _costs(pair, lag)), pair)
         if found is not None:
             return found
@@ -129,7 +133,7 @@ def _means(program: Program, timeline: Timeline, pair: _Pair) -> Played | None:
     compute: list[float] = []
     for which, skew in busy.items():
         begun = np.sort(start[key == which])
-        begun = begun[begun <= max(int(done[-1]), begun[_FEWEST_OPS - 1])]
+        begun = begun[begun <= max(int(done[-1]), begun[1])]
         compute.append(_mean_step(begun) / (pair.op_ns * skew))
     period_ns = _mean_step(done)
     kernel_ns = float((sent - np.sort(start[is_message]))[1 : len(done)].mean())
@@ -161,10 +165,10 @@ def _costs(pair: _Pair, lag: float) -> CostTable:
     )
 
 
-def _two_ranks(message: Message, ops: int) -> Program:
+def _two_ranks(message: Message, ops: int, count: int) -> Program:
     """A step of two ranks; the second one computes only where both did. Between two messages comes
     a transfer of no SMs that takes as long as the gap."""
-    messages = [_MESSAGE, _GAP] * _MESSAGES
+    messages = [_MESSAGE, _GAP] * count
     rows = [(0, 0, _FIRST)] * ops + [(0, 1, key) for key in messages]  # rank, stream, cost
     rows += [(1, 2, _LAG)] + [(1, 2, _SECOND)] * (ops if message.both_busy else 0)
     rows += [(1, 3, key) for key in messages]

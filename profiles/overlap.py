@@ -47,6 +47,7 @@ _FAMILIES = {
 _OTHER_FAMILY = "elementwise"
 _MOST_CTAS = 32  # that were overlapped
 _ENOUGH_PAIRS = 3
+MESSAGE_GAP_NS = 1_700  # from a message's end to the next one's start, alone: the measured median
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,8 @@ class OverlapModel:
             ValueError: more CTAs than SMs, or one takes so much longer than the other that playing
                 them is hopeless.
         """
+        if ctas is not None and not 1 <= ctas <= self.parameters.num_sms:
+            raise ValueError(f"ctas={ctas} must be 1 .. {self.parameters.num_sms}, the SMs")
         ours = self._kernel(compute) if isinstance(compute, str) else self._op(compute)
         theirs = self._traffic(traffic, ctas, high_priority)
         pair = self._stored(ours, theirs, is_default=ctas is None)
@@ -235,9 +238,13 @@ class OverlapModel:
         load = loads.traffic[0] if loads is not None else None
         assert load is not None  # the profile has a contention model
         eager = key.pattern == "send_recv" and key.num_bytes < BUFFER_BYTES * load.ctas
+        # transfers were timed from start to start
+        gap_ns = min(MESSAGE_GAP_NS, cost.duration_ns / 2)
+        alone_ns = cost.duration_ns - gap_ns
         message = Message(
-            cost.duration_ns, load.chain_ns, load.fixed_ns, load.ctas,
-            (load.sent_hbm_bytes, load.received_hbm_bytes), gap_ns=0.0, eager=eager,
+            alone_ns, min(load.chain_ns, alone_ns - min(load.fixed_ns, alone_ns)),
+            min(load.fixed_ns, alone_ns), load.ctas,
+            (load.sent_hbm_bytes, load.received_hbm_bytes), gap_ns=gap_ns, eager=eager,
             high_priority=high_priority, one_way=key.pattern == "send_recv",
         )  # fmt: skip
         return _Traffic(key, message, load.link_share, cost.source)

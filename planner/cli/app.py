@@ -93,6 +93,10 @@ _PROFILE_COMMANDS = {
         "mhcplan.planner.cli.profile:validate",
         "Check a profile file: every problem, one a line.",
     ),
+    "overlap": (
+        "mhcplan.planner.cli.overlap:overlap",
+        "Price any op beside any traffic: how much each slows the other, and why.",
+    ),
     "diff": (
         "mhcplan.planner.cli.profile:diff",
         "Compare two profiles figure by figure.",

@@ -58,5 +58,13 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "show": ("mhcplan profile show h100-sxm", "mhcplan profile show h100-sxm --json"),
     "diff": ("mhcplan profile diff h100-sxm mine.json",),
-    "validate": ("mhcplan profile validate mine.json",),
+    "validate": (
+        "mhcplan profile validate mine.json",
+        "mhcplan profile validate h100-sxm --holdout",
+    ),
+    "overlap": (
+        "mhcplan profile overlap mhc-27b:attention.F mhc-27b:dispatch",
+        "mhcplan profile overlap 'mhc_post.F hidden=2560 n=4 tokens=4096' 'send_recv 64MiB'",
+        "mhcplan profile overlap gemm_persistent 'all_to_all 8MiB' --ctas 8 --priority high",
+    ),
 }

@@ -79,7 +79,8 @@ def validate(
 
     Args:
         profile: the profile file, or a shipped profile's name
-        holdout: also leave out a fifth of what was measured and say how well the rest predicts it
+        holdout: also leave out a fifth of what was measured and say how well the rest predicts it,
+            and whether that is within the bars
     """
     problems = store.validate(profile)
     for problem in problems:
@@ -88,7 +89,7 @@ def validate(
         return 2
     print(f"{profile}: no problem")
     if holdout:
-        _print_holdout(store.find_profile(profile))
+        _print_holdout(store.find_profile(profile), store.contention_log(profile))
     return 0
 
 
@@ -142,19 +143,24 @@ def measure(
     return code
 
 
-def _print_holdout(profile: Profile) -> None:
+def _print_holdout(profile: Profile, contention_log: str | None) -> None:
     from mhcplan.profiles.holdout import holdout
 
-    rows = (
-        (row.family, str(row.shapes), str(row.held_out), str(row.missing),
-         f"{row.median_percent:.1f}", f"{row.p90_percent:.1f}", f"{row.worst_percent:+.1f}",
-         row.worst)
-        for row in holdout(profile)
+    rows = holdout(profile, contention_log)
+    cells = (
+        (row.family, f"{row.held_out} of {row.shapes}", f"{row.median_percent:.1f}",
+         f"{row.p90_percent:.1f}", f"{row.mean_percent:.1f}", f"{row.worst_percent:+.1f}",
+         row.worst, "FAIL: " + "; ".join(row.misses) if row.misses else "pass")
+        for row in rows
     )  # fmt: skip
     columns = (
-        "family", "shapes", "held out", "no price", "median %", "90th %", "worst %", "worst at"
+        "family", "held out", "median %", "90th %", "mean %", "worst %", "worst at", "bar"
     )  # fmt: skip
-    _table(_console(), "Error of shapes left out, predicted from the rest", columns, rows)
+    console = _console()
+    title = "Error of what was left out, predicted from the rest"
+    _table(console, title, columns, cells)
+    missed = sum(bool(row.misses) for row in rows)
+    console.print(f"{len(rows) - missed} of {len(rows)} families pass")
 
 
 def _summary(profile: Profile) -> dict[str, str | int]:

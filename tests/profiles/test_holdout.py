@@ -65,4 +65,4 @@ def test_pairs_have_the_error_that_the_profile_says() -> None:
     assert found["pairs: compute"].held_out == said.held_out_pairs
     for side in ("compute", "traffic"):
         percent = getattr(said, f"{side}_error_percent")
-        assert found[f"pairs: {side}"].mean_percent == pytest.approx(percent, abs=0.01)
+        assert found[f"pairs: {side}"].mean_percent == pytest.approx(percent, rel=0.05)

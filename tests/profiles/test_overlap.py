@@ -15,11 +15,12 @@ from mhcplan.profiles.contention_fit import TRAITS, Pairs, errors
 from mhcplan.profiles.contention_replay import play
 from mhcplan.profiles.loads import GpuSettings
 from mhcplan.profiles.lookup import CostModel
-from mhcplan.profiles.overlap import OverlapModel, parse_traffic, rows_of
+from mhcplan.profiles.overlap import MESSAGE_GAP_NS, OverlapModel, parse_traffic, rows_of
 from mhcplan.profiles.schema import ProfileError
 from mhcplan.profiles.store import contention_log, find_profile
 from mhcplan.profiles.vocabulary import OpKey, TransferKey, op_key
 from mhcplan.sim.compiled import simulate_compiled
+from mhcplan.sim.device_kernels import Traffic
 from mhcplan.sim.engine import simulate
 from mhcplan.sim.program import CostTable, Program
 from mhcplan.sim.timeline import Timeline
@@ -52,9 +53,9 @@ def test_nothing_is_faster_beside_something_else(
     found = MODEL.price(op, transfer, ctas=ctas, high_priority=urgent)
     assert found.compute_slowdown > 1 - 1e-4  # times are whole nanoseconds
     assert found.traffic_slowdown > 1 - 1e-4
-    together = found.queue_ns + found.kernel_ns
+    together = found.queue_ns + found.kernel_ns + MESSAGE_GAP_NS
     assert together == pytest.approx(found.traffic_slowdown * found.traffic_ns, rel=0.05)
-    assert found.kernel_ns >= found.traffic_ns - 1
+    assert found.kernel_ns >= found.traffic_ns - MESSAGE_GAP_NS - 1
     assert ctas is None or found.ctas <= ctas
 
 
@@ -63,30 +64,49 @@ def test_nothing_is_faster_beside_something_else(
 def test_the_price_is_what_the_engines_give(op: OpKey, urgent: bool, engine: Engine) -> None:
     """Two streams of two ranks, written down here, with the tables of a prediction."""
     price = MODEL.price(op, SEND, high_priority=urgent)
-    maker = Maker(2)
+    maker, messages = Maker(2), 150
     pair = maker.group("pair", 0, 1)
+    gaps = [maker.group(f"gap{rank}", rank, size=2) for rank in (0, 1)]
+    level = {"priority": -int(urgent)}
+    ops = 10 + round(1.5 * messages * price.traffic_slowdown * price.traffic_ns / price.compute_ns)
     for rank in (0, 1):
         length = price.compute_ns * (100 + rank) // 100  # no two GPUs are equal
         maker.op(rank, rank * price.compute_ns // 3)
-        for _ in range(300):
+        for _ in range(ops):
             maker.op(rank, length)
-        for _ in range(60):
-            maker.transfer(rank, pair, price.traffic_ns, priority=-int(urgent))
+        before: tuple[int, ...] = ()
+        for _ in range(messages):
+            sent = maker.transfer(
+                rank, pair, price.traffic_ns - MESSAGE_GAP_NS, waits=before, **level
+            )
+            before = (
+                maker.transfer(
+                    rank, gaps[rank], MESSAGE_GAP_NS, waits=(sent,), kind="gap", **level
+                ),
+            )
     program, costs = maker.build()
     loads = CostModel(PROFILE).table([str(op), str(SEND)], GpuSettings()).loads
     assert loads is not None
-    sends = program.group >= 0
+    sends, computes = program.group == pair, program.group < 0
+    gap = Traffic(0, link_share=0.0)
     loads = dataclasses.replace(
         loads,
-        kernels=tuple(() if is_send else loads.kernels[0] for is_send in sends),
-        traffic=tuple(loads.traffic[1] if is_send else None for is_send in sends),
+        kernels=tuple(loads.kernels[0] if is_op else () for is_op in computes),
+        traffic=tuple(
+            None if group < 0 else loads.traffic[1] if group == pair else gap
+            for group in program.group
+        ),
     )
     timeline = engine(program, dataclasses.replace(costs, loads=loads))
     ends = np.sort(timeline.end_ns[sends & (program.rank == 0)])
-    begun = np.sort(timeline.start_ns[~sends & (program.rank == 0)])
-    begun = begun[begun < ends[-1]]
-    traffic = (ends[-1] - ends[4]) / (len(ends) - 5) / price.traffic_ns
-    compute = (begun[-1] - begun[0]) / (len(begun) - 1) / price.compute_ns
+    traffic = (ends[-1] - ends[0]) / (messages - 1) / price.traffic_ns
+    longer: list[float] = []
+    for rank in (0, 1):
+        begun = np.sort(timeline.start_ns[computes & (program.rank == rank)])[1:]
+        begun = begun[begun <= ends[-1]]
+        alone_ns = price.compute_ns * (100 + rank) // 100
+        longer.append((begun[-1] - begun[0]) / (len(begun) - 1) / alone_ns)
+    compute = sum(longer) / 2
     assert price.traffic_slowdown == pytest.approx(traffic, rel=0.15)
     assert price.compute_slowdown == pytest.approx(compute, rel=0.05)
 
