@@ -12,8 +12,8 @@ issued by the hosts, steps captured as CUDA graphs, a traced step; mHC and basel
 
 Every finished stage of a row is a line of ``OUT/measured.jsonl``, with traces beside it: a run that
 is cut off keeps them, and the next one goes on. A row that fails or outlasts ``--row-seconds`` ends
-its processes, and new ones run the rows after it; if the captured part fails twice, later rows are
-issued only. Needs torch, triton, numpy and pydantic; ``--device cpu`` runs tiny rows on
+its processes, and new ones run the rows after it, then itself once more; if the captured part fails
+twice, later rows are issued only. Needs torch, triton, numpy and pydantic; ``--device cpu`` runs tiny rows on
 gloo. ``closed_loop_report.py OUT`` puts the lines beside their claims.
 """
 
@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import faulthandler
 import gc
 import json
 import os
@@ -54,6 +55,7 @@ from mhcplan.profiles.accuracy import (
     read_lines,
     resource_of,
 )
+from mhcplan.profiles.power import steady_ns
 from mhcplan.profiles.store import find_profile
 from mhcplan.runtime.job import Measured, Subject, measure
 from mhcplan.runtime.launch import ProcessFailed, launch
@@ -67,7 +69,7 @@ if TYPE_CHECKING:
 LEAST_S = 25.0  # a row is not begun with less time left
 CAPTURES_LOST = 2  # rows whose captured part failed, after which none is captured any more
 ISSUED_STEPS = 8  # that are timed where captured ones follow
-ANCHOR_MODEL, ANCHOR_TOKENS, ANCHOR_N = "mhc-3b", 2048, 4
+ANCHOR_MODEL, ANCHOR_TOKENS, ANCHOR_N = "mhc-9b", 4096, 4
 MEASURED, ANCHORS, RUNNING = "measured.jsonl", "anchors.json", "running.json"
 
 
@@ -82,7 +84,9 @@ def main() -> None:
     if options.device == "cuda":
         before_rows(options, claims)
     failed: dict[str, str] = {}
-    while pending := [c for c in claims if c.row not in failed and not is_done(options, c)]:
+    given_up: set[str] = set()
+    while pending := [c for c in claims if c.row not in given_up and not is_done(options, c)]:
+        pending.sort(key=lambda claim: claim.row in failed)
         if time.monotonic() + LEAST_S > options.until:
             break
         running = options.out / RUNNING
@@ -94,6 +98,8 @@ def main() -> None:
                 print(str(error)[-3000:], flush=True)
                 break
             row, stage = json.loads(running.read_text())
+            if row in failed:  # once more, as the first of its processes, was not enough
+                given_up.add(row)
             failed[row] = stage
             print(f"{row} failed while {stage}: {str(error)[-1500:]}", flush=True)
             if list(failed.values()).count("captured") >= CAPTURES_LOST:
@@ -157,6 +163,7 @@ def time_limit(seconds: float, what: str) -> Iterator[None]:
 
     def end() -> None:
         print(f"{what} took more than {seconds:.0f} s", flush=True)
+        faulthandler.dump_traceback()
         os._exit(4)
 
     timer = threading.Timer(seconds, end)
@@ -208,28 +215,29 @@ def run_anchors(
     from mhcplan.kernels.layers import Env
     from mhcplan.profiles.capture.block import Block, compare
     from mhcplan.profiles.capture.machine import measure_rates
+    from mhcplan.profiles.capture.power import matrix_tflops
     from mhcplan.profiles.capture.timing import GpuTimer
     from mhcplan.profiles.presets import MODELS
 
     with time_limit(options.row_seconds, "anchors"):
         profile = find_profile(claims[0].profile)
-        claimed = {rate.name: rate.per_second for rate in profile.rates}
-        timer = GpuTimer(torch.device("cuda", 0))
-        timer.heat(1.0)
-        here = {rate.name: rate.per_second for rate in measure_rates(timer)}
-        memory = claimed["copy_bytes"] / here["copy_bytes"]
-        matrix = claimed["gemm_bf16_flops"] / here["gemm_bf16_flops"]
-        block = Block(
-            MODELS[ANCHOR_MODEL], ANCHOR_N, ANCHOR_TOKENS, ANCHOR_TOKENS, Env(timer.device)
-        )
         rows = {str(row.key): row for row in profile.ops}
+        device = torch.device("cuda", 0)
+        both = {"memory": 1.0, "matrix": 1.0}
+        if profile.power_model is not None:  # on a rested chip, as the model's was
+            both["matrix"] = profile.power_model.tflops / matrix_tflops(device)
+        timer = GpuTimer(device)
+        claimed = {rate.name: rate.per_second for rate in profile.rates}
+        here = {rate.name: rate.per_second for rate in measure_rates(timer)}
+        both["memory"] = claimed["copy_bytes"] / here["copy_bytes"]
+        block = Block(MODELS[ANCHOR_MODEL], ANCHOR_N, ANCHOR_TOKENS, ANCHOR_TOKENS, Env(device))
         found = compare(block, rows)
-        both = {"memory": memory, "matrix": matrix}
-        scaled_ns = sum(
-            rows[str(key)].duration_ns * both[resource_of(rows[str(key)], profile)]
-            for key in block.op_keys()
-        )
-        anchors = both | {BLOCK: found.measured_ns / scaled_ns}
+        keys = [str(key) for key in block.op_keys()]
+        scaled = [rows[key].duration_ns * both[resource_of(rows[key], profile)] for key in keys]
+        expected_ns = sum(scaled)
+        if profile.power_model is not None:
+            expected_ns = steady_ns(keys, [round(ns) for ns in scaled], profile.power_model)
+        anchors = both | {BLOCK: found.measured_ns / expected_ns}
     (options.out / ANCHORS).write_text(json.dumps(anchors, indent=1))
     print(f"{found}; anchors {anchors}", flush=True)
 

@@ -19,6 +19,7 @@ from mhcplan.planner.lowering.lower import lower
 from mhcplan.planner.lowering.recompute import resolve_recompute_block
 from mhcplan.planner.plan.spec import SpecError
 from mhcplan.profiles.lookup import cost_model_of
+from mhcplan.profiles.power import slowdown, slowed
 from mhcplan.profiles.store import find_profile
 from mhcplan.sim.breakdown import breakdown
 from mhcplan.sim.jit import MISSING_NUMBA, has_numba
@@ -41,7 +42,8 @@ class Step:
 
     Attributes:
         costs: what each of the program's cost keys costs, with source and spread.
-        table: the same as arrays, which the engine plays.
+        table: the same as arrays, which the engine plays; arithmetic takes ``clock`` times as long
+            as in ``costs``, because of the power limit.
     """
 
     program: Program
@@ -50,6 +52,7 @@ class Step:
     timeline: Timeline
     memory: Memory
     breakdown: Breakdown
+    clock: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -102,10 +105,31 @@ def play(plan: PlanSpec, model: CostModel, recompute_block: int | None) -> Step:
     costs, table = (
         model.costs(program.cost_keys, plan.gpu), model.table(program.cost_keys, plan.gpu)
     )  # fmt: skip
-    timeline = simulate(program, table, plan.engine)
+    table, timeline, clock = settle(plan, program, table, model.profile)
     return Step(
-        program, costs, table, timeline, memory_of(program, table), breakdown(program, timeline)
-    )
+        program, costs, table, timeline, memory_of(program, table), breakdown(program, timeline),
+        clock,
+    )  # fmt: skip
+
+
+def settle(
+    plan: PlanSpec, program: Program, table: CostTable, profile: Profile
+) -> tuple[CostTable, Timeline, float]:
+    """Play a step at the clock that the power limit leaves it.
+
+    The step is played at the full clock first, which says what it would draw.
+
+    Returns:
+        The table that was played, its Timeline, and how many times as long arithmetic takes.
+    """
+    timeline = simulate(program, table, plan.engine)
+    if plan.power == "unlimited" or profile.power_model is None:
+        return table, timeline, 1.0
+    clock, arithmetic = slowdown(program, table, timeline, profile.power_model)
+    if clock == 1.0:
+        return table, timeline, clock
+    table = slowed(table, arithmetic, clock)
+    return table, simulate(program, table, plan.engine), clock
 
 
 def simulate(program: Program, costs: CostTable, engine: Engine) -> Timeline:

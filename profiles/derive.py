@@ -62,6 +62,8 @@ def derive(profile: Profile, name: str) -> Profile:
             "transfers": scale.transfers(profile.transfers),
             # fitted on pairs of another machine: the shares hold as far as its kernels do
             "contention_model": model and model.model_copy(update=scale.assumed),
+            # another chip or another power limit: no more is known than that there is one
+            "power_model": None,
             "contention_ops": (),
             "contention_pairs": (),
             "priorities": (),

@@ -32,6 +32,10 @@ SHORT_NS = 3_000  # memsets and the like: counted as gaps between kernels
 _STREAMING_CTAS_PER_SM = 4  # kernels of at least so many small CTAs wait for memory ...
 _STREAMING_WAVES = 2  # ... if there are more of them than fit at once
 _STREAMING_SHARE = 0.9  # of the bandwidth, that they take
+# Kernels that fetch their tiles one after another count them in memory that is cleared before each
+# launch. The same library launches others whose tiles are dealt to CTAs at the start: beside NCCL
+# they take up to twice as long (docs/accuracy.md), and no clearing goes before them.
+_CLEARING = "Memset"
 
 
 @dataclass(frozen=True)
@@ -109,13 +113,22 @@ class LoadModel:
         assert self._model is not None
         found = self._kernels.get((key, attention))
         if found is None:
-            kept = [s for s in cost.segments if s.duration_ns >= SHORT_NS] or cost.segments
-            moved = _bytes_of(kept, sum(s.hbm_bytes for s in cost.segments), self._parameters)
+            segments = cost.segments
+            at = [i for i, s in enumerate(segments) if s.duration_ns >= SHORT_NS]
+            at = at or list(range(len(segments)))
+            kept = [segments[i] for i in at]
+            moved = _bytes_of(kept, sum(s.hbm_bytes for s in segments), self._parameters)
             found = self._kernels[key, attention] = tuple(
-                _kernel(segment, size, self._model.traits, attention)
-                for segment, size in zip(kept, moved, strict=True)
+                _kernel(segments[i], size, self._traits_at(segments, i), attention)
+                for i, size in zip(at, moved, strict=True)
             )
         return found
+
+    def _traits_at(self, segments: Sequence[Segment], i: int) -> Sequence[KernelTrait]:
+        """Traits that kernel ``i`` of an op may have."""
+        assert self._model is not None
+        cleared = i > 0 and segments[i - 1].name.startswith(_CLEARING)
+        return [t for t in self._model.traits if t.dealt or t.pieces or cleared]
 
     def _trait(self, key: TransferKey) -> TrafficTrait | None:
         found = self._traffic_traits.get((key.pattern, _medium(key)))

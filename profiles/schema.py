@@ -30,7 +30,9 @@ PROFILE_FORMAT = "mhcplan.profile"
 PROFILE_VERSION = 1
 SECOND_NS = 1_000_000_000
 _TABLES = ("ops", "transfers", "contention_ops", "contention_pairs", "priorities")
-_LATER_FIELDS = ("contention_ops", "contention_pairs", "contention_model", "priorities")
+_LATER_FIELDS = (
+    "contention_ops", "contention_pairs", "contention_model", "power_model", "priorities",
+)  # fmt: skip
 
 Pattern = Literal["send_recv", "send_recv_both", "all_to_all", "all_reduce", "reduce_scatter",
                   "all_gather"]  # fmt: skip
@@ -228,6 +230,31 @@ class ContentionModel(Figure):
     traffic_error_percent: Annotated[float, Field(ge=0)] = 0.0
 
 
+class PowerModel(Figure):
+    """What a GPU draws, and how much slower arithmetic gets once that passes a threshold.
+
+    Under a steady load a GPU at its full clock would draw ``active_watts`` while kernels run,
+    ``idle_watts`` between them, and ``joules_per_tflop`` for arithmetic. Beyond ``free_watts`` the
+    clock falls; arithmetic then takes 1 + ``stretch`` (watts / ``free_watts`` - 1) as long.
+
+    Attributes:
+        tflops: bf16 matrix rate at the full clock, 10^12 a second.
+        limit_watts: power limit that the driver enforces; ``window_ms``: how long a load lasts
+            before the clock follows.
+        error_percent: mean error of the stretched times of the loads that were measured.
+    """
+
+    limit_watts: Annotated[float, Field(gt=0)]
+    idle_watts: Annotated[float, Field(ge=0)]
+    active_watts: Annotated[float, Field(ge=0)]
+    joules_per_tflop: Annotated[float, Field(ge=0)]
+    free_watts: Annotated[float, Field(gt=0)]
+    stretch: Annotated[float, Field(ge=0)]
+    tflops: Annotated[float, Field(gt=0)]
+    window_ms: Annotated[float, Field(gt=0)] = 50.0
+    error_percent: Annotated[float, Field(ge=0)] = 0.0
+
+
 class Rate(Figure):
     """A ceiling measured in the same session: what the machine can do at best."""
 
@@ -281,6 +308,7 @@ class Profile(Spec):
     contention_ops: tuple[ContentionOp, ...] = ()
     contention_pairs: tuple[ContentionPair, ...] = ()
     contention_model: ContentionModel | None = None
+    power_model: PowerModel | None = None
     priorities: tuple[PriorityLatency, ...] = ()
 
     @model_validator(mode="after")

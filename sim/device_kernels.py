@@ -83,6 +83,8 @@ class Parameters:
             where several CTAs share one and end at different times.
         bound_from: share of the memory bandwidth from which a kernel begins to be bound by it.
         least_life: shortest life of a memory-bound CTA, as a share of its life beside all others.
+        lone_life: life of a CTA of a persistent kernel that finds an SM only when the others have
+            ended, as a share of their life: clock, caches and power are then its own.
     """
 
     num_sms: int = 132
@@ -96,6 +98,7 @@ class Parameters:
     drain_lives: float = 4.0
     bound_from: float = 0.7
     least_life: float = 0.5
+    lone_life: float = 0.7
 
 
 @dataclass(frozen=True)

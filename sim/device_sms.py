@@ -51,6 +51,7 @@ class Gpu(NamedTuple):
     Attributes:
         priority: of each op's stream; lower is more urgent.
         cost: cost key of each op.
+        waits: 1 where an op's stream waits for events of others before it.
         ctas: of each op's transfer on its rank; -1 for a compute op.
         burden: of each op's transfer, share of the memory bandwidth it takes alone.
         out_link, in_link: of each op's transfer, the link that it sends or receives over, or -1.
@@ -61,7 +62,8 @@ class Gpu(NamedTuple):
         idle: see tail; -1: they fall idle one after another.
         used: SMs it uses outside of its tail.
         units, usual, fit, waves: CTAs or pieces, of which an SM takes ``usual`` and could take
-            ``fit``, in ``waves`` waves alone. units 0: any number of short ones.
+            ``fit``; alone they take ``waves`` (:func:`waves_of`). units 0: any number of them.
+        lone: life of a CTA in a last wave that is nearly empty, of its life in a full one.
         bound: how far it is bound by memory.
         loose: 1 where CTAs end all the time, not in waves.
         drain_ns: what an urgent communication CTA waits for a whole SM.
@@ -75,6 +77,7 @@ class Gpu(NamedTuple):
 
     priority: Ints
     cost: Ints
+    waits: Ints
     ctas: Ints
     burden: Ints
     out_link: Ints
@@ -89,6 +92,7 @@ class Gpu(NamedTuple):
     usual: Ints
     fit: Ints
     waves: Ints
+    lone: Ints
     bound: Ints
     loose: Ints
     drain_ns: Ints
@@ -317,7 +321,10 @@ def _in_use(
     """SMs that compute leaves to nobody, as far as ``member`` of a transfer is concerned."""
     ahead = gpu.priority[member] < gpu.priority[op]
     if _begins(kernel, op, left, gpu):
-        if gpu.priority[member] > gpu.priority[op]:
+        # a stream's next kernel is there before another stream has seen the event it waited for
+        late = gpu.waits[member] > 0 and state.here_ns[member] == now
+        equal = gpu.priority[member] == gpu.priority[op]
+        if gpu.priority[member] > gpu.priority[op] or (equal and late):
             return gpu.used[kernel]
         return gpu.machine[_SMS] if blocked else 0
     rest = left - _after(kernel, op, gpu)
@@ -458,6 +465,16 @@ def _more_waves(kernel: int, sms: int, gpu: Gpu) -> int:
     if usual < fit and count <= sms * fit:  # they crowd together instead
         each = (count + sms - 1) // sms
         return max(SHARE + gpu.machine[_CROWDING] * (each - usual) // usual, SHARE)
-    at_once = usual * sms
-    waves = (count + at_once - 1) // at_once
+    waves = waves_of(count, usual * sms, gpu.lone[kernel])
     return max(SHARE * waves // gpu.waves[kernel], SHARE)
+
+
+@usable_in_compiled
+def waves_of(count: int, at_once: int, lone: int) -> int:
+    """Time of ``count`` CTAs, of which ``at_once`` run at a time, in lives of a CTA; times SHARE.
+
+    Those of a last wave that is not full live shorter, down to ``lone / SHARE``.
+    """
+    full = (count - 1) // at_once
+    rest = count - full * at_once
+    return full * SHARE + lone + (SHARE - lone) * rest // at_once

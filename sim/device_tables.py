@@ -9,7 +9,7 @@ import numpy as np
 
 from mhcplan.sim.device import FULL_RATE
 from mhcplan.sim.device_kernels import hbm_share, units
-from mhcplan.sim.device_sms import SHARE, Gpu
+from mhcplan.sim.device_sms import SHARE, Gpu, waves_of
 from mhcplan.sim.jit import ints
 from mhcplan.sim.order import order_of
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.int64]
 
-_NUM_COLUMNS = 12  # of a kernel: ``end`` .. ``drain_ns`` of Gpu
+_NUM_COLUMNS = 13  # of a kernel: ``end`` .. ``drain_ns`` of Gpu
 
 
 def gpu_of(program: Program, costs: CostTable) -> Gpu:
@@ -51,6 +51,7 @@ def gpu_of(program: Program, costs: CostTable) -> Gpu:
     by_column = (
         np.array([stream.priority for stream in program.streams], np.int64)[program.stream],
         program.cost,
+        (np.diff(program.waits.offsets) > 0).astype(np.int64),
         *_transfer_columns(program, loads, costs.duration_ns),
         begin,
         *columns,
@@ -108,7 +109,7 @@ def _rows(
     They are stretched to fill the op's duration: gaps between kernels belong to the kernels.
     """
     if not kernels:
-        return [(duration_ns * FULL_RATE, 1, 0, 0, p.num_sms, 0, 1, 1, 1, 0, 1, 0)]
+        return [(duration_ns * FULL_RATE, 1, 0, 0, p.num_sms, 0, 1, 1, SHARE, SHARE, 0, 1, 0)]
     stretch = duration_ns / sum(kernel.duration_ns for kernel in kernels)
     rows: list[tuple[int, ...]] = []
     done = 0.0
@@ -126,11 +127,12 @@ def _row(kernel: Kernel, duration_ns: float, p: Parameters, sms: int) -> tuple[i
     bound = _share(min(max(1.5 * (share - p.bound_from) / (1 - p.bound_from), 0.0), 1.0))
     work = duration_ns * FULL_RATE
     if not kernel.ctas:
-        return (1, 0, 0, sms, 0, 1, 1, 1, bound, 1, 0)
+        return (1, 0, 0, sms, 0, 1, 1, SHARE, SHARE, bound, 1, 0)
     count, fit = units(kernel), kernel.ctas_per_sm
     # pieces of unknown number, or dealt anew to a grid that was made for fewer SMs
     is_fluid = (not kernel.dealt and not kernel.pieces) or (kernel.persistent and sms < kernel.ctas)
     usual = min(fit, -(-kernel.ctas // p.num_sms))
+    lone = _share(p.lone_life) if kernel.persistent else SHARE
     waves = -(-count // (usual * sms))
     wave = work / waves
     tail, idle = _tail(kernel, usual, sms, wave, work, p)
@@ -140,7 +142,7 @@ def _row(kernel: Kernel, duration_ns: float, p: Parameters, sms: int) -> tuple[i
     return (
         0 if stays else max(round(wave), 1), round(tail), idle,
         min(sms, -(-min(kernel.ctas, count) // usual)), 0 if is_fluid else count, usual, fit,
-        -(-count // (usual * p.num_sms)), bound, int(loose), round(drain),
+        waves_of(count, usual * p.num_sms, lone), lone, bound, int(loose), round(drain),
     )  # fmt: skip
 
 

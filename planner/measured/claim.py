@@ -18,7 +18,7 @@ import numpy as np
 import mhcplan
 from mhcplan.planner.lowering.lower import lower
 from mhcplan.planner.lowering.recompute import resolve_recompute_block
-from mhcplan.planner.predict import play, simulate
+from mhcplan.planner.predict import play, settle
 from mhcplan.profiles.accuracy import (
     BASELINE,
     MHC,
@@ -91,7 +91,7 @@ def _program_claim(plan: PlanSpec, models: dict[Resource | None, CostModel]) -> 
     }
     step = played[None]
     issued: Lines = {name: of.timeline for name, of in played.items()}
-    captured: Lines = {name: _captured(of, plan) for name, of in played.items()}
+    captured: Lines = {name: _captured(of, plan, models[name]) for name, of in played.items()}
     memory = memory_report(step.program, step.table, step.memory)
     return ProgramClaim(
         program_digest=program_digest(step.program),
@@ -102,10 +102,11 @@ def _program_claim(plan: PlanSpec, models: dict[Resource | None, CostModel]) -> 
     )
 
 
-def _captured(step: Step, plan: PlanSpec) -> Timeline:
+def _captured(step: Step, plan: PlanSpec, model: CostModel) -> Timeline:
     """The step as a CUDA graph: no op takes time of the host."""
-    table = replace(step.table, host_ns=np.zeros_like(step.table.host_ns))
-    return simulate(step.program, table, plan.engine)
+    table = model.table(step.program.cost_keys, plan.gpu)
+    table = replace(table, host_ns=np.zeros_like(table.host_ns))
+    return settle(plan, step.program, table, model.profile)[1]
 
 
 def _step_claim(lines: Lines) -> StepClaim:

@@ -51,6 +51,7 @@ ReceiveBuffers = Literal["pooled", "per_microbatch"]
 RecomputeLayers = Literal["none", "selective", "full"]
 Engine = Literal["compiled", "simpy"]
 Contention = Literal["on", "off"]
+Power = Literal["limited", "unlimited"]
 CommPriority = Literal["normal", "high"]
 
 MAX_CELLS = 1 << 18  # P x M: a step beyond this is too large to play op by op
@@ -166,6 +167,13 @@ class PlanSpec(Spec):
             " how; off: they leave each other alone"
         ),
     ] = "on"
+    power: Annotated[
+        Power,
+        _about(
+            "limited: arithmetic takes as long as the clock that the GPU's power limit leaves it,"
+            " as far as the profile says; unlimited: the full clock"
+        ),
+    ] = "limited"
     comm_ctas: Annotated[
         Annotated[int, _count(64)] | None,
         _about("SMs that a communication kernel takes at most; without it, as many as measured"),

@@ -99,12 +99,21 @@ def _warnings(prediction: Prediction) -> Iterator[str]:
     if plan.model.moe is not None:
         yield f"simplified: {_BALANCED}"
     yield f"simplified: {_UNSPLIT}"
+    if prediction.step.clock > 1:
+        yield (
+            f"power: the limit of the GPU slows arithmetic by {_slower_percent(prediction.step)}"
+            f" %, the baseline's by {_slower_percent(prediction.baseline)} %, on all ranks"
+        )
     has_contention = prediction.step.table.loads is not None
     if plan.gpu is not None:
         for text in assumptions(prediction.profile, plan.gpu):
             yield f"{'assumed' if has_contention else 'simplified'}: {text}"
     for text in (device_sms if has_contention else device).NOT_MODELLED:
         yield f"simplified: {text}"
+
+
+def _slower_percent(step: Step) -> str:
+    return f"{100 * (step.clock - 1):.1f}"
 
 
 def _assumed_costs(step: Step) -> list[str]:
