@@ -75,10 +75,17 @@ def find_profile(name_or_path: str) -> Profile:
     return profile
 
 
-def contention_log(name: str) -> str | None:
-    """Lines of the capture that the contention model of a shipped profile was fitted to, if any."""
-    log = files("mhcplan.profiles").joinpath("data", "raw", f"{name}-contention.jsonl")
-    return log.read_text(encoding="utf-8") if log.is_file() else None
+def contention_log(name_or_path: str) -> str | None:
+    """Lines of the capture that the contention model of a profile was fitted to, if there is one.
+
+    Of a shipped profile it comes with mhcplan, of another it lies where the capture wrote it.
+    """
+    name = f"{name_or_path}-contention.jsonl"
+    shipped = files("mhcplan.profiles").joinpath("data", "raw", name)
+    if "/" not in name and shipped.is_file():
+        return shipped.read_text(encoding="utf-8")
+    beside = Path(f"{name_or_path}.contention.jsonl")
+    return beside.read_text(encoding="utf-8") if beside.is_file() else None
 
 
 def profile_names() -> tuple[str, ...]:

@@ -28,7 +28,12 @@ def _parser() -> argparse.ArgumentParser:
                         help="the profile to write (default: profile.json)")  # fmt: skip
     parser.add_argument("--hardware", default="h100-sxm", help="preset that describes the machine")
     parser.add_argument("--name", help="the profile's name (default: the preset's)")
-    parser.add_argument("--part", choices=PARTS, action="append", help="measure only this part")
+    parser.add_argument(
+        "--part",
+        choices=PARTS,
+        action="append",
+        help="measure only this part (default: ops, and comm with two GPUs)",
+    )
     parser.add_argument("--tier", type=int, action="append", help=f"of {grid.TIERS} (default: all)")
     parser.add_argument("--kind", action="append", default=[], help="measure only this op kind")
     parser.add_argument("--op", action="append", default=[], metavar="KEY",
@@ -87,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
             args.out, hardware=args.hardware, name=args.name, parts=args.part,
             tiers=args.tier or grid.TIERS, kinds=args.kind, budget_seconds=args.budget_seconds,
             op_budget_ns=budget_ns, device_type=args.device, workers=args.compile_workers,
-            keys=_keys(args), base=base, **sizes,
+            keys=_keys(args), base=base, tiny=args.tiny, **sizes,
         ):  # fmt: skip
             print(path)
         if args.check_block:

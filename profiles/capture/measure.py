@@ -3,7 +3,9 @@
 A profile has two parts that may come from two machines of a kind: ``ops`` (one GPU: ops, rates,
 overheads) and ``comm`` (two or more GPUs of one host: transfers). Each part is written to a file of
 its own kind, and :func:`merge` makes a profile of them; with both on one machine that happens at
-once. Rows go to a log beside the output as they come, so an interrupted run goes on where it was.
+once. Two more parts, ``contention`` and ``priority``, are measured where they are asked for
+(:mod:`mhcplan.profiles.capture.overlap_parts`). Rows go to a log beside the output as they come, so
+an interrupted run goes on where it was.
 """
 
 from __future__ import annotations
@@ -22,6 +24,11 @@ from mhcplan.profiles.capture import grid, machine
 from mhcplan.profiles.capture.block import allocator_margin_percent
 from mhcplan.profiles.capture.comm import SIZES, launched, measure_transfers
 from mhcplan.profiles.capture.ops import OP_BUDGET_NS, Log, Session, groups, measure_ops
+from mhcplan.profiles.capture.overlap_parts import (
+    measure_contention_part,
+    measure_priority_part,
+    with_overlap,
+)
 from mhcplan.profiles.capture.timing import GpuTimer
 from mhcplan.profiles.presets import HARDWARE
 from mhcplan.profiles.schema import (
@@ -43,7 +50,7 @@ if TYPE_CHECKING:
 
     from mhcplan.profiles.vocabulary import OpKey
 
-Part = Literal["ops", "comm"]
+Part = Literal["ops", "comm", "contention", "priority"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
 
@@ -284,7 +291,7 @@ def measure(
     parts: Iterable[Part] | None = None, tiers: Iterable[int] = grid.TIERS,
     kinds: Iterable[str] = (), budget_seconds: float = 1e9, op_budget_ns: int = OP_BUDGET_NS,
     device_type: str | None = None, workers: int = 0, sizes: Sequence[int] = SIZES,
-    keys: Sequence[OpKey] | None = None, base: Profile | None = None,
+    keys: Sequence[OpKey] | None = None, base: Profile | None = None, tiny: bool = False,
 ) -> list[Path]:  # fmt: skip
     """Measure this machine and write what came of it.
 
@@ -306,6 +313,7 @@ def measure(
         sizes: of transfers, bytes.
         keys: op keys instead of the grid's.
         base: write this profile with the rows added, instead of a new one.
+        tiny: of contention, the fewest pairs.
 
     Under torchrun only transfers are measured, between its processes, and rank 0 writes.
 
@@ -328,7 +336,8 @@ def measure(
     chosen = [
         k for k in (grid.keys(tiers) if keys is None else keys) if not kinds or k.kind in kinds
     ]
-    ops_path, comm_path = (out.with_name(f"{out.name}.{part}.json") for part in PARTS)
+    ops_path, comm_path, *logs = (out.with_name(f"{out.name}.{part}.json") for part in PARTS)
+    contention_log, priority_log = (path.with_suffix(".jsonl") for path in logs)
     written = []
     out.parent.mkdir(parents=True, exist_ok=True)
     if "ops" in wanted:
@@ -347,15 +356,23 @@ def measure(
             return []  # rank 0 has the rows
         write_whole(comm_path, comm.model_dump_json(by_alias=True, exclude_none=True) + "\n")
         written.append(comm_path)
+    if "contention" in wanted:
+        measure_contention_part(contention_log, kind_of_device, budget_seconds, tiny=tiny)
+        written.append(contention_log)
+    if "priority" in wanted:
+        measure_priority_part(priority_log, kind_of_device, budget_seconds)
+        written.append(priority_log)
     if base is not None:
         ops = read_part(ops_path, OpsPart) if "ops" in wanted else None
         comms = [read_part(comm_path, CommPart)] if "comm" in wanted else []
-        write_whole(out, profile_text(extend(base, ops, comms)))
-        written.append(out)
+        profile = extend(base, ops, comms)
     elif ops_path.exists():
-        write_merged(out, ops_path, [comm_path] if comm_path.exists() else [], hardware, name)
-        written.append(out)
-    return written
+        comm_paths = [comm_path] if comm_path.exists() else []
+        profile = _merged(ops_path, comm_paths, hardware, name)
+    else:
+        return written
+    write_whole(out, profile_text(with_overlap(profile, contention_log, priority_log)))
+    return [*written, out]
 
 
 def write_merged(
@@ -367,10 +384,13 @@ def write_merged(
         ProfileError: a part cannot be read, or they are of different devices.
         ValueError: unknown preset.
     """
+    write_whole(out, profile_text(_merged(ops_path, comm_paths, hardware, name)))
+
+
+def _merged(ops_path: Path, comm_paths: Sequence[Path], hardware: str, name: str | None) -> Profile:
     ops = read_part(ops_path, OpsPart)
     comms = [read_part(path, CommPart) for path in comm_paths]
-    machine_spec = _hardware(hardware)
-    write_whole(out, profile_text(merge(ops, comms, machine_spec, name or hardware)))
+    return merge(ops, comms, _hardware(hardware), name or hardware)
 
 
 def _hardware(name: str) -> HardwareSpec:

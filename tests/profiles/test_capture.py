@@ -20,8 +20,10 @@ from mhcplan.profiles.capture.comm import launched, without_starved
 from mhcplan.profiles.capture.ops import Log, Session, groups, measure_ops
 from mhcplan.profiles.capture.segments import Chip, Kernel, ctas_per_sm, make_segments
 from mhcplan.profiles.capture.timing import HostTimer, spread_percent
+from mhcplan.profiles.overlap import rows_of
 from mhcplan.profiles.presets import HARDWARE
 from mhcplan.profiles.schema import ProfileError, TransferTiming, read_profile
+from mhcplan.profiles.store import contention_log
 from mhcplan.profiles.vocabulary import VOCABULARY, op_key
 
 H100 = Chip(num_sms=132, registers=65536, shared_bytes=233472, threads=2048)
@@ -61,8 +63,10 @@ def run(*args: str, variables: dict[str, str] | None = None) -> subprocess.Popen
 
 def test_whole_suite_end_to_end(tmp_path: Path) -> None:
     out = tmp_path / "here" / "p.json"
-    process = run("--out", str(out), "--tiny", "--op-budget-ms", "0.01", "--name", "mine")
-    stdout, stderr = process.communicate(timeout=80)
+    parts = ("--part", "ops", "--part", "comm", "--part", "contention")
+    args = ("--out", str(out), "--tiny", "--op-budget-ms", "0.01", "--name", "mine")
+    process = run(*args, *parts)
+    stdout, stderr = process.communicate(timeout=150)
     assert process.returncode == 0, stderr
     assert str(out) in stdout
     profile = read_profile(out)
@@ -76,20 +80,25 @@ def test_whole_suite_end_to_end(tmp_path: Path) -> None:
     assert [p.num_devices for p in profile.provenance] == [1, 2]
     assert profile.provenance[0].versions["torch"] == torch.__version__
     assert not list(out.parent.glob("*.tmp"))
+    log = contention_log(str(out))
+    assert log is not None
+    assert {row["family"] for row in rows_of(log).values() if row["traffic"] is None} == {
+        "gemm_library", "elementwise"
+    }  # fmt: skip
 
 
 def test_two_nodes_under_torchrun_add_the_network_to_a_profile(tmp_path: Path) -> None:
     """Two processes as torchrun starts them, one on each of two nodes that share a folder."""
     base, out = tmp_path / "base.json", tmp_path / "p.json"
     one = run("--out", str(base), "--part", "ops", "--op", str(SOME[0]), "--op-budget-ms", "0.01")
-    one.communicate(timeout=60)
+    one.communicate(timeout=120)
     world = {
         "TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
     }  # fmt: skip
     args = ("--out", str(out), "--tiny", "--base", str(base))
     nodes = [run(*args, variables={**world, "RANK": rank}) for rank in "01"]
-    (said, problem), (other, _) = (node.communicate(timeout=80) for node in nodes)
+    (said, problem), (other, _) = (node.communicate(timeout=150) for node in nodes)
     assert [node.returncode for node in nodes] == [0, 0], problem
     assert str(out) in said
     assert not other  # one writes for both
@@ -123,7 +132,7 @@ def test_kill_and_resume_measures_nothing_twice(tmp_path: Path) -> None:
     kept = log.read_text().splitlines()
     log.write_text("\n".join([*kept, '{"code": "cut sho']))
     again = run(*args)
-    _, stderr = again.communicate(timeout=60)
+    _, stderr = again.communicate(timeout=120)
     assert again.returncode == 0, stderr
     lines = log.read_text().splitlines()
     assert lines[: len(kept)] == kept
@@ -144,7 +153,7 @@ def test_transfers_go_on_after_a_kill(tmp_path: Path) -> None:
     kept = log.read_text().splitlines()[:3]
     log.write_text("\n".join([*kept, '{"code": "cut sho']))
     again = run(*args)
-    _, stderr = again.communicate(timeout=60)
+    _, stderr = again.communicate(timeout=120)
     assert again.returncode == 0, stderr
     assert "/12 " not in stderr  # 6 patterns, 2 sizes; some of them known
     lines = log.read_text().splitlines()

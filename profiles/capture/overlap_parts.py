@@ -1,0 +1,99 @@
+"""The parts of a capture in which kernels overlap: with traffic (two GPUs), with kernels (one).
+
+Both are logs of lines beside the profile; :func:`with_overlap` fits the contention model to the
+first and takes the latencies of the second, and puts them into the profile.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import torch
+
+from mhcplan.profiles.capture import contention, machine, priority
+from mhcplan.profiles.contention_fit import TRAITS, Pairs, errors, fit
+from mhcplan.profiles.contention_rows import contention_model, priority_latencies, traffic_traits
+from mhcplan.sim.device_kernels import Parameters
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mhcplan.profiles.schema import ContentionModel, Profile
+
+# a message of each pattern beside two kernels: does it run?
+_TINY = contention.Plan(sizes=(65536,), ctas=(0,), names=("gemm_library", "elementwise"))
+CONTENTION_SECONDS, PRIORITY_SECONDS = 230.0, 200.0
+
+
+def _stamp(device_type: str) -> dict[str, str]:
+    return {
+        "code": machine.code_sha256(),
+        "device": machine.device_name(torch.device(device_type)),
+    }
+
+
+def measure_contention_part(
+    log: Path, device_type: str, budget_seconds: float, *, tiny: bool = False
+) -> None:
+    """Overlap kernels with traffic between two devices; pairs that ``log`` has are not measured
+    again.
+
+    Raises:
+        RuntimeError: a worker process failed.
+    """
+    seconds = min(budget_seconds, CONTENTION_SECONDS)
+    plan = _TINY if tiny else contention.Plan()
+    plan.budget_seconds = seconds
+    contention.measure_contention(log, _stamp(device_type), device_type, plan=plan)
+
+
+def measure_priority_part(log: Path, device_type: str, budget_seconds: float) -> None:
+    """How long a short kernel waits for a chip that another keeps busy.
+
+    Raises:
+        RuntimeError: a process failed.
+        ValueError: no CUDA device.
+    """
+    if device_type != "cuda":
+        raise ValueError(f"device={device_type}: the part priority needs a CUDA device")
+    seconds = min(budget_seconds, PRIORITY_SECONDS)
+    priority.measure_priority(log, _stamp(device_type), budget_seconds=seconds)
+
+
+def with_overlap(profile: Profile, contention_log: Path, priority_log: Path) -> Profile:
+    """``profile`` with what the logs say, as far as they are there and of its device."""
+    stamp = {"device": profile.provenance[0].device}
+    changes: dict[str, object] = {}
+    if contention_log.exists():
+        model = _fitted(profile, Pairs(contention.read_rows(contention_log, stamp), _sms(profile)))
+        if model is not None:
+            changes["contention_model"] = model
+    if priority_log.exists():
+        lines = priority.read_lines(priority_log, stamp)
+        changes["priorities"] = tuple(priority_latencies(lines))
+    return profile.model_copy(update=changes)
+
+
+def _sms(profile: Profile) -> int:
+    return profile.hardware.num_sms
+
+
+def _fitted(profile: Profile, source: Pairs) -> ContentionModel | None:
+    """The model; None, and a line that says why, where there is too little to fit it to."""
+    pairs = source.pairs(TRAITS)
+    meeting = [pair for pair in pairs if not pair.message.eager]
+    start = Parameters(num_sms=_sms(profile))
+    print(f"[capture] fitting the contention model to {len(meeting)} pairs", file=sys.stderr)
+    try:
+        parameters = fit(meeting, start)
+        held_out = errors((pair for pair in meeting if pair.held_out), parameters)
+        cases = {pair.compute for pair in pairs}
+        kernels = {name: trait for name, trait in TRAITS.items() if name not in cases}
+        return contention_model(
+            parameters, kernels, traffic_traits(source), [(c, t) for _, c, t in held_out]
+        )
+    except ValueError as error:  # a row of the profile's schema that cannot be made, too
+        text = str(error).splitlines()[0]
+        print(f"[capture] no contention model: {text}", file=sys.stderr)
+        return None
