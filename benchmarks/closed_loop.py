@@ -13,8 +13,8 @@ issued by the hosts, steps captured as CUDA graphs, a traced step; mHC and basel
 Every finished stage of a row is a line of ``OUT/measured.jsonl``, with traces beside it: a run that
 is cut off keeps them, and the next one goes on. A row that fails or outlasts ``--row-seconds`` ends
 its processes, and new ones run the rows after it, then itself once more; if the captured part fails
-twice, later rows are issued only. Needs torch, triton, numpy and pydantic; ``--device cpu`` runs tiny rows on
-gloo. ``closed_loop_report.py OUT`` puts the lines beside their claims.
+twice, later rows are issued only. Needs torch, triton, numpy and pydantic; ``--device cpu`` runs
+tiny rows on gloo. ``closed_loop_report.py OUT`` puts the lines beside their claims.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--gpus", type=int, choices=sorted(set(GPUS.values())), default=2)
     parser.add_argument("--set", nargs="+", choices=SETS, help="default: all blind ones of --gpus")
-    parser.add_argument("--only", nargs="*", help="rows to run")
+    parser.add_argument("--only", nargs="*", help="rows to run, in this order")
     parser.add_argument("--predictions", type=Path, default=PREDICTIONS)
     parser.add_argument("--minutes", type=float, default=7.7)
     parser.add_argument("--row-seconds", type=float, default=75.0)
@@ -143,7 +143,7 @@ def wanted_claims(options: argparse.Namespace) -> list[Claim]:
             found.append(claim)
         else:
             print(f"{claim.row}: its prediction is of another program; predict it again")
-    return found
+    return sorted(found, key=lambda c: options.only.index(c.row)) if options.only else found
 
 
 def is_done(options: argparse.Namespace, claim: Claim) -> bool:
