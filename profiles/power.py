@@ -36,7 +36,9 @@ _TERA = 1e12
 
 
 def stretched(watts: float | Floats, model: PowerModel) -> Floats:
-    """How many times as long arithmetic takes under a load that would draw ``watts``."""
+    """How many times as long a load of arithmetic takes, rests included, that would draw ``watts``.
+
+    The law is one for loads with rests and without: it was fitted to their periods."""
     excess = np.asarray(watts, np.float64) / model.free_watts - 1
     return 1 + model.stretch * np.maximum(excess, 0.0)
 
@@ -183,7 +185,7 @@ def steady_stretch(row: Row, model: PowerModel) -> float:
     watts = model.idle_watts + busy * (
         model.active_watts - model.idle_watts + model.joules_per_tflop * rate
     )
-    return 1 + share * (float(stretched(watts, model)) - 1) / (1 + rest)
+    return 1 + share * (float(stretched(watts, model)) - 1)
 
 
 def _error_percent(loads: Sequence[Row], model: PowerModel) -> float:

@@ -21,7 +21,7 @@ from mhcplan.profiles.power import Row
 from mhcplan.profiles.vocabulary import OP_KINDS, op_key
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from mhcplan.profiles.vocabulary import OpKey
 
@@ -137,7 +137,7 @@ def graph_of(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
     return graph.replay
 
 
-def loads(device: torch.device, keys: dict[str, Sequence[OpKey]]) -> Iterator[Load]:
+def loads(device: torch.device, keys: Mapping[str, Sequence[OpKey]]) -> Iterator[Load]:
     """Steady loads: idle, copies, matrix products at several shares of the time, ops of a model.
 
     Args:
@@ -169,7 +169,7 @@ def loads(device: torch.device, keys: dict[str, Sequence[OpKey]]) -> Iterator[Lo
         del cases, calls
 
 
-def block_keys(hidden: int, tokens: int, n: int) -> dict[str, Sequence[OpKey]]:
+def block_keys(hidden: int, tokens: int, n: int) -> dict[str, list[OpKey]]:
     """Ops of a block of the paper's models, F, I and W, with mHC or plain; and the heavy ones."""
     heads, ffn, top_k, experts = hidden // 80, {1920: 1280, 2560: 1536}[hidden], 6, 16
     here = {"hidden": hidden, "tokens": tokens}

@@ -1,0 +1,123 @@
+"""The power limit: a made-up machine is found again, and a step slows as its loads say."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mhcplan.planner.plan.spec import make_plan
+from mhcplan.planner.predict import play
+from mhcplan.profiles.lookup import CostModel, cost_model_of
+from mhcplan.profiles.power import Row, fit_power, slowdown, slowed, steady_ns, steady_stretch
+from mhcplan.profiles.schema import PowerModel
+from mhcplan.profiles.store import find_profile
+
+RAW = Path(__file__).parents[2] / "profiles" / "data" / "raw" / "h100-sxm-power.jsonl"
+MACHINE = PowerModel(
+    source="measured", limit_watts=700, idle_watts=100, active_watts=500, joules_per_tflop=0.5,
+    free_watts=600, stretch=0.3, tflops=800,
+)  # fmt: skip
+PLAN = make_plan({"model": "mhc-3b", "microbatches": 8, "layout": {"pp": 2, "ep": 1}})
+
+
+def load(name: str, rate: float, rest: float = 0.0, machine: PowerModel = MACHINE) -> Row:
+    """A load of ``rate`` TFLOP/s on a machine that is just as its model says."""
+    cold = 1_000_000
+    row = Row(name, 0, cold, 0.0, 0.0, 50.0, round(rate * cold * 1e3), 0, rest)
+    busy = 0.0 if name == "idle" else 1 / (1 + rest)
+    watts = machine.idle_watts + busy * (
+        machine.active_watts - machine.idle_watts + machine.joules_per_tflop * rate
+    )
+    is_free = watts <= machine.free_watts
+    period = cold * (1 + rest) * (1.0 if is_free else steady_stretch(row, machine))
+    return row._replace(
+        period_ns=round(period), watts=min(watts, machine.free_watts),
+        clock_mhz=2000.0 if is_free else 1500.0,
+    )  # fmt: skip
+
+
+def test_a_machine_is_found_again_from_its_loads() -> None:
+    rows = [load("idle", 0), *(load(f"gemm rest {r}", 800, r) for r in (4.0, 3.0, 1.0, 0.2, 0.0))]
+    rows += [load(f"op {rate}", rate) for rate in (10, 450, 600, 700)]
+    found = fit_power(rows, 700)
+    assert found.free_watts == pytest.approx(MACHINE.free_watts, rel=1e-3)
+    assert found.stretch == pytest.approx(MACHINE.stretch, rel=1e-3)
+    assert found.active_watts == pytest.approx(MACHINE.active_watts, rel=0.01)
+    assert found.joules_per_tflop == pytest.approx(MACHINE.joules_per_tflop, rel=0.01)
+    assert found.error_percent < 0.1
+
+
+@pytest.mark.parametrize("missing", ["idle", "gemm"])
+def test_too_few_loads_are_refused(missing: str) -> None:
+    rows = [load("idle", 0), load("gemm rest 4.0", 800, 4.0), load("gemm rest 0.0", 800)]
+    with pytest.raises(ValueError, match="matrix products below and beyond"):
+        fit_power([row for row in rows if not row.name.startswith(missing)], 700)
+
+
+def test_the_shipped_model_is_the_fit_of_the_shipped_rows() -> None:
+    rows = [Row(**json.loads(line)) for line in RAW.read_text().splitlines()]
+    model = find_profile("h100-sxm").power_model
+    assert model is not None
+    assert model == fit_power(rows, model.limit_watts)
+    assert model.error_percent < 2.5
+    for row in rows:
+        assert steady_stretch(row, model) == pytest.approx(row.slowdown, abs=0.045), row.name
+
+
+@given(st.floats(0.2, 4.0))
+def test_more_work_in_the_same_time_is_slowed_more(factor: float) -> None:
+    model = find_profile("h100-sxm").power_model
+    assert model is not None
+    keys = ["attention_mla.F heads=24 hidden=1920 kv_rank=512 nope=128 q_rank=0 rope=64 seq=4096"
+            " tokens=4096 v=128"]  # fmt: skip
+    fast, slow = steady_ns(keys, [500_000], model), steady_ns(keys, [round(5e5 * factor)], model)
+    assert (slow / factor <= fast + 1) == (factor >= 1) or factor == pytest.approx(1, abs=1e-3)
+    assert slow >= round(5e5 * factor) - 1
+
+
+def test_a_step_is_played_at_the_clock_that_its_load_leaves() -> None:
+    profile = find_profile("h100-sxm")
+    model = cost_model_of(profile)
+    cold = play(PLAN.model_copy(update={"power": "unlimited"}), model, None)
+    step = play(PLAN, model, None)
+    assert profile.power_model is not None
+    factor, arithmetic = slowdown(cold.program, cold.table, cold.timeline, profile.power_model)
+    assert step.clock == pytest.approx(factor)
+    assert step.clock > 1.01
+    assert cold.clock == 1
+    longer = step.table.duration_ns / np.maximum(cold.table.duration_ns, 1)
+    assert longer.max() == pytest.approx(factor, rel=1e-3)
+    moves = (arithmetic.flops == 0) & (cold.table.duration_ns > 0)
+    assert longer[moves] == pytest.approx(1)
+    assert 1 < step.timeline.step_ns / cold.timeline.step_ns < factor + 1e-3
+
+
+def test_a_cooler_machine_is_not_slowed() -> None:
+    profile = find_profile("h100-sxm")
+    assert profile.power_model is not None
+    generous = profile.power_model.model_copy(update={"free_watts": 2000.0})
+    model = CostModel(profile.model_copy(update={"power_model": generous}))
+    assert play(PLAN, model, None).clock == 1.0
+
+
+def test_the_baseline_is_slowed_more_than_mhc() -> None:
+    """mHC's kernels wait for memory: its overhead is less than at the full clock."""
+    model = cost_model_of(find_profile("h100-sxm"))
+    assert play(PLAN.baseline(), model, None).clock > play(PLAN, model, 2).clock
+
+
+def test_costs_are_stretched_by_their_arithmetic() -> None:
+    model = cost_model_of(find_profile("h100-sxm"))
+    step = play(PLAN.model_copy(update={"power": "unlimited"}), model, None)
+    assert model.profile.power_model is not None
+    _, found = slowdown(step.program, step.table, step.timeline, model.profile.power_model)
+    table = slowed(step.table, found, 1.5)
+    share = found.share
+    assert table.duration_ns == pytest.approx(step.table.duration_ns * (1 + share * 0.5), abs=1)
+    assert replace(table, duration_ns=step.table.duration_ns).loads is step.table.loads
