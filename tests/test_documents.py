@@ -132,8 +132,10 @@ def test_measure_options_of_the_documents_exist(capsys: pytest.CaptureFixture[st
         main(["profile", "measure", "--help"])
     options = capsys.readouterr().out
     for line in lines("sh gpu"):
-        assert line.startswith("mhcplan profile measure "), line
-        for word in shlex.split(line):
+        launcher, command, words = line.partition("mhcplan profile measure ")
+        assert command, line
+        assert not launcher or launcher.startswith("torchrun "), line
+        for word in shlex.split(words):
             assert not word.startswith("--") or word in options, line
 
 
