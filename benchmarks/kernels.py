@@ -1,14 +1,16 @@
 """The mHC kernels beside other ways to run a site, as ratios to a copy measured in the same run.
 
     PYTHONPATH=src python benchmarks/kernels.py [--hidden 2560,4096,7168] [--tokens 4096,16384]
-        [--n 4] [--peers eager,compile,liger] [--json out.json]
+        [--n 4] [--peers eager,compile,liger] [--peers-at 4096x2560,...] [--json out.json]
+    PYTHONPATH=src ncu ... python benchmarks/kernels.py --hidden 4096 --tokens 16384 --once
 
 Needs a GPU. ``%`` is the time that a copy would need for the least traffic of the line, over the
 time measured: the forward moves (4n+2)C elements a token as three kernels (18C at n = 4), forward
 and backward (10n+6)C (46C). L2 is flushed by reading before every call; calls run as CUDA graphs
 behind a GPU sleep, so no launch is seen; the host's own time is printed beside. Errors are
 |out - ref| / |ref| against the float64 reference on the same bf16 inputs. The sublayer is left out:
-its output f and the gradient du are random tensors.
+its output f and the gradient du are random tensors. ``benchmarks/kernels_page.py`` makes the tables
+of ``docs/kernels.md`` of what ``--json`` writes.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import triton
 from kernels_timing import Timer
 
 from mhcplan.kernels import mhc, mhc_backward, mhc_forward, mhc_recompute, reference
@@ -255,6 +258,17 @@ def measure(
     return row
 
 
+def call_once(tokens: int, n: int, channels: int) -> None:
+    """Call every kernel twice, the second time with all compiled, under the profiler's eyes."""
+    for call, _ in Site(tokens, n, channels).kernels().values():
+        call()
+        torch.cuda.synchronize()
+        torch.cuda.profiler.start()
+        call()
+        torch.cuda.synchronize()
+        torch.cuda.profiler.stop()
+
+
 def main() -> None:
     """Measure every shape asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -262,21 +276,40 @@ def main() -> None:
     parser.add_argument("--tokens", default="4096,16384")
     parser.add_argument("--n", default="4")
     parser.add_argument("--peers", default="eager,compile,liger")
+    parser.add_argument("--peers-at", default="", metavar="TxC,...", help="default: every shape")
+    parser.add_argument("--once", action="store_true", help="only call each kernel, for a profiler")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/kernels.py needs a GPU")
-    timer = Timer()
-    copy = timer.copy_bytes_per_second()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    rows = [
-        measure(timer, copy, int(tokens), int(n), int(channels), args.peers.split(","))
+    shapes = [
+        (int(tokens), int(n), int(channels))
         for n in args.n.split(",")
         for channels in args.hidden.split(",")
         for tokens in args.tokens.split(",")
     ]
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1))
+    if args.once:
+        for shape in shapes:
+            call_once(*shape)
+        return
+    timer = Timer()
+    copy = timer.copy_bytes_per_second()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    rows: list[dict[str, object]] = []
+    for tokens, n, channels in shapes:
+        everywhere = not args.peers_at
+        here = everywhere or f"{tokens}x{channels}" in args.peers_at.split(",")
+        names = args.peers.split(",") if here else []
+        rows.append(measure(timer, copy, tokens, n, channels, names))
+        if args.json:  # after every shape: an interrupted run keeps what it had
+            measured = {
+                "device": torch.cuda.get_device_name(),
+                "torch": torch.__version__,
+                "triton": triton.__version__,
+                "copy_bytes_per_second": copy,
+                "rows": rows,
+            }
+            args.json.write_text(json.dumps(measured, indent=1))
 
 
 if __name__ == "__main__":

@@ -40,9 +40,11 @@ def candidates(kernel: str) -> Iterator[Config]:
     """Configurations worth a try for ``kernel`` at n = 4; others start from these."""
     product = itertools.product
     if kernel == "project":
-        for bt, bk, warps, stages, per_sm in product((128,), (64, 128), (4, 8), (3, 4), (1, 2)):
-            if stages * bt * bk * 2 * per_sm < 200_000:
-                yield Config(BT=bt, BK=bk, warps=warps, stages=stages, per_sm=per_sm)
+        for bt, bk, warps, stages, per_sm in (
+            (64, 128, 4, 3, 2), (64, 128, 4, 4, 2), (64, 64, 4, 5, 2), (128, 128, 8, 3, 1),
+            (128, 128, 4, 4, 1), (128, 64, 4, 4, 2), (32, 128, 4, 3, 2),
+        ):  # fmt: skip
+            yield Config(BT=bt, BK=bk, warps=warps, stages=stages, per_sm=per_sm)
     elif kernel == "pre":
         for (bt, bc, warps), stages, bs in product(
             ((4, 256, 4), (2, 512, 4), (4, 512, 8), (1, 1024, 4), (8, 256, 8)), (1, 3), (16, 64)
@@ -55,8 +57,8 @@ def candidates(kernel: str) -> Iterator[Config]:
             yield Config(BT=bt, BC=bc, warps=warps, steps_c=steps)
     elif kernel == "post_project":
         for bt, bc, warps, stages, per_sm in (
-            (64, 32, 8, 2, 1), (64, 32, 8, 2, 2), (64, 32, 8, 3, 2), (64, 32, 8, 4, 1),
-            (64, 64, 8, 2, 1), (64, 64, 8, 3, 1), (64, 32, 4, 3, 2), (128, 32, 8, 3, 1),
+            (64, 64, 8, 3, 1), (64, 64, 8, 2, 1), (32, 64, 8, 3, 1), (32, 64, 8, 2, 2),
+            (32, 64, 4, 3, 1), (32, 64, 4, 2, 2), (64, 32, 4, 3, 2),
         ):  # fmt: skip
             yield Config(BT=bt, BC=bc, warps=warps, stages=stages, per_sm=per_sm)
     elif kernel == "post_backward":
@@ -73,10 +75,15 @@ def candidates(kernel: str) -> Iterator[Config]:
             yield Config(BT=bt, BC=bc, warps=warps, V=v, BS=bs)
     elif kernel in ("pre_backward", "pre_backward_input"):
         for bt, bc, warps, stages, per_sm in (
-            (64, 64, 8, 2, 1), (64, 64, 8, 3, 1), (32, 64, 8, 3, 1), (16, 128, 8, 3, 1),
-            (64, 32, 8, 3, 2),
+            (16, 128, 8, 3, 1), (16, 128, 8, 4, 1), (16, 64, 4, 3, 2), (16, 64, 4, 4, 2),
+            (32, 64, 8, 3, 1), (64, 64, 8, 3, 1),
         ):  # fmt: skip
             yield Config(BT=bt, BC=bc, warps=warps, stages=stages, per_sm=per_sm)
+        if kernel == "pre_backward_input":  # no dphi to hold in registers
+            for bt, bc, warps, stages, per_sm in (
+                (32, 64, 4, 2, 2), (32, 128, 8, 3, 1), (16, 128, 4, 3, 2),
+            ):  # fmt: skip
+                yield Config(BT=bt, BC=bc, warps=warps, stages=stages, per_sm=per_sm)
     elif kernel == "weight":
         for bt, bc, warps, stages, per_sm in product((64, 128), (64, 128), (4,), (3, 4), (2, 4)):
             yield Config(BT=bt, BC=bc, warps=warps, stages=stages, per_sm=per_sm)
@@ -84,7 +91,9 @@ def candidates(kernel: str) -> Iterator[Config]:
         for bt, bk, stages, per_sm in product((64, 128), (32, 64), (3, 4), (1, 2)):
             yield Config(BT=bt, BK=bk, warps=8, stages=stages, per_sm=per_sm)
     elif kernel == "wide_input":
-        for (bt, bc), warps, stages in product(((64, 64), (64, 32), (32, 64)), (4, 8), (1, 2, 3)):
+        for (bt, bc, warps), stages in product(
+            ((32, 64, 4), (64, 64, 8), (64, 32, 4), (32, 128, 8), (64, 64, 4)), (2, 3)
+        ):
             yield Config(BT=bt, BC=bc, warps=warps, stages=stages)
     elif kernel == "wide_weight":
         for bt, bk, stages, per_sm in product((32, 64), (64, 128), (2, 3), (1, 2)):

@@ -31,11 +31,13 @@ from mhcplan.kernels.mhc_forward import first_sinkhorn_step, normalise
 from mhcplan.kernels.mhc_partition import shares, sum_partials
 from mhcplan.kernels.reference import num_coefficients
 from mhcplan.kernels.triton_support import (
+    columns,
     dot,
     fold,
     load_mix,
     load_rows,
     padded_coefficients,
+    parts_and_columns,
     residual_parts,
     split,
     sum_parts,
@@ -242,13 +244,6 @@ def _sum_small_kernel(
     tl.store(dalpha_ptr + 2, tl.sum(tl.where(is_res, by_column, 0.0)))
 
 
-@triton.jit
-def _parts_and_columns(MP: tl.constexpr, PARTS: tl.constexpr):
-    """Coefficient and part of the columns of a tile that has the parts side by side."""
-    j = tl.arange(0, PARTS * MP)
-    return j % MP, j // MP
-
-
 @triton.jit(do_not_specialize=["T", "tiles", "share"])
 def _pre_backward_kernel(
     dy_ptr, x_ptr, du_ptr, coefficients_ptr, dp_ptr, s_ptr, phi_ptr, dx_ptr, partial_ptr,
@@ -259,46 +254,51 @@ def _pre_backward_kernel(
     # The work is a line of slices of BC channels, each of ``tiles`` tiles of BT tokens; a program
     # takes the next ``share`` tiles of the line, whether or not a slice ends among them, so that
     # every multiprocessor has the same to do for any C and T. phi is loaded once a slice.
-    # dp comes as [rounded | remainder] for bf16 (PARTS = 2), so one product with phi stacked
-    # twice is dp phi, and one product of x with it gives both parts of dphi.
+    # dp comes as [rounded | remainder] for bf16 (PARTS = 2): dphi takes both, one after the other
+    # into the same registers. dx, written in bf16 itself, takes the rounded dp and phi.
     M: tl.constexpr = N * N + 2 * N
     DT: tl.constexpr = x_ptr.dtype.element_ty
     slices: tl.constexpr = (C + BC - 1) // BC
-    column, part = _parts_and_columns(MP, PARTS)
+    column = tl.arange(0, MP)
+    gates = tl.arange(0, N)
+    cells = 2 * N + tl.arange(0, N * N)
     begin = tl.program_id(0) * share
     end = min(begin + share, slices * tiles)
     while begin < end:
         piece = begin // tiles
         stop = min(end, (piece + 1) * tiles)
         c = piece * BC + tl.arange(0, BC)
+        inside = (column < M)[:, None] & (c < C)[None, :]
         dphi = ()
         phi = ()
         for i in tl.static_range(N):
-            rounded = tl.load(
-                phi_ptr + column[:, None] * (N * C) + i * C + c[None, :],
-                mask=(column < M)[:, None] & (c < C)[None, :],
-                other=0.0,
-            ).to(DT)
-            phi = phi + (rounded,)
+            phi_ptrs = phi_ptr + column[:, None] * (N * C) + i * C + c[None, :]
+            phi = phi + (tl.load(phi_ptrs, mask=inside, other=0.0).to(DT),)
             if WITH_W:
-                dphi = dphi + (tl.zeros((BC, PARTS * MP), tl.float32),)
+                dphi = dphi + (tl.zeros((BC, MP), tl.float32),)
         for tile in tl.range(begin - piece * tiles, stop - piece * tiles, num_stages=STAGES):
             t = (tile * BT + tl.arange(0, BT)).to(tl.int64)
-            token = t < T
-            mask = token[:, None] & (c < C)[None, :]
+            token = (t < T)[:, None]
+            mask = token & (c < C)[None, :]
             offsets = t[:, None] * (N * C) + c[None, :]
             du = tl.load(du_ptr + t[:, None] * C + c[None, :], mask=mask, other=0.0)
-            s = tl.load(s_ptr + t, mask=token, other=0.0)
-            dp_row = dp_ptr + t[:, None] * (PARTS * MP)
-            dp = tl.load(dp_row + (part * MP + column)[None, :], mask=token[:, None], other=0.0)
+            s = tl.load(s_ptr + t, mask=t < T, other=0.0)
+            dp_ptrs = dp_ptr + t[:, None] * (PARTS * MP) + column[None, :]
+            dp = tl.load(dp_ptrs, mask=token, other=0.0)
+            if WITH_W and PARTS == 2:
+                remainder = tl.load(dp_ptrs + MP, mask=token, other=0.0)
             dy = load_rows(dy_ptr, offsets, mask, N, C)
             x = load_rows(x_ptr, offsets, mask, N, C)
-            pre = load_mix(coefficients_ptr, t, token, 0, N, M)
-            res = load_mix(coefficients_ptr, t, token, 2 * N, N * N, M)
+            mix_ptrs = coefficients_ptr + t[:, None] * M
+            pre = columns(tl.load(mix_ptrs + gates[None, :], mask=token, other=0.0))
+            res = columns(tl.load(mix_ptrs + cells[None, :], mask=token, other=0.0))
             new_dphi = ()
             for i in tl.static_range(N):
                 if WITH_W:
-                    new_dphi = new_dphi + (dot(tl.trans(x[i]), dp, dphi[i]),)
+                    gradient = dot(tl.trans(x[i]), dp, dphi[i])
+                    if PARTS == 2:
+                        gradient = dot(tl.trans(x[i]), remainder, gradient)
+                    new_dphi = new_dphi + (gradient,)
                 dx = dot(dp, phi[i], tl.zeros((BT, BC), tl.float32))
                 dx += s[:, None] * x[i].to(tl.float32) + pre[i][:, None] * du.to(tl.float32)
                 for o in tl.static_range(N):
@@ -307,12 +307,10 @@ def _pre_backward_kernel(
             if WITH_W:
                 dphi = new_dphi
         if WITH_W:
-            rows = tl.arange(0, MP)
-            keep = (rows < M)[None, :] & (c < C)[:, None]
             slot = tl.program_id(0) - piece * tiles // share
-            base = partial_ptr + slot * (M * N * C) + rows[None, :] * (N * C) + c[:, None]
+            base = partial_ptr + slot * (M * N * C) + column[:, None] * (N * C) + c[None, :]
             for i in tl.static_range(N):
-                tl.store(base + i * C, sum_parts(dphi[i], PARTS), mask=keep)
+                tl.store(base + i * C, tl.trans(dphi[i]), mask=inside)
         begin = stop
 
 
@@ -323,7 +321,7 @@ def _weight_kernel(
     BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     # Shared out as in _pre_backward_kernel; the rows of the state make one width K = n C here.
-    column, part = _parts_and_columns(MP, PARTS)
+    part, column = parts_and_columns(MP, PARTS)
     rows = tl.arange(0, MP)
     begin = tl.program_id(0) * share
     end = min(begin + share, (K + BK - 1) // BK * tiles)

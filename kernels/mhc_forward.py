@@ -24,12 +24,15 @@ from mhcplan.kernels import mhc_wide, tuning
 from mhcplan.kernels.mhc_partition import channel_splits
 from mhcplan.kernels.reference import num_coefficients
 from mhcplan.kernels.triton_support import (
+    columns,
     dot,
+    fold,
     load_mix,
     load_rows,
     padded_coefficients,
+    parts_and_columns,
     residual_parts,
-    stack_parts,
+    split_phi,
     sum_parts,
 )
 
@@ -68,31 +71,38 @@ def _project_kernel(
     BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0) * BT + tl.arange(0, BT)
-    split = tl.program_id(1)
-    k_first = split * split_steps * BK
-    columns = tl.arange(0, MP)
+    piece = tl.program_id(1)
+    k_first = piece * split_steps * BK
+    part, column = parts_and_columns(MP, PARTS)
     kk = tl.arange(0, BK)
     token = t < T
     x_base = x_ptr + t.to(tl.int64)[:, None] * K + kk[None, :]
-    phi_base = phi_ptr + columns[:, None] * K + kk[None, :]
+    phi_base = phi_ptr + (part * M + column)[:, None] * K + kk[None, :]
     acc = tl.zeros((BT, PARTS * MP), tl.float32)
-    square = tl.zeros((BT,), tl.float32)
+    square = tl.zeros((BT, BK // 8), tl.float32)
     for k in tl.range(k_first, min(k_first + split_steps * BK, K), BK, num_stages=STAGES):
         x = tl.load(x_base + k, mask=token[:, None], other=0.0)
-        phi = tl.load(phi_base + k, mask=columns[:, None] < M, other=0.0)
-        acc = dot(x, tl.trans(stack_parts(phi, x.dtype, PARTS)), acc)
+        phi = tl.load(phi_base + k, mask=(column < M)[:, None], other=0.0)
+        acc = dot(x, tl.trans(phi), acc)
         wide = x.to(tl.float32)
-        square += tl.sum(wide * wide, axis=1)
-    out = tl.where(columns[None, :] == M, square[:, None], sum_parts(acc, PARTS))
-    out_ptr = partial_ptr + (split * T + t).to(tl.int64)[:, None] * MP + columns[None, :]
-    tl.store(out_ptr, out, mask=token[:, None] & (columns[None, :] <= M))
+        square += fold(wide * wide, 8)
+    _write_partial(partial_ptr, piece * T + t, token, sum_parts(acc, PARTS), square, M, MP)
+
+
+@triton.jit
+def _write_partial(ptr, rows, mask, products, square, M: tl.constexpr, MP: tl.constexpr):
+    """A split's products and sum of squares of BT tokens; the padding is left unwritten."""
+    column = tl.arange(0, MP)[None, :]
+    out = tl.where(column == M, tl.sum(square, axis=1)[:, None], products)
+    out_ptr = ptr + rows.to(tl.int64)[:, None] * MP + column
+    tl.store(out_ptr, out, mask=mask[:, None] & (column <= M))
 
 
 @triton.jit
 def _sum_splits(ptr, mask, stride, splits):
     """Sum ``ptr[s * stride]`` over s = 0 .. splits - 1, in that order."""
     total = tl.load(ptr, mask=mask, other=0.0)
-    for s in tl.range(1, splits):
+    for s in tl.range(1, splits, loop_unroll_factor=4):  # so that the loads overlap
         total += tl.load(ptr + s * stride, mask=mask, other=0.0)
     return total
 
@@ -179,10 +189,11 @@ def _coefficients_pre_kernel(
         square = _sum_splits(partial_ptr + t * MP + M, token, stride, splits)
         inverse_rms = 1.0 / tl.sqrt(square / (N * C) + norm_eps)
         alpha = tl.load(alpha_ptr)
+        row = partial_ptr + t[:, None] * MP + tl.arange(0, N)[None, :]
+        p = columns(_sum_splits(row, token[:, None], stride, splits))
         pre = ()
         for i in tl.static_range(N):
-            p = _sum_splits(partial_ptr + t * MP + i, token, stride, splits)
-            pre = pre + (_sigmoid(p, inverse_rms, alpha, tl.load(bias_ptr + i)),)
+            pre = pre + (_sigmoid(p[i], inverse_rms, alpha, tl.load(bias_ptr + i)),)
         cc = tl.arange(0, BC)
         for c in tl.range(0, C, BC, num_stages=STAGES):
             mask = token[:, None] & (c + cc < C)[None, :]
@@ -226,38 +237,41 @@ def _post_project_kernel(
 ):  # fmt: skip
     M: tl.constexpr = N * N + 2 * N
     t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
-    split = tl.program_id(1)
+    piece = tl.program_id(1)
     token = t < T
-    columns = tl.arange(0, MP)
+    part, column = parts_and_columns(MP, PARTS)
     cc = tl.arange(0, BC)
     post = load_mix(coefficients_ptr, t, token, N, N, M)
     res = load_mix(coefficients_ptr, t, token, 2 * N, N * N, M)
-    acc = tl.zeros((PARTS * MP, BT), tl.float32)
-    square = tl.zeros((BT,), tl.float32)
-    c_first = split * split_steps * BC
+    acc = ()  # one a row: of products added up one after another, all but the last are done twice
+    for _o in tl.static_range(N):
+        acc = acc + (tl.zeros((PARTS * MP, BT), tl.float32),)
+    square = tl.zeros((BT, BC // 8), tl.float32)
+    phi_base = phi_ptr + (part * M + column)[:, None] * (N * C)
+    c_first = piece * split_steps * BC
     for c0 in tl.range(c_first, min(c_first + split_steps * BC, C), BC, num_stages=STAGES):
         c = c0 + cc
-        mask = token[:, None] & (c < C)[None, :]
         offsets = t[:, None] * (N * C) + c[None, :]
-        f = tl.load(f_ptr + t[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
-        x = load_rows(x_ptr, offsets, mask, N, C)
+        row = t[:, None] * C + c[None, :]
+        f = tl.load(f_ptr + row, mask=token[:, None], other=0.0).to(tl.float32)
+        x = load_rows(x_ptr, offsets, token[:, None], N, C)
+        new_acc = ()
         for o in tl.static_range(N):
             # The projection reads what is stored, so the fused form equals the separate one.
             y = mixed_row(x, f, post, res, o, N).to(y_ptr.dtype.element_ty)
-            tl.store(y_ptr + o * C + offsets, y, mask=mask)
-            phi = tl.load(
-                phi_ptr + columns[:, None] * (N * C) + o * C + c[None, :],
-                mask=(columns[:, None] < M) & (c < C)[None, :],
-                other=0.0,
-            )
+            tl.store(y_ptr + o * C + offsets, y, mask=token[:, None])
+            phi = tl.load(phi_base + o * C + c[None, :], mask=(column < M)[:, None], other=0.0)
             # phi on the left: y then reaches the tensor cores through shared memory. As the left
             # factor it would be worked out a second time in the layout of their registers.
-            acc = dot(stack_parts(phi, y.dtype, PARTS), tl.trans(y), acc)
+            new_acc = new_acc + (dot(phi, tl.trans(y), acc[o]),)
             wide = y.to(tl.float32)
-            square += tl.sum(wide * wide, axis=1)
-    out = tl.where(columns[None, :] == M, square[:, None], sum_parts(tl.trans(acc), PARTS))
-    out_ptr = partial_ptr + (split * T + t)[:, None] * MP + columns[None, :]
-    tl.store(out_ptr, out, mask=token[:, None] & (columns[None, :] <= M))
+            square += fold(wide * wide, 8)
+        acc = new_acc
+    total = acc[0]
+    for o in tl.static_range(1, N):
+        total += acc[o]
+    products = sum_parts(tl.trans(total), PARTS)
+    _write_partial(partial_ptr, piece * T + t, token, products, square, M, MP)
 
 
 # -- launchers -----------------------------------------------------------------------------------
@@ -283,8 +297,8 @@ def project(x: Tensor, phi: Tensor) -> Tensor:
     splits, split_steps = channel_splits(blocks, width, cfg.BK, x.device, cfg.per_sm, least_steps=4)
     partial = x.new_empty((splits, tokens, padded), dtype=torch.float32)
     _project_kernel[(blocks, splits)](
-        x, phi, partial, tokens, split_steps, K=width, M=num_coefficients(n), MP=padded,
-        PARTS=residual_parts(x.dtype),
+        x, split_phi(phi, x.dtype), partial, tokens, split_steps,
+        K=width, M=num_coefficients(n), MP=padded, PARTS=residual_parts(x.dtype),
         BT=cfg.BT, BK=cfg.BK, STAGES=cfg.stages, num_warps=cfg.warps,
     )  # fmt: skip
     return partial
@@ -344,8 +358,8 @@ def post_project(
     y = torch.empty_like(x)
     partial = x.new_empty((splits, tokens, padded), dtype=torch.float32)
     _post_project_kernel[(blocks, splits)](
-        x, f, coefficients, phi_next, y, partial, tokens, split_steps, N=n, C=channels, MP=padded,
-        PARTS=residual_parts(x.dtype),
+        x, f, coefficients, split_phi(phi_next, x.dtype), y, partial, tokens, split_steps,
+        N=n, C=channels, MP=padded, PARTS=residual_parts(x.dtype),
         BT=cfg.BT, BC=cfg.BC, STAGES=cfg.stages, num_warps=cfg.warps,
     )  # fmt: skip
     return y, partial

@@ -1,10 +1,8 @@
 """Kernels of a site with many rows, n = 8 and 16, where phi is too large to hold on chip.
 
 The M = 2n + n^2 coefficients are two tiles whose widths are powers of two, 2n (H_pre and H_post)
-and n^2 (H_res), so nothing is padded. phi is read from L2 for every block of tokens; a small
-kernel first brings it into the residual's dtype, so that the others load what the tensor cores
-take. For bf16 that is the rounded value and the remainder: see
-:mod:`mhcplan.kernels.triton_support`.
+and n^2 (H_res), so nothing is padded. phi is read from L2 for every block of tokens, in the
+residual's dtype.
 
 T tokens of n rows of C channels, K = n C. Formulas: :mod:`mhcplan.kernels.reference`.
 """
@@ -23,38 +21,18 @@ from mhcplan.kernels import tuning
 from mhcplan.kernels.mhc_partition import channel_splits, shares, sum_partials
 from mhcplan.kernels.reference import num_coefficients
 from mhcplan.kernels.triton_support import (
+    columns,
     dot,
     load_rows,
     padded_coefficients,
     residual_parts,
-    split,
+    split_phi,
 )
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 LEAST_ROWS = 8  # n from which these kernels are taken
-
-
-@triton.jit
-def _split_phi_kernel(phi_ptr, out_ptr, size: tl.constexpr, BLOCK: tl.constexpr):
-    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < size
-    high, low = split(tl.load(phi_ptr + offsets, mask=mask, other=0.0), out_ptr.dtype.element_ty)
-    tl.store(out_ptr + offsets, high, mask=mask)
-    tl.store(out_ptr + size + offsets, low, mask=mask)
-
-
-def _parts_of(phi: Tensor, dtype: torch.dtype) -> Tensor:
-    """phi ``[M, K]`` in the residual's dtype: ``[parts, M, K]``."""
-    if residual_parts(dtype) == 1:
-        return phi.unsqueeze(0)
-    out = phi.new_empty((2, *phi.shape), dtype=dtype)
-    block = 2048
-    _split_phi_kernel[(triton.cdiv(phi.numel(), block),)](
-        phi, out, size=phi.numel(), BLOCK=block, num_warps=4
-    )
-    return out
 
 
 @triton.jit(do_not_specialize=["T", "split_steps"])
@@ -122,9 +100,10 @@ def _wide_input_kernel(
         x = tl.load(x_ptr + i * C + offsets, mask=mask, other=0.0).to(tl.float32)
         mix = coefficients_ptr + t * M + i
         dx += s[:, None] * x + tl.load(mix, mask=token, other=0.0)[:, None] * du
+        of_row = mix[:, None] + (2 * N + tl.arange(0, N) * N)[None, :]
+        res = columns(tl.load(of_row, mask=token[:, None], other=0.0))
         for o in tl.static_range(N):
-            res = tl.load(mix + 2 * N + o * N, mask=token, other=0.0)
-            dx += res[:, None] * dy[o].to(tl.float32)
+            dx += res[o][:, None] * dy[o].to(tl.float32)
         tl.store(dx_ptr + i * C + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
@@ -175,7 +154,7 @@ def project(x: Tensor, phi: Tensor) -> Tensor:
     splits, split_steps = channel_splits(blocks, width, cfg.BK, x.device, cfg.per_sm, least_steps=4)
     partial = x.new_empty((splits, tokens, padded), dtype=torch.float32)
     _wide_project_kernel[(blocks, splits)](
-        x, _parts_of(phi, x.dtype), partial, tokens, split_steps, N=n, K=width, MP=padded,
+        x, split_phi(phi, x.dtype), partial, tokens, split_steps, N=n, K=width, MP=padded,
         PARTS=residual_parts(x.dtype),
         BT=cfg.BT, BK=cfg.BK, STAGES=cfg.stages, num_warps=cfg.warps,
     )  # fmt: skip

@@ -3,8 +3,9 @@
 ``config`` looks a kernel up by its rows n and bytes an element, and takes the tuned entry for the
 nearest C if there is one. ``benchmarks/kernels_tune.py`` times candidates on the GPU at hand and
 prints the winners in the form of ``_TUNED``. The entries for n = 4 and 8 in bf16 were timed on an
-H100 SXM; those for other n and fp32 were chosen by what the compiler makes of them (no spills, shared
-memory that fits).
+H100 SXM; those for other n and fp32 were chosen by what the compiler makes of them (no spills,
+shared memory that fits). In fp32 a product has 16 rows for each of its warps or is too small for
+warpgroups: of one whose warps repeat rows, ptxas makes code that reads outside shared memory.
 """
 
 from __future__ import annotations
@@ -43,15 +44,15 @@ class Config(NamedTuple):
 
 # n = 4 in bf16, and whatever has no entry of its own.
 _DEFAULT: dict[str, Config] = {
-    "project": Config(BT=128, BK=64, warps=4, stages=4),
+    "project": Config(BT=64, BK=128, warps=4, stages=3),
     "pre": Config(BT=2, BC=512, warps=4, stages=3, BS=64),
     "post": Config(BT=1, BC=1024, warps=4),
-    "post_project": Config(BT=64, BC=32, warps=4, stages=3),
+    "post_project": Config(BT=64, BC=64, warps=8, stages=3, per_sm=1),
     "post_backward": Config(BT=4, BC=256, warps=4, V=8),
     "pre_reduce": Config(BT=4, BC=256, warps=4, BS=32, V=8),
     "small": Config(BS=64, warps=4),
-    "pre_backward": Config(BT=64, BC=64, warps=8, stages=3, per_sm=1),
-    "pre_backward_input": Config(BT=64, BC=64, warps=8, stages=3, per_sm=1),
+    "pre_backward": Config(BT=16, BC=128, warps=8, stages=3, per_sm=1),
+    "pre_backward_input": Config(BT=16, BC=128, warps=8, stages=3, per_sm=1),
     "weight": Config(BT=64, BC=64, warps=4, stages=4, per_sm=4),
     "recompute": Config(BT=4, BC=256, warps=4),
     "wide_project": Config(BT=128, BK=64, warps=8, stages=3),
@@ -69,8 +70,7 @@ _OTHER: dict[tuple[int, int], dict[str, Config]] = {
     (4, 4): {
         "project": Config(BT=64, BK=64, warps=4, stages=2),
         "post_project": Config(BT=64, BC=32, warps=8),
-        "pre_backward": Config(BT=64, BC=32, warps=8, per_sm=2),
-        "pre_backward_input": Config(BT=64, BC=32, warps=8, per_sm=2),
+        "pre_backward_input": Config(BT=32, BC=32, warps=4, stages=2, per_sm=2),
         "weight": Config(BT=64, BC=64, warps=4, stages=2, per_sm=2),
     },
     (8, 2): {
@@ -82,9 +82,9 @@ _OTHER: dict[tuple[int, int], dict[str, Config]] = {
     },
     (8, 4): {
         "small": Config(BS=32, warps=4),
-        "wide_project": Config(BT=64, BK=32, warps=8, stages=3, per_sm=1),
+        "wide_project": Config(BT=64, BK=32, warps=4, stages=3),
         "wide_input": Config(BT=32, BC=32, warps=8),
-        "wide_weight": Config(BT=32, BK=64, warps=8, stages=2, per_sm=1),
+        "wide_weight": Config(BT=32, BK=64, warps=4, stages=2),
         "post": Config(BT=2, BC=256, warps=4),
         "post_backward": Config(BT=2, BC=256, warps=4, V=8),
         "recompute": Config(BT=2, BC=128, warps=4),

@@ -1,7 +1,8 @@
 """Compile every mHC kernel for an H100, on a machine without one; print what the compiler made.
 
 Launches are turned into compilations for compute capability 9.0, with the launchers' own grids,
-tiles and specialisations. One JSON line a kernel: name, bytes of shared memory, bytes spilled.
+tiles and specialisations. One JSON line a kernel: name, bytes of shared memory, bytes spilled,
+and products whose rows are fewer than their warps cover.
 
     python tests/kernels/hopper_worker.py N bf16|fp32 C
 """
@@ -55,6 +56,17 @@ def spilled_bytes(ptx: str) -> int:
     return sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", done.stderr))
 
 
+def short_products(ttgir: str) -> list[str]:
+    """Warpgroup products in which some warps repeat the rows of others.
+
+    ptxas makes such a product in tf32, with a factor in registers, read outside shared memory.
+    """
+    layout = r"(#mma\d*) = #ttg.nvidia_mma<{versionMajor = 3.*?warpsPerCTA = \[(\d+), \d+\]"
+    warps = {name: int(count) for name, count in re.findall(layout, ttgir)}
+    results = re.findall(r"warp_group_dot .*-> (tensor<(\d+)x\d+xf32, (#mma\d*)>)", ttgir)
+    return [product for product, rows, name in results if int(rows) < 16 * warps[name]]
+
+
 def report_instead_of_launching() -> None:
     launch = JITFunction.run
 
@@ -64,6 +76,7 @@ def report_instead_of_launching() -> None:
             "name": self.__name__.strip("_"),
             "shared_bytes": kernel.metadata.shared,
             "spilled_bytes": spilled_bytes(kernel.asm["ptx"]),
+            "short_products": short_products(kernel.asm["ttgir"]),
         }
         print(json.dumps(made), flush=True)
         return kernel
