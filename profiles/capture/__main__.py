@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # before torch is imported: as long runs allocate, and as the allocator's margin is defined
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -16,6 +17,9 @@ from mhcplan.profiles.capture.ops import OP_BUDGET_NS
 from mhcplan.profiles.schema import ProfileError
 from mhcplan.profiles.store import find_profile
 from mhcplan.profiles.vocabulary import OpKey, parse_key
+
+if TYPE_CHECKING:
+    from mhcplan.profiles.schema import Profile
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,6 +44,8 @@ def _parser() -> argparse.ArgumentParser:
                         help="measure this op, as errors name it, not the grid")  # fmt: skip
     parser.add_argument("--keys", type=Path, help="measure the ops of this file, one a line")
     parser.add_argument("--base", metavar="PROFILE", help="add the rows to this profile")
+    parser.add_argument("--missing", action="store_true",
+                        help="of the ops, only those that --base has no row of")  # fmt: skip
     parser.add_argument("--budget-seconds", type=float, default=1e9, help="for each part")
     parser.add_argument("--op-budget-ms", type=float, default=OP_BUDGET_NS / 1e6)
     parser.add_argument("--compile-workers", type=int, default=0, help="compile kernels beforehand")
@@ -47,7 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tiny", action="store_true", help="tiny shapes: does it run at all?")
     parser.add_argument("--merge", nargs="+", type=Path, metavar="PART",
                         help="measure nothing, merge these parts: ops, then comm")  # fmt: skip
-    parser.add_argument("--check-block", metavar="MODEL", help="then time a whole block of MODEL")
+    parser.add_argument("--check-block", metavar="MODEL", action="append", default=[],
+                        help="then time a whole block of MODEL")  # fmt: skip
     return parser
 
 
@@ -56,15 +63,26 @@ def _check_block(name: str, out: Path, op_budget_ns: int) -> None:
 
     from mhcplan.profiles.capture.block import check_block
 
-    print(check_block(name, out, torch.device("cuda"), op_budget_ns))
+    print(f"{name}: {check_block(name, out, torch.device('cuda'), op_budget_ns)}")
 
 
-def _keys(args: argparse.Namespace) -> list[OpKey] | None:
-    """The ops that were asked for; None for the grid's.
+def _keys(args: argparse.Namespace, base: Profile | None) -> list[OpKey] | None:
+    """The ops to measure; None for the grid's.
 
     Raises:
-        ValueError: a text is no op key.
+        ValueError: a text is no op key, or what is missing is asked for without a base.
     """
+    keys = _named_keys(args)
+    if not args.missing:
+        return keys
+    if base is None:
+        raise ValueError("missing: --base PROFILE says what is there")
+    there = {row.key for row in base.ops}
+    wanted = grid.keys(args.tier or grid.TIERS) if keys is None else keys
+    return [key for key in wanted if key not in there]
+
+
+def _named_keys(args: argparse.Namespace) -> list[OpKey] | None:
     if args.tiny:
         return grid.tiny_keys()
     lines = args.keys.read_text(encoding="utf-8").splitlines() if args.keys else []
@@ -92,11 +110,11 @@ def main(argv: list[str] | None = None) -> int:
             args.out, hardware=args.hardware, name=args.name, parts=args.part,
             tiers=args.tier or grid.TIERS, kinds=args.kind, budget_seconds=args.budget_seconds,
             op_budget_ns=budget_ns, device_type=args.device, workers=args.compile_workers,
-            keys=_keys(args), base=base, tiny=args.tiny, **sizes,
+            keys=_keys(args, base), base=base, tiny=args.tiny, **sizes,
         ):  # fmt: skip
             print(path)
-        if args.check_block:
-            _check_block(args.check_block, args.out, budget_ns)
+        for model in args.check_block:
+            _check_block(model, args.out, budget_ns)
     except (ProfileError, ValueError, RuntimeError, OSError) as error:
         print(f"mhcplan profile measure: {error}", file=sys.stderr)
         return 2

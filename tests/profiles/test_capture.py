@@ -21,7 +21,7 @@ from mhcplan.profiles.capture.ops import Log, Session, groups, measure_ops
 from mhcplan.profiles.capture.segments import Chip, Kernel, ctas_per_sm, make_segments
 from mhcplan.profiles.capture.timing import HostTimer, spread_percent
 from mhcplan.profiles.overlap import rows_of
-from mhcplan.profiles.presets import HARDWARE
+from mhcplan.profiles.presets import HARDWARE, MODELS
 from mhcplan.profiles.schema import ProfileError, TransferTiming, read_profile
 from mhcplan.profiles.store import contention_log
 from mhcplan.profiles.vocabulary import VOCABULARY, op_key
@@ -263,6 +263,26 @@ def test_grid_has_what_the_models_need() -> None:
     assert grid.keys((1, 2))[: len(keys)] == keys
     with pytest.raises(ValueError, match="tier=4"):
         grid.keys((4,))
+
+
+def test_grid_has_the_layers_of_every_preset() -> None:
+    keys = set(grid.keys())
+    for name, model in MODELS.items():
+        wanted = set(grid.block_keys(model, 4096, 4096)) | set(grid.end_keys(model, 4096))
+        assert wanted <= keys, name
+        assert any((key.kind, key.pass_) == ("norm", "R") for key in wanted)  # recompute of norms
+        experts = [k for k in keys if k.kind == "experts" and model.moe is not None
+                   and dict(k.shape)["hidden"] == model.hidden_size]  # fmt: skip
+        assert bool(experts) == (model.moe is not None)
+
+
+def test_grid_has_the_residual_for_all_rates_widths_and_token_counts() -> None:
+    keys = set(grid.keys())
+    for n in (2, 4, 8):
+        for hidden in grid.WIDTHS:
+            for tokens in (1024, 4096, 16384):
+                assert op_key("mhc_post", "I", n=n, hidden=hidden, tokens=tokens) in keys
+    assert len(keys) < 1500  # 0.31 s each on an H100 (docs/profiling.md): within nine minutes
 
 
 def test_groups_keep_passes_of_a_shape_together() -> None:

@@ -39,6 +39,20 @@ def test_keys_of_a_file_are_added_to_a_profile(tmp_path: Path) -> None:
     assert {row.key: row for row in found.ops}[NORM[1]] == again[NORM[1]]
 
 
+def test_only_what_a_profile_lacks_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    asked = [*QUICK, "--op", str(NORM[0]), "--op", str(NORM[1])]
+    assert main([*QUICK, "--op", str(NORM[0]), "--out", str(first)]) == 0
+    assert main([*asked, "--base", str(first), "--missing", "--out", str(second)]) == 0
+    measured = read_part(second.with_name("second.json.ops.json"), OpsPart).ops
+    assert [row.key for row in measured] == NORM[1:]
+    assert {row.key for row in read_profile(second).ops} == set(NORM)
+    assert main([*asked, "--missing", "--out", str(second)]) == 2
+    assert "--base" in capsys.readouterr().err
+
+
 def test_transfers_of_larger_groups_are_added(tmp_path: Path) -> None:
     assert main([*QUICK, "--out", str(tmp_path / "p.json"), "--op", str(RESIDUAL)]) == 0
     base = read_profile(tmp_path / "p.json")
