@@ -27,6 +27,8 @@ from mhcplan.sim.files import parse_program, parse_trace, write_program
 from tests.support.synthetic_profile import synthetic_profile
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tests.support.commands import Run
 
 SCHEMAS = Path(__file__).parents[3] / "docs" / "schemas"
@@ -128,9 +130,8 @@ def test_stream_program_is_what_was_simulated(
 # -- torch-csv -------------------------------------------------------------------------------------
 
 
-def test_schema_of_the_sidecar_is_published() -> None:
-    file = SCHEMAS / "torch_csv.schema.json"
-    assert file.read_text(encoding="utf-8") == json_schema(TorchSidecar, "mhcplan torch_csv")
+def test_schema_of_the_sidecar_is_published(published: Callable[[str, str], None]) -> None:
+    published("torch_csv", json_schema(TorchSidecar, "mhcplan torch_csv"))
 
 
 def test_tables_hold_the_schedule(predictions: dict[str, Prediction]) -> None:
