@@ -19,7 +19,7 @@ from mhcplan.planner.plan.file import changed_plan
 from mhcplan.planner.plan.spec import PlanSpec, SpecError
 from mhcplan.planner.predict import play, simulate
 from mhcplan.profiles.costs import CostMissing
-from mhcplan.profiles.lookup import CostModel
+from mhcplan.profiles.lookup import cost_model_of
 from mhcplan.sim.memory import memory_report
 
 if TYPE_CHECKING:
@@ -97,6 +97,13 @@ def _other_costs(prediction: Prediction) -> Iterator[Counterfactual]:
             yield Counterfactual(
                 name, kind, timeline.step_ns, plan.tokens_per_step, device_bytes(step)
             )
+    if step.clock > 1:
+        cold = plan.model_copy(update={"power": "unlimited"})
+        cool = play(cold, cost_model_of(prediction.profile), prediction.recompute_block)
+        yield Counterfactual(
+            "no power limit", "free", cool.timeline.step_ns, plan.tokens_per_step,
+            device_bytes(step),
+        )  # fmt: skip
 
 
 def changed_costs(
@@ -163,7 +170,7 @@ _OF_MHC = ("priority",)
 
 
 def _other_plans(prediction: Prediction) -> Iterator[Counterfactual]:
-    model = CostModel(prediction.profile)
+    model = cost_model_of(prediction.profile)
     for path, value in _one_field_away(prediction):
         try:
             plan = changed_plan(prediction.plan.model_dump(mode="json"), {path: value})
