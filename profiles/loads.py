@@ -131,8 +131,9 @@ class LoadModel:
         return [t for t in self._model.traits if t.dealt or t.pieces or cleared]
 
     def _trait(self, key: TransferKey) -> TrafficTrait | None:
-        found = self._traffic_traits.get((key.pattern, _medium(key)))
-        return found or self._traffic_traits.get((key.pattern, "intra_node"))
+        pattern = key.pattern.removesuffix("_uneven")
+        found = self._traffic_traits.get((pattern, _medium(key)))
+        return found or self._traffic_traits.get((pattern, "intra_node"))
 
     def _traffic(self, key: TransferKey, cost: Cost) -> Traffic:
         """The kernel of a transfer; one that no row describes takes no SMs, as a copy engine."""

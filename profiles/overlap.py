@@ -326,6 +326,8 @@ class OverlapModel:
         if sizes and not min(sizes) <= key.num_bytes <= max(sizes):
             measured = f"{min(sizes):,} to {max(sizes):,}"
             yield f"{key.num_bytes:,} bytes: messages of {measured} were overlapped"
+        if self._model is not None and self._model.source == "assumed":
+            yield f"contention of another machine: {self._model.citation}"
         if key.group_size > 2:
             yield f"{key.group_size} ranks: pairs of GPUs were overlapped"
         if key.ranks_per_node < key.group_size:

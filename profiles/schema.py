@@ -34,8 +34,8 @@ _LATER_FIELDS = (
     "contention_ops", "contention_pairs", "contention_model", "power_model", "priorities",
 )  # fmt: skip
 
-Pattern = Literal["send_recv", "send_recv_both", "all_to_all", "all_reduce", "reduce_scatter",
-                  "all_gather"]  # fmt: skip
+Pattern = Literal["send_recv", "send_recv_both", "all_to_all", "all_to_all_uneven", "all_reduce",
+                  "reduce_scatter", "all_gather"]  # fmt: skip
 Medium = Literal["intra_node", "inter_node"]
 MeasuredOrAssumed = Literal["measured", "assumed"]
 
@@ -120,7 +120,8 @@ class TransferTiming(Figure):
     """One message size of one pattern.
 
     ``bytes``: of the buffer on each rank: the message (send_recv), the whole send buffer with the
-    own part (all_to_all), the full tensor (all_reduce, reduce_scatter input, all_gather output).
+    own part (all_to_all), the full tensor (all_reduce, reduce_scatter input, all_gather output). In
+    an uneven all_to_all every rank sends one and a half times an even share to the first one.
     """
 
     pattern: Pattern

@@ -34,14 +34,18 @@ if TYPE_CHECKING:
 
 _PAIRS = ("send_recv", "send_recv_both")
 _HALVES = ("reduce_scatter", "all_gather")
+_UNEVEN = "all_to_all_uneven"
+_ALL_TO_ALL = ("all_to_all", _UNEVEN)
+UNEVEN_SHARE = 1.5  # of an even share: what every rank sends to the first one of an uneven group
 
 
 def traffic_factor(pattern: str, group_size: int) -> float:
-    """Bytes that a rank sends, as a share of its buffer."""
+    """Bytes that a rank sends, as a share of its buffer; of an uneven group, that the first one
+    receives."""
     if pattern in _PAIRS:
         return 1.0
     share = (group_size - 1) / group_size
-    return 2 * share if pattern == "all_reduce" else share
+    return {"all_reduce": 2, _UNEVEN: UNEVEN_SHARE}.get(pattern, 1) * share
 
 
 class TransferCosts:
@@ -81,6 +85,8 @@ class TransferCosts:
 
     def _on_medium(self, medium: str, pattern: str, size: int, num_bytes: int) -> Cost:
         groups = self._curves.get((pattern, medium))
+        if groups is None and pattern == _UNEVEN:
+            return self._as_even(medium, size, num_bytes)
         if groups is None:
             return self._half_of_all_reduce(medium, pattern, size, num_bytes)
         near = _nearest(groups, size)
@@ -117,6 +123,16 @@ class TransferCosts:
             link_bytes=round(num_bytes * traffic_factor(pattern, size)),
         )
 
+    def _as_even(self, medium: str, size: int, num_bytes: int) -> Cost:
+        """An uneven all-to-all takes as long as an even one of what its first rank receives."""
+        even = self._on_medium(medium, "all_to_all", size, round(UNEVEN_SHARE * num_bytes))
+        return replace(
+            even,
+            source="assumed",
+            explanation="uneven all_to_all was not measured: as an even one with"
+            f" {UNEVEN_SHARE} times the bytes, what its first rank receives; {even.explanation}",
+        )
+
     def _over_network(self, key: TransferKey) -> Cost:
         """What leaves the node at the link's rate, what stays in it at the measured one."""
         pattern, size, per_node, num_bytes = key
@@ -124,7 +140,7 @@ class TransferCosts:
         if per_node == 1:
             return network
         # of an all-to-all buffer, only the parts for the node's own ranks stay in it
-        local = num_bytes * per_node // size if pattern == "all_to_all" else num_bytes
+        local = num_bytes * per_node // size if pattern in _ALL_TO_ALL else num_bytes
         inside = self._on_medium("intra_node", pattern, per_node, max(local, 1))
         longer = inside if inside.duration_ns > network.duration_ns else network
         return replace(
@@ -163,8 +179,9 @@ class TransferCosts:
         pattern, size, per_node, num_bytes = key
         if pattern in _PAIRS:
             return num_bytes
-        if pattern == "all_to_all":
-            return num_bytes * (size - per_node) // size
+        if pattern in _ALL_TO_ALL:
+            leaving = num_bytes * (size - per_node) // size
+            return round(UNEVEN_SHARE * leaving) if pattern == _UNEVEN else leaving
         nodes = -(-size // per_node)
         return round(num_bytes * traffic_factor(pattern, nodes) / per_node)
 

@@ -27,6 +27,7 @@ import torch.distributed as dist
 
 from mhcplan.profiles.capture.timing import spread_percent
 from mhcplan.profiles.schema import Medium, Pattern, TransferTiming
+from mhcplan.profiles.transfer_costs import UNEVEN_SHARE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -54,7 +55,8 @@ class Transfers:
         self.device = device
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._send = torch.randn(max_bytes // 4, device=device)
-        self._receive = torch.empty_like(self._send)
+        most = int(UNEVEN_SHARE * self._send.numel()) + self.size
+        self._receive = torch.empty(most, device=device)
 
     def call(self, pattern: Pattern, num_bytes: int) -> Callable[[], Any]:
         """A call that enqueues one transfer of ``num_bytes`` and returns its handles."""
@@ -66,6 +68,8 @@ class Transfers:
         part = count // self.size
         if pattern == "all_to_all":
             return lambda: [dist.all_to_all_single(receive, send, async_op=True)]
+        if pattern == "all_to_all_uneven":
+            return self._uneven(send)
         if pattern == "all_reduce":
             return lambda: [dist.all_reduce(receive, async_op=True)]
         if pattern == "reduce_scatter":
@@ -76,6 +80,13 @@ class Transfers:
             return lambda: [_all_gather(receive, mine, async_op=True)]
         return self._pairs(send, receive, both=pattern == "send_recv_both")
 
+    def _uneven(self, send: torch.Tensor) -> Callable[[], Any]:
+        """Every rank sends more to the first one than to the others."""
+        parts = uneven_splits(send.numel(), self.size)
+        gets = [parts[self.rank]] * self.size
+        receive = self._receive.view(send.dtype)[: sum(gets)]
+        return lambda: [dist.all_to_all_single(receive, send, gets, parts, async_op=True)]
+
     def _pairs(self, send: torch.Tensor, receive: torch.Tensor, *, both: bool) -> Callable[[], Any]:
         """Ranks 2k and 2k + 1 exchange, all pairs at once; in one direction the even one sends."""
         peer = self.rank ^ 1
@@ -85,6 +96,18 @@ class Transfers:
         receives = dist.P2POp(dist.irecv, receive, peer)
         parts = [sends, receives] if both else [receives if self.rank % 2 else sends]
         return lambda: dist.batch_isend_irecv(parts)
+
+
+def uneven_splits(count: int, ranks: int) -> list[int]:
+    """Elements of ``count`` for each rank: ``UNEVEN_SHARE`` even shares for the first one, what is
+    left evenly for the others, the last one's part with the remainder.
+
+    >>> uneven_splits(32, 2), uneven_splits(32, 4)
+    ([24, 8], [12, 6, 6, 8])
+    """
+    first = int(UNEVEN_SHARE * count / ranks)
+    other = (count - first) // (ranks - 1)
+    return [first, *[other] * (ranks - 2), count - first - other * (ranks - 2)]
 
 
 def _wait(handles: Sequence[Any]) -> None:

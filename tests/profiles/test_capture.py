@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mhcplan.profiles.capture import grid, machine, measure
 from mhcplan.profiles.capture.__main__ import main
-from mhcplan.profiles.capture.comm import launched, without_starved
+from mhcplan.profiles.capture.comm import launched, uneven_splits, without_starved
 from mhcplan.profiles.capture.ops import Log, Session, groups, measure_ops
 from mhcplan.profiles.capture.segments import Chip, Kernel, ctas_per_sm, make_segments
 from mhcplan.profiles.capture.timing import HostTimer, spread_percent
@@ -73,7 +75,7 @@ def test_whole_suite_end_to_end(tmp_path: Path) -> None:
     assert profile.name == "mine"
     assert {str(row.key) for row in profile.ops} == {str(key) for key in grid.tiny_keys()}
     patterns = {row.pattern for row in profile.transfers}
-    assert len(patterns) == 6
+    assert len(patterns) == 7
     # small ones that a busy machine made slower than large ones are dropped
     assert {4096} <= {row.bytes for row in profile.transfers} <= {64, 4096}
     assert all(row.source == "measured" for row in (*profile.ops, *profile.transfers))
@@ -155,11 +157,11 @@ def test_transfers_go_on_after_a_kill(tmp_path: Path) -> None:
     again = run(*args)
     _, stderr = again.communicate(timeout=120)
     assert again.returncode == 0, stderr
-    assert "/12 " not in stderr  # 6 patterns, 2 sizes; some of them known
+    assert "/14 " not in stderr  # 7 patterns, 2 sizes; some of them known
     lines = log.read_text().splitlines()
     assert lines[:3] == kept
     rows = [json.loads(line)["transfer"] for line in lines if line.endswith("}")]
-    assert len({(row["pattern"], row["bytes"]) for row in rows}) == 12
+    assert len({(row["pattern"], row["bytes"]) for row in rows}) == 14
 
 
 def row_of(line: str) -> dict[str, object]:
@@ -341,6 +343,15 @@ def transfer(num_bytes: int, duration_ns: int, pattern: str = "send_recv") -> Tr
     return TransferTiming(
         source="measured", pattern=pattern, group_size=2, bytes=num_bytes, duration_ns=duration_ns
     )
+
+
+@given(st.integers(2, 64), st.integers(1, 10**6))
+def test_uneven_splits_send_half_as_much_again_to_the_first_rank(ranks: int, each: int) -> None:
+    parts = uneven_splits(each * ranks, ranks)
+    assert (len(parts), sum(parts)) == (ranks, each * ranks)
+    assert parts[0] == int(1.5 * each)
+    assert min(parts) >= 0
+    assert len(set(parts[1:-1])) <= 1
 
 
 def test_a_message_slower_than_a_larger_one_is_dropped() -> None:

@@ -221,3 +221,13 @@ def test_traffic_factors() -> None:
     assert traffic_factor("all_to_all", 4) == 0.75
     assert traffic_factor("all_reduce", 4) == 1.5
     assert traffic_factor("reduce_scatter", 2) == traffic_factor("all_gather", 2) == 0.5
+
+
+def test_an_uneven_all_to_all_waits_for_what_the_first_rank_receives(profile: Profile) -> None:
+    costs = CostModel(profile)
+    for size, per_node in ((2, 2), (8, 8), (8, 1), (64, 8)):
+        uneven = costs.transfer(TransferKey("all_to_all_uneven", size, per_node, 8 * MIB))
+        even = costs.transfer(TransferKey("all_to_all", size, per_node, 12 * MIB))
+        assert uneven.source == "assumed"
+        assert uneven.duration_ns == pytest.approx(even.duration_ns, rel=1e-3)
+        assert uneven.link_bytes == pytest.approx(even.link_bytes, rel=1e-3)
