@@ -13,13 +13,13 @@ meet, so they are no part of the fit.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mhcplan.profiles.contention_fit import TRAITS, Pair, Pairs, errors, fit
 from mhcplan.profiles.contention_rows import contention_model, traffic_traits
+from mhcplan.profiles.overlap import rows_of
 from mhcplan.profiles.schema import profile_text, read_profile
 from mhcplan.sim.device_kernels import Parameters
 
@@ -28,12 +28,6 @@ if TYPE_CHECKING:
 
 RAW = Path(__file__).parents[1] / "profiles" / "data" / "raw" / "h100-sxm-contention.jsonl"
 Error = tuple[Pair, float, float]
-
-
-def rows_of(raw: Path) -> dict[str, dict[str, Any]]:
-    """Rows of a capture's log, by pair."""
-    logged = (json.loads(line)["contention"] for line in raw.read_text().splitlines())
-    return {row["pair"]: row for row in logged if isinstance(row, dict)}
 
 
 def show(title: str, found: Iterable[Error]) -> None:
@@ -60,7 +54,7 @@ def main() -> None:
     parser.add_argument("--fit", action="store_true", help="fit before the errors are taken")
     parser.add_argument("--store", type=Path, help="profile that the model is written into")
     args = parser.parse_args()
-    source = Pairs(rows_of(args.raw))
+    source = Pairs(rows_of(args.raw.read_text(encoding="utf-8")))
     pairs = source.pairs(TRAITS)
     parameters = Parameters()
     if args.fit:

@@ -135,7 +135,7 @@ def warm_compilers(keys: Sequence[OpKey], workers: int) -> None:
     differ only in those are run once, at the smallest.
     """
     smallest: dict[tuple[str, tuple[tuple[str, int], ...]], OpKey] = {}
-    free = ("tokens", "rows", "seq", "vocab", "parameters")
+    free = ("tokens", "rows", "seq", "vocab", "parameters", "m", "k", "largest")
     for key in keys:
         fixed = tuple((a, v) for a, v in key.shape if a not in free)
         name = (f"{key.kind}.{key.pass_}", fixed)
