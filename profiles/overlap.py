@@ -287,7 +287,8 @@ class OverlapModel:
     def _error(self, ours: _Compute, theirs: _Traffic, pair: Pair | None) -> OverlapError:
         assert self._model is not None
         if pair is not None:
-            return self._mean_error("measured", "this very pair", [pair])
+            seen = "held out" if pair.held_out else "seen by the fit"
+            return self._mean_error("measured", f"this very pair, {seen}", [pair])
         held = [other for other in self._measured_pairs() if other.held_out]
         pattern, eager = theirs.key.pattern, theirs.message.eager
         alike = [
@@ -304,7 +305,7 @@ class OverlapModel:
         count = self._model.held_out_pairs
         return OverlapError(
             "all pairs" if count else "unknown",
-            "all pairs that the fit did not see",
+            "pairs that the fit did not see",
             count,
             self._model.compute_error_percent,
             self._model.traffic_error_percent,

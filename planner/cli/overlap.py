@@ -162,5 +162,6 @@ def _lines(found: Overlap) -> Iterator[str]:
     )
     yield f"link: a message alone fills {found.link_percent:.0f} % of it"
     error = found.error
-    yield f"error: mean of {error.of}, {error.pairs} pairs ({error.basis})"
+    of_how_many = f"mean of {error.pairs} pairs, {error.basis}: " if error.pairs > 1 else ""
+    yield f"error: {of_how_many}{error.of}"
     yield from (f"extrapolated: {text}" for text in found.extrapolated)
