@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
 PATTERNS: tuple[Pattern, ...] = get_args(Pattern)
-# 1 KiB to 1 GiB in steps of 2
-SIZES = tuple(1024 * 2**i for i in range(21))
+# 1 KiB to 1 GiB in steps of 2; and between them where messages of steps are, and where the library
+# changes its algorithm, so that a straight line from size to size is off by most
+SIZES = tuple(sorted({*(1024 * 2**i for i in range(21)), *(3 * 2**i for i in range(19, 26))}))
 # renamed after torch 2.11
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
