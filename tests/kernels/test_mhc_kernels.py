@@ -20,8 +20,9 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # exp that overflows to inf, or NaN in a product, is what such a test is about; numpy, which does
 # the interpreter's arithmetic, would warn.
 NUMPY_WARNS = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-# The interpreter truncates to bf16 where the hardware rounds: twice the error, all of one sign.
-BF16_ERROR = (2.6e-3, 5e-5) if DEVICE.type == "cuda" else (6e-3, 2e-4)
+# The interpreter truncates to bf16 where the hardware rounds: twice the error, all of one sign,
+# in every factor of a product.
+BF16_ERROR = (2.6e-3, 5e-5) if DEVICE.type == "cuda" else (8e-3, 2e-4)
 TOLERANCE = {torch.bfloat16: BF16_ERROR, torch.float32: (2e-6, 5e-6)}  # residuals, the rest
 
 
