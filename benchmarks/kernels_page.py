@@ -214,7 +214,7 @@ def written(page: str, run: dict[str, Any]) -> str:
 
 def main() -> None:
     """Print, or write into the page."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.name} instead")
     arguments = parser.parse_args()
     run = json.loads(RUN.read_text(encoding="utf-8"))
