@@ -25,6 +25,7 @@ from mhcplan.profiles.capture.block import allocator_margin_percent
 from mhcplan.profiles.capture.comm import SIZES, launched, measure_transfers
 from mhcplan.profiles.capture.ops import OP_BUDGET_NS, Log, Session, groups, measure_ops
 from mhcplan.profiles.capture.overlap_parts import (
+    logs_beside,
     measure_contention_part,
     measure_priority_part,
     with_overlap,
@@ -336,8 +337,8 @@ def measure(
     chosen = [
         k for k in (grid.keys(tiers) if keys is None else keys) if not kinds or k.kind in kinds
     ]
-    ops_path, comm_path, *logs = (out.with_name(f"{out.name}.{part}.json") for part in PARTS)
-    contention_log, priority_log = (path.with_suffix(".jsonl") for path in logs)
+    ops_path, comm_path = (out.with_name(f"{out.name}.{part}.json") for part in ("ops", "comm"))
+    contention_log, priority_log = logs_beside(out)
     written = []
     out.parent.mkdir(parents=True, exist_ok=True)
     if "ops" in wanted:
@@ -371,20 +372,25 @@ def measure(
         profile = _merged(ops_path, comm_paths, hardware, name)
     else:
         return written
-    write_whole(out, profile_text(with_overlap(profile, contention_log, priority_log)))
+    _write_profile(out, profile)
     return [*written, out]
 
 
 def write_merged(
     out: Path, ops_path: Path, comm_paths: Sequence[Path], hardware: str, name: str | None = None
 ) -> None:
-    """Merge the files of parts into the profile ``out``; ``name`` None is the preset's.
+    """Merge the files of parts, and the logs of overlapped kernels beside ``out``, into the profile
+    ``out``; ``name`` None is the preset's.
 
     Raises:
         ProfileError: a part cannot be read, or they are of different devices.
         ValueError: unknown preset.
     """
-    write_whole(out, profile_text(_merged(ops_path, comm_paths, hardware, name)))
+    _write_profile(out, _merged(ops_path, comm_paths, hardware, name))
+
+
+def _write_profile(out: Path, profile: Profile) -> None:
+    write_whole(out, profile_text(with_overlap(profile, *logs_beside(out))))
 
 
 def _merged(ops_path: Path, comm_paths: Sequence[Path], hardware: str, name: str | None) -> Profile:

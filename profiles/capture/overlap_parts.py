@@ -15,6 +15,7 @@ from mhcplan.profiles.capture import contention, machine, priority
 from mhcplan.profiles.contention_fit import TRAITS, Pairs, errors, fit
 from mhcplan.profiles.contention_rows import contention_model, priority_latencies, traffic_traits
 from mhcplan.sim.device_kernels import Parameters
+from mhcplan.sim.jit import has_numba
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -61,6 +62,14 @@ def measure_priority_part(log: Path, device_type: str, budget_seconds: float) ->
     priority.measure_priority(log, _stamp(device_type), budget_seconds=seconds)
 
 
+def logs_beside(out: Path) -> tuple[Path, Path]:
+    """Where the two parts of the profile ``out`` are logged: contention, priority."""
+    return (
+        out.with_name(f"{out.name}.contention.jsonl"),
+        out.with_name(f"{out.name}.priority.jsonl"),
+    )
+
+
 def with_overlap(profile: Profile, contention_log: Path, priority_log: Path) -> Profile:
     """``profile`` with what the logs say, as far as they are there and of its device."""
     stamp = {"device": profile.provenance[0].device}
@@ -81,6 +90,10 @@ def _sms(profile: Profile) -> int:
 
 def _fitted(profile: Profile, source: Pairs) -> ContentionModel | None:
     """The model; None, and a line that says why, where there is too little to fit it to."""
+    if not has_numba():  # plain Python would take hours
+        print("[capture] no contention model: fitting needs numba; where that is installed, --merge"
+              " fits it from the log", file=sys.stderr)  # fmt: skip
+        return None
     pairs = source.pairs(TRAITS)
     meeting = [pair for pair in pairs if not pair.message.eager]
     start = Parameters(num_sms=_sms(profile))

@@ -46,3 +46,11 @@ def test_logs_of_another_device_are_not_of_this_profile(tmp_path: Path) -> None:
 def test_latencies_need_a_gpu(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="needs a CUDA device"):
         overlap_parts.measure_priority_part(tmp_path / "log", "cpu", 1.0)
+
+
+def test_without_numba_the_log_is_kept_for_a_later_fit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(overlap_parts, "has_numba", lambda: False)
+    assert overlap_parts.with_overlap(BARE, CONTENTION, tmp_path / "none") == BARE
+    assert "--merge" in capsys.readouterr().err
