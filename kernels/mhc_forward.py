@@ -1,10 +1,11 @@
 """Forward kernels of an mHC site, and the launchers that pick their grids.
 
-Three launches a site, 18C elements moved at n = 4 (the paper's (4n+2)C): ``project`` reads the
-state once for the projection and the sum of squares (eq. 14-15); ``coefficients_and_pre`` turns
-those into coefficients (eq. 16-19) and applies H_pre; ``post_res`` mixes the rows. ``post_project``
-is the form across two sites, post_res of site l with the projection of site l + 1: the state is
-projected while it is written, which saves one read of it, (3n+2)C = 14C.
+Three kernels a site, 18C elements moved at n = 4 (the paper's (4n+2)C): ``project``, after a small
+launch that splits phi, reads the state once for the projection and the sum of squares (eq. 14-15);
+``coefficients_and_pre`` turns those into coefficients (eq. 16-19) and applies H_pre; ``post_res``
+mixes the rows. ``post_project`` is the form across two sites, post_res of site l with the
+projection of site l + 1: the state is projected while it is written, which saves one read of it,
+(3n+2)C = 14C.
 
 T tokens of n rows of C channels; M = n^2 + 2n coefficients; see :mod:`mhcplan.kernels.reference`
 for the formulas. Partial sums over channels are written per split and added by their consumer in
@@ -70,6 +71,7 @@ def _project_kernel(
     K: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, PARTS: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    tl.static_assert(K % BK == 0, "no mask over channels")
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     piece = tl.program_id(1)
     k_first = piece * split_steps * BK
@@ -235,6 +237,7 @@ def _post_project_kernel(
     N: tl.constexpr, C: tl.constexpr, MP: tl.constexpr, PARTS: tl.constexpr,
     BT: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    tl.static_assert(C % BC == 0, "no mask over channels")
     M: tl.constexpr = N * N + 2 * N
     t = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)
     piece = tl.program_id(1)

@@ -4,7 +4,9 @@ Launches are turned into compilations for compute capability 9.0, with the launc
 tiles and specialisations. One JSON line a kernel: name, bytes of shared memory, bytes spilled,
 and products whose rows are fewer than their warps cover.
 
-    python tests/kernels/hopper_worker.py N bf16|fp32 C
+    python tests/kernels/hopper_worker.py N bf16|fp32 C [products]
+
+``products`` compiles those kernels only that multiply by phi or for it.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from mhcplan.kernels import mhc_backward, mhc_forward, mhc_recompute
+from mhcplan.kernels.triton_support import padded_coefficients, residual_parts
 
 TOKENS = 4096
 STEPS = 20
@@ -105,8 +108,19 @@ def site(n: int, channels: int, dtype: torch.dtype) -> None:
         mhc_recompute.recompute_block(x, [f] * outputs, [mix] * sites)
 
 
+def products(n: int, channels: int, dtype: torch.dtype) -> None:
+    """The projection, dx and dphi."""
+    m = n * n + 2 * n
+    x = torch.empty(TOKENS, n, channels, dtype=dtype)
+    du, phi, s = torch.empty_like(x[:, 0]), torch.empty(m, n * channels), torch.empty(TOKENS)
+    dp = torch.empty(TOKENS, residual_parts(dtype) * padded_coefficients(n), dtype=dtype)
+    mhc_forward.project(x, phi)
+    mhc_backward.pre_backward(x, x, du, torch.empty(TOKENS, m), dp, s, phi, with_weight=True)
+
+
 if __name__ == "__main__":
     driver.set_active(NoDevice())
     report_instead_of_launching()
-    rows, kind, width = sys.argv[1:]
-    site(int(rows), int(width), {"bf16": torch.bfloat16, "fp32": torch.float32}[kind])
+    rows, kind, width, *only = sys.argv[1:]
+    compile_all = products if only else site
+    compile_all(int(rows), int(width), {"bf16": torch.bfloat16, "fp32": torch.float32}[kind])
