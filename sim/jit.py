@@ -19,7 +19,9 @@ import tempfile
 import threading
 from functools import cache, wraps
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
 import numpy as np
@@ -99,6 +101,7 @@ def _first_call(
     """Make the machine code and call it; trouble with the cache must not stop the program."""
     with _lock:
         made = _machine_code(function, cached=True)
+        _load_numba_alone()
         try:
             result = made(*args, **kwargs)
         except Exception:  # a full disk, a cache file cut short: once more without the cache
@@ -126,6 +129,23 @@ def _machine_code(function: Callable[P, R], *, cached: bool) -> Callable[P, R]:
         return numba.njit(nogil=True, cache=True, **_OPTIONS)(function)
     finally:
         numba.config.CACHE_DIR = before
+
+
+@cache
+def _load_numba_alone() -> None:
+    """Load what numba loads at its first function, without scipy: it would import all of
+    ``scipy.linalg``, in a third of a second, only to see that it is there.
+
+    While that module is loaded a stand-in says so; code that calls BLAS imports the real one.
+    """
+    wanted = "scipy.linalg.cython_blas"
+    if not has_numba() or wanted in sys.modules or find_spec("scipy") is None:
+        return
+    sys.modules[wanted] = ModuleType(wanted)
+    try:
+        import_module("numba.np.arraymath")
+    finally:
+        del sys.modules[wanted]
 
 
 @cache

@@ -82,7 +82,7 @@ def estimate(plans: Sequence[PlanSpec], profile: Profile) -> list[Estimate | Ref
             _estimators.pop(next(iter(_estimators)))
         estimator = _estimators[profile.digest] = _Estimator(profile)
     found: dict[int, Estimate | Refusal] = {}
-    for i in sorted(range(len(plans)), key=lambda i: _likeness(plans[i])):
+    for i in sorted(range(len(plans)), key=lambda i: likeness(plans[i])):
         try:
             found[i] = estimator.estimate(plans[i])
         except (SpecError, ProfileError) as error:
@@ -90,13 +90,19 @@ def estimate(plans: Sequence[PlanSpec], profile: Profile) -> list[Estimate | Ref
     return [found[i] for i in range(len(plans))]
 
 
-def _likeness(plan: PlanSpec) -> tuple[object, ...]:
-    """Plans next to each other in this order have most in common."""
-    residual = plan.residual
+def shared_templates(plan: PlanSpec) -> tuple[object, ...]:
+    """Plans of which this is equal share most templates, which are dearest to make."""
+    layout, residual = plan.layout, plan.residual
     return (
-        plan.model.name, plan.layout.pp, plan.schedule, plan.microbatches, residual.kind,
-        str(residual.recompute_block), plan.digest(),
+        plan.model.name, layout.pp, layout.ep, layout.dp, plan.micro_batch_size, residual.kind,
+        str(residual.recompute_block),
     )  # fmt: skip
+
+
+def likeness(plan: PlanSpec) -> tuple[object, ...]:
+    """Plans next to each other in this order have most in common: templates, then the order of all
+    ops, which is the same for all n of a schedule."""
+    return *shared_templates(plan), plan.schedule, plan.microbatches, plan.digest()
 
 
 class _Figures(NamedTuple):

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from mhcplan.planner.plan.file import source_fields
 from mhcplan.planner.sweep.axes import Axis, points
 from mhcplan.planner.sweep.farm import Farm
 from mhcplan.planner.sweep.points import ProfileName, work_out
+from mhcplan.planner.sweep.ranking import likeness, shared_templates
 from mhcplan.planner.sweep.row import SweepRow
 from mhcplan.planner.sweep.store import PointKey, SweepStore
 from mhcplan.profiles.store import find_profile, profile_names
@@ -29,10 +31,12 @@ if TYPE_CHECKING:
     from mhcplan.planner.sweep.farm import Backend
     from mhcplan.planner.sweep.row import Figures, Method, Outcome
 
+Item = TypeVar("Item")
+
 WINNERS = 5  # confirmed by the engine after a fast sweep
 
 _FEW = 24  # points that are done sooner than more processes could start
-_BATCH = 12  # points a task: they share templates and baselines, and a killed task loses little
+_BATCH = 40  # points a task: they share templates, and a killed task loses little
 _KEPT_BATCHES = 8  # tasks a worker at least, so that none waits long for the last one
 
 
@@ -193,9 +197,10 @@ class SweepRun:
         return 1 if few and self._options.jobs is None else self._options.jobs
 
     def _plans(self, method: Method) -> dict[PointKey, PlanSpec]:
-        """Plans to be worked out, each once, those that share a baseline in a row."""
+        """Plans to be worked out, each once, those that have most in common in a row: a worker
+        that is given a few of them need not work out what others do for theirs."""
         plans = [point.plan for point in self._points if point.plan is not None]
-        plans.sort(key=lambda plan: plan.baseline().digest())
+        plans.sort(key=likeness)
         return {self._key(plan, method): plan for plan in plans}
 
     def _key(self, plan: PlanSpec, method: Method) -> PointKey:
@@ -235,7 +240,8 @@ class SweepRun:
         for name in {name.digest: name for name in self._profiles.values()}.values():
             keys = [key for key in plans if key.profile_digest == name.digest]
             size = max(1, min(_BATCH, len(keys) // (_KEPT_BATCHES * farm.jobs)))
-            batches = [keys[first : first + size] for first in range(0, len(keys), size)]
+            # no two workers record the same templates
+            batches = batched(keys, lambda key: shared_templates(plans[key]), size)
             tasks = [_Task([plans[key] for key in batch], name, method) for batch in batches]
             for number, outcomes in farm.map(_worked_out, tasks):
                 yield batches[number], outcomes
@@ -261,6 +267,20 @@ class SweepRun:
             reason=outcome.reason, method=method, plan_digest=key.plan_digest,
             profile_digest=key.profile_digest, gpus=point.plan.layout.gpus, figures=outcome.figures,
         )  # fmt: skip
+
+
+def batched(
+    items: Sequence[Item], group_of: Callable[[Item], object], size: int
+) -> list[list[Item]]:
+    """Items in order, at most ``size`` together; only a group larger than that is taken apart."""
+    batches: list[list[Item]] = []
+    for _, alike in groupby(items, key=group_of):
+        group = list(alike)
+        parts = [group[i : i + size] for i in range(0, len(group), size)]
+        if batches and len(batches[-1]) + len(parts[0]) <= size:
+            batches[-1] += parts.pop(0)
+        batches += parts
+    return batches
 
 
 def _unlike(rows: Sequence[SweepRow]) -> list[SweepRow]:

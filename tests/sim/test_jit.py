@@ -60,3 +60,15 @@ def test_without_numba_the_same_comes_slowly() -> None:
     code = "import sys\nsys.modules['numba'] = None\n" + SORT
     output, errors = run_python(code).communicate(timeout=300)
     assert output.split()[:3] == SORTED, errors
+
+
+def test_scipy_is_not_loaded_for_code_that_needs_none_and_is_there_for_code_that_does() -> None:
+    code = SORT + (
+        "import sys\n"
+        "from numba.np import arraymath\n"
+        "print('scipy.linalg' in sys.modules, arraymath._HAVE_BLAS)\n"
+        "import scipy.linalg.cython_blas\n"
+        "print('dgemm' in scipy.linalg.cython_blas.__pyx_capi__)\n"
+    )
+    output, errors = run_python(code).communicate(timeout=300)
+    assert output.split()[-3:] == ["False", "True", "True"], errors

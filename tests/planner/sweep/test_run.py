@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import jsonschema
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mhcplan.planner.plan.spec import make_plan
 from mhcplan.planner.predict import predict
@@ -25,7 +27,7 @@ from mhcplan.planner.sweep import run as sweep_module
 from mhcplan.planner.sweep.axes import axes_of
 from mhcplan.planner.sweep.farm import Farm
 from mhcplan.planner.sweep.row import SweepRow
-from mhcplan.planner.sweep.run import SweepOptions, ranked, sweep
+from mhcplan.planner.sweep.run import SweepOptions, batched, ranked, sweep
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,6 +47,17 @@ def run(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 def small(profile: str, **more: str) -> dict[str, str]:
     return {"profile": profile, "layout.pp": "2", "microbatches": "4"} | more
+
+
+@given(st.lists(st.integers(0, 3), max_size=30).map(sorted), st.integers(1, 8))
+def test_batches_take_apart_only_what_is_larger_than_a_batch(groups: list[int], size: int) -> None:
+    items = list(enumerate(groups))
+    batches = batched(items, lambda item: item[1], size)
+    assert [item for batch in batches for item in batch] == items
+    assert all(0 < len(batch) <= size for batch in batches)
+    for group in set(groups):
+        holders = [batch for batch in batches if any(item[1] == group for item in batch)]
+        assert len(holders) == -(-groups.count(group) // size)
 
 
 # -- figures ---------------------------------------------------------------------------------------
