@@ -9,6 +9,7 @@ without this, mHC's overhead is predicted too high.
 
 from __future__ import annotations
 
+import json
 import statistics
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,6 +21,7 @@ from mhcplan.profiles.vocabulary import OP_KINDS, OpKey, parse_key
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -130,6 +132,19 @@ class Row(NamedTuple):
     def slowdown(self) -> float:
         """Period over the period that a rested chip would have."""
         return self.period_ns / (self.cold_ns * (1 + self.rest_share))
+
+
+def read_rows(log: Path, device: str | None = None) -> list[tuple[Row, float]]:
+    """Loads of a capture's log with the power limit of each; a line cut short is dropped."""
+    found: list[tuple[Row, float]] = []
+    for line in log.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if device in (None, entry["device"]):
+            found.append((Row(**entry["row"]), entry["limit_watts"]))
+    return found
 
 
 def fit_power(rows: Iterable[Row], limit_watts: float) -> PowerModel:

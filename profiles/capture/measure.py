@@ -3,7 +3,7 @@
 A profile has two parts that may come from two machines of a kind: ``ops`` (one GPU: ops, rates,
 overheads) and ``comm`` (two or more GPUs of one host: transfers). Each part is written to a file of
 its own kind, and :func:`merge` makes a profile of them; with both on one machine that happens at
-once. Two more parts, ``contention`` and ``priority``, are measured where they are asked for
+once. More parts, ``contention``, ``priority`` and ``power``, are measured where they are asked for
 (:mod:`mhcplan.profiles.capture.overlap_parts`). Rows go to a log beside the output as they come, so
 an interrupted run goes on where it was.
 """
@@ -30,6 +30,7 @@ from mhcplan.profiles.capture.overlap_parts import (
     measure_priority_part,
     with_overlap,
 )
+from mhcplan.profiles.capture.power import measure_power_part, with_power
 from mhcplan.profiles.capture.timing import GpuTimer
 from mhcplan.profiles.presets import HARDWARE
 from mhcplan.profiles.schema import (
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
 
     from mhcplan.profiles.vocabulary import OpKey
 
-Part = Literal["ops", "comm", "contention", "priority"]
+Part = Literal["ops", "comm", "contention", "priority", "power"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
 
@@ -363,6 +364,9 @@ def measure(
     if "priority" in wanted:
         measure_priority_part(priority_log, kind_of_device, budget_seconds)
         written.append(priority_log)
+    if "power" in wanted:
+        measure_power_part(_power_log(out), kind_of_device, budget_seconds)
+        written.append(_power_log(out))
     if base is not None:
         ops = read_part(ops_path, OpsPart) if "ops" in wanted else None
         comms = [read_part(comm_path, CommPart)] if "comm" in wanted else []
@@ -379,7 +383,7 @@ def measure(
 def write_merged(
     out: Path, ops_path: Path, comm_paths: Sequence[Path], hardware: str, name: str | None = None
 ) -> None:
-    """Merge the files of parts, and the logs of overlapped kernels beside ``out``, into the profile
+    """Merge the files of parts, and the logs of overlap and power beside ``out``, into the profile
     ``out``; ``name`` None is the preset's.
 
     Raises:
@@ -390,7 +394,12 @@ def write_merged(
 
 
 def _write_profile(out: Path, profile: Profile) -> None:
-    write_whole(out, profile_text(with_overlap(profile, *logs_beside(out))))
+    whole = with_power(with_overlap(profile, *logs_beside(out)), _power_log(out))
+    write_whole(out, profile_text(whole))
+
+
+def _power_log(out: Path) -> Path:
+    return out.with_name(f"{out.name}.power.jsonl")
 
 
 def _merged(ops_path: Path, comm_paths: Sequence[Path], hardware: str, name: str | None) -> Profile:

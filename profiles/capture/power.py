@@ -1,15 +1,17 @@
-"""What a GPU draws, and how far it lowers its clock, under steady loads.
+"""The part of a capture that finds what a GPU draws, and how far it lowers its clock.
 
-Every load repeats for seconds, long enough for the power limit to show: on an H100 the clock falls
-some 50 ms after the limit is passed. The driver is asked every few milliseconds from another
-process.
+Every load repeats for a second or more, long enough for the power limit to show: on an H100 the
+clock falls some 50 ms after the limit is passed. The driver is asked every few milliseconds by
+nvidia-smi. A log of lines stands beside the profile; :func:`with_power` fits the power model to it.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from typing import TYPE_CHECKING, NamedTuple
@@ -17,14 +19,20 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from mhcplan.kernels.layers import Env, make_case
-from mhcplan.profiles.power import Row
+from mhcplan.profiles.capture import machine
+from mhcplan.profiles.power import Row, fit_power, read_rows
 from mhcplan.profiles.vocabulary import OP_KINDS, op_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
+    from mhcplan.profiles.schema import Profile
     from mhcplan.profiles.vocabulary import OpKey
 
+POWER_SECONDS = 110.0
+_LOAD_SECONDS = 1.2
+_BLOCK = (1920, 4096)  # width and tokens of the block that is run as a load: the paper's 9B
 _PERIOD_MS = 20
 _REST_S = 0.3
 _FIELDS = "power.draw.instant,clocks.sm,temperature.gpu"
@@ -119,6 +127,47 @@ def matrix_tflops(device: torch.device, size: int = 8192) -> float:
     torch.cuda.synchronize()
     time.sleep(_REST_S)
     return 2 * size**3 / min(_time(lambda: torch.mm(a, b, out=out), 3)) / 1e3
+
+
+def measure_power_part(log: Path, device_type: str, budget_seconds: float) -> None:
+    """Measure all steady loads; those that ``log`` has are not measured again.
+
+    Raises:
+        ValueError: no CUDA device.
+        OSError: nvidia-smi is missing.
+    """
+    if device_type != "cuda":
+        raise ValueError(f"device={device_type}: the part power needs a CUDA device")
+    device = torch.device("cuda")
+    stamp = {"device": machine.device_name(device), "limit_watts": _limit_watts()}
+    done = {row.name for row, _ in read_rows(log, stamp["device"])} if log.exists() else set[str]()
+    deadline = time.monotonic() + min(budget_seconds, POWER_SECONDS)
+    keys = block_keys(*_BLOCK, 1) | block_keys(*_BLOCK, 4)
+    for load in loads(device, keys):
+        if load.name in done or time.monotonic() > deadline:
+            continue
+        row = measure_load(load, _LOAD_SECONDS)
+        print(f"[capture] {row}", file=sys.stderr, flush=True)
+        with log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**stamp, "row": row._asdict()}) + "\n")
+
+
+def with_power(profile: Profile, log: Path) -> Profile:
+    """``profile`` with the power model of a log, as far as there is one of its device."""
+    rows = read_rows(log, profile.provenance[0].device) if log.exists() else []
+    if not rows:
+        return profile
+    try:
+        model = fit_power([row for row, _ in rows], rows[-1][1])
+    except ValueError as error:
+        print(f"[capture] no power model: {error}", file=sys.stderr)
+        return profile
+    return profile.model_copy(update={"power_model": model})
+
+
+def _limit_watts() -> float:
+    command = ["nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader,nounits", "-i", "0"]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def graph_of(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +13,15 @@ from hypothesis import strategies as st
 from mhcplan.planner.plan.spec import make_plan
 from mhcplan.planner.predict import play
 from mhcplan.profiles.lookup import CostModel, cost_model_of
-from mhcplan.profiles.power import Row, fit_power, slowdown, slowed, steady_ns, steady_stretch
+from mhcplan.profiles.power import (
+    Row,
+    fit_power,
+    read_rows,
+    slowdown,
+    slowed,
+    steady_ns,
+    steady_stretch,
+)
 from mhcplan.profiles.schema import PowerModel
 from mhcplan.profiles.store import find_profile
 
@@ -61,13 +68,31 @@ def test_too_few_loads_are_refused(missing: str) -> None:
 
 
 def test_the_shipped_model_is_the_fit_of_the_shipped_rows() -> None:
-    rows = [Row(**json.loads(line)) for line in RAW.read_text().splitlines()]
+    rows = [row for row, _ in read_rows(RAW)]
     model = find_profile("h100-sxm").power_model
     assert model is not None
     assert model == fit_power(rows, model.limit_watts)
     assert model.error_percent < 2.5
     for row in rows:
         assert steady_stretch(row, model) == pytest.approx(row.slowdown, abs=0.045), row.name
+
+
+def test_a_log_becomes_the_model_of_a_profile_of_its_device(tmp_path: Path) -> None:
+    power = pytest.importorskip("mhcplan.profiles.capture.power")
+    shipped = find_profile("h100-sxm")
+    bare = shipped.model_copy(update={"power_model": None})
+    assert power.with_power(bare, RAW).power_model == shipped.power_model
+    assert power.with_power(bare, tmp_path / "none").power_model is None
+    cut = tmp_path / "cut.jsonl"
+    text = RAW.read_text()
+    cut.write_text(text[:-20])
+    assert len(read_rows(cut)) == len(read_rows(RAW)) - 1
+    cut.write_text(text.replace("H100", "H200"))
+    assert power.with_power(bare, cut).power_model is None
+    cut.write_text(text.splitlines()[0])  # idle alone says nothing
+    assert power.with_power(bare, cut).power_model is None
+    with pytest.raises(ValueError, match="the part power needs a CUDA device"):
+        power.measure_power_part(cut, "cpu", 1.0)
 
 
 @given(st.floats(0.2, 4.0))
