@@ -21,7 +21,7 @@ from mhcplan.profiles.op_fit import Roofline
 from mhcplan.profiles.presets import HARDWARE
 
 if TYPE_CHECKING:
-    from mhcplan.profiles.schema import OpTiming, Profile, Rate, TransferTiming
+    from mhcplan.profiles.schema import OpTiming, PowerModel, Profile, Rate, TransferTiming
     from mhcplan.profiles.specs import HardwareSpec
 
 # Shipped names of derived profiles, and the measured profile that each is made from.
@@ -62,8 +62,7 @@ def derive(profile: Profile, name: str) -> Profile:
             "transfers": scale.transfers(profile.transfers),
             # fitted on pairs of another machine: the shares hold as far as its kernels do
             "contention_model": model and model.model_copy(update=scale.assumed),
-            # another chip or another power limit: no more is known than that there is one
-            "power_model": None,
+            "power_model": scale.power(profile.power_model),
             "contention_ops": (),
             "contention_pairs": (),
             "priorities": (),
@@ -111,6 +110,12 @@ class _Scale:
                 **self.assumed,
             }
         )
+
+    def power(self, model: PowerModel | None) -> PowerModel | None:
+        """That of a chip with the same rates; what another draws at its limit is not known."""
+        if model is None or self._flops != 1 or self._bytes != 1:
+            return None
+        return model.model_copy(update=self.assumed)
 
     def transfers(self, rows: tuple[TransferTiming, ...]) -> tuple[TransferTiming, ...]:
         """Transfers of the same pattern, medium and group share a latency."""

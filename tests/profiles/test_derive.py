@@ -57,3 +57,12 @@ def test_ops_of_b200_follow_the_rate_that_bounds_them(h100: Profile) -> None:
             assert faster == pytest.approx(8.0 / 3.35, rel=1e-3)
             seen.add("bytes")
     assert seen == {"arithmetic", "bytes"}
+
+
+def test_only_an_equal_chip_draws_what_was_measured(h100: Profile) -> None:
+    power = find_profile("h800").power_model
+    assert power is not None
+    assert power.source == "assumed"
+    assert power.citation
+    assert power.free_watts == h100.power_model.free_watts  # type: ignore[union-attr]
+    assert find_profile("b200").power_model is None
