@@ -9,6 +9,7 @@ decide, every engine gets the same causes from the same times.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -19,6 +20,8 @@ from mhcplan.sim.order import NO_OP
 from mhcplan.sim.timeline import REASONS, Timeline
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
     from mhcplan.sim.order import Order
@@ -44,6 +47,41 @@ def timeline_of(
         placed_ns: when each transfer's CTAs had SMs on its rank; negative where none were needed.
         behind: the op that is before each one in a hardware queue, or NO_OP.
     """
+    causes = partial(
+        _causes, program, order, issue_ns, start_ns, end_ns, release_ns, placed_ns, behind
+    )
+    return _Played(issue_ns, start_ns, end_ns, causes)
+
+
+class _Played(Timeline):
+    """A Timeline whose causes are worked out when they are first asked for: that takes a fifth as
+    long as the step took to play, and how long a step is needs none of them."""
+
+    _causes: Callable[[], _Causes]
+
+    def __init__(
+        self, issue_ns: Array, start_ns: Array, end_ns: Array, causes: Callable[[], _Causes]
+    ) -> None:
+        vars(self).update(issue_ns=issue_ns, start_ns=start_ns, end_ns=end_ns, _causes=causes)
+
+    def __getattr__(self, name: str) -> object:
+        if name not in _Causes._fields:
+            raise AttributeError(name)
+        vars(self).update(self._causes()._asdict())
+        return vars(self)[name]
+
+
+class _Causes(NamedTuple):
+    """The columns of a Timeline that are worked out."""
+
+    cause: Array
+    reason: NDArray[np.int8]
+
+
+def _causes(
+    program: Program, order: Order, issue_ns: Array, start_ns: Array, end_ns: Array,
+    release_ns: Array, placed_ns: Array, behind: Array,
+) -> _Causes:  # fmt: skip
     search = _Search(program, order, start_ns, end_ns, release_ns)
     search.own_rank(issue_ns, np.where(order.meeting >= 0, placed_ns, start_ns), behind)
     if (placed_ns >= 0).any():
@@ -55,7 +93,7 @@ def timeline_of(
     search.sms()
     at_start = start_ns == 0
     search.reason[at_start], search.cause[at_start] = _START, NO_OP
-    return Timeline(issue_ns, start_ns, end_ns, search.cause, search.reason.astype(np.int8))
+    return _Causes(search.cause, search.reason.astype(np.int8))
 
 
 class _Search:
