@@ -6,14 +6,16 @@ Every arrow is a pure function::
 
 The baseline is the same plan with the plain residual, lowered and played like any other plan; the
 overhead is the difference of two simulations, never an assumed figure. The two are played side by
-side on two cores.
+side on two cores; the baselines that were played last are kept, since another n or another
+recompute block has the same.
 """
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, cast
 
 from mhcplan.planner.lowering.lower import lower
 from mhcplan.planner.lowering.recompute import resolve_recompute_block
@@ -26,6 +28,8 @@ from mhcplan.sim.jit import MISSING_NUMBA, has_numba
 from mhcplan.sim.memory import memory_of
 
 if TYPE_CHECKING:
+    from collections.abc import Hashable
+
     from mhcplan.planner.plan.spec import Engine, PlanSpec
     from mhcplan.profiles.costs import Cost
     from mhcplan.profiles.lookup import CostModel
@@ -34,6 +38,8 @@ if TYPE_CHECKING:
     from mhcplan.sim.memory import Memory
     from mhcplan.sim.program import CostTable, Program
     from mhcplan.sim.timeline import Timeline
+
+_BASELINES_KEPT = 4  # some 10 MB each
 
 
 @dataclass(frozen=True)
@@ -94,9 +100,19 @@ def predict(plan: PlanSpec, profile: Profile | None = None) -> Prediction:
         step = play(plan, model, block)
         return Prediction(plan, profile, block, step, step)
     with ThreadPoolExecutor(1) as other_core:  # machine code runs without the GIL
-        baseline = other_core.submit(play, plan.baseline(), model, None)
+        baseline = other_core.submit(_baseline_step, cast("Hashable", plan.baseline()), model)
         step = play(plan, model, block)
         return Prediction(plan, profile, block, step, baseline.result())
+
+
+@lru_cache(maxsize=_BASELINES_KEPT)
+def _baseline_step(baseline: PlanSpec, model: CostModel) -> Step:
+    return play(baseline, model, None)
+
+
+def forget_baselines() -> None:
+    """Keep no baseline."""
+    _baseline_step.cache_clear()
 
 
 def play(plan: PlanSpec, model: CostModel, recompute_block: int | None) -> Step:

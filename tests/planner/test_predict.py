@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mhcplan.planner.plan.spec import PlanSpec, make_plan
-from mhcplan.planner.predict import Prediction, predict
+from mhcplan.planner.predict import Prediction, forget_baselines, predict
 from mhcplan.planner.schedules.catalogue import SCHEDULES
 from mhcplan.profiles.costs import CostMissing
 from mhcplan.sim.check import check
+from tests.support.programs import assert_same
 from tests.support.scaling import scaled
 from tests.support.synthetic_profile import synthetic_profile
 
@@ -71,6 +72,18 @@ def test_hc_needs_no_sinkhorn_and_says_that_it_is_priced_as_mhc() -> None:
     assumed = [cost for cost in hc.step.costs if cost.source == "assumed" and cost.ctas is None]
     assert assumed
     assert hc.overhead_percent > 0
+
+
+def test_a_kept_baseline_is_the_one_that_would_be_played() -> None:
+    forget_baselines()
+    first, second = run(residual={"expansion_rate": 2}), run(residual={"expansion_rate": 4})
+    assert second.baseline is first.baseline
+    forget_baselines()
+    assert_same(run(residual={"expansion_rate": 4}).baseline.timeline, second.baseline.timeline)
+    other = run(residual={"expansion_rate": 4}, microbatches=10).baseline
+    assert other.program.num_ops > second.baseline.program.num_ops
+    other = predict(plan(), scaled(profile(), 2)).baseline
+    assert other.timeline.step_ns > second.baseline.timeline.step_ns
 
 
 def test_overhead_grows_with_the_number_of_rows() -> None:
