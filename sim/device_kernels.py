@@ -85,6 +85,8 @@ class Parameters:
         least_life: shortest life of a memory-bound CTA, as a share of its life beside all others.
         lone_life: life of a CTA of a persistent kernel that finds an SM only when the others have
             ended, as a share of their life: clock, caches and power are then its own.
+        together: rate of an op beside one of a more urgent stream, if one of them is bound by
+            memory and the other is not, as a share of its rate alone. 0: nothing is gained.
     """
 
     num_sms: int = 132
@@ -99,6 +101,7 @@ class Parameters:
     bound_from: float = 0.7
     least_life: float = 0.5
     lone_life: float = 0.7
+    together: float = 0.0
 
 
 @dataclass(frozen=True)

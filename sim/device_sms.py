@@ -5,9 +5,12 @@ or comes to a point that it was told to watch. Between two such instants nothing
 event is spent on single CTAs. The rules were read off device traces of H100s;
 :mod:`mhcplan.profiles.contention_replay` plays what was measured, and says how far off they are.
 
-* **SMs.** A rank's compute ops run one at a time, most urgent stream first. What runs is never
-  taken back: a more urgent kernel begins when CTAs end, after the wave that is resident; a
-  persistent kernel gives up its SMs at its end only.
+* **SMs.** A rank's compute ops go most urgent stream first. What runs is never taken back: a more
+  urgent kernel begins when CTAs end, after the wave that is resident; a persistent kernel gives up
+  its SMs at its end only.
+* **Two ops at once.** Beside the op that has the SMs, one of a less urgent stream goes on: as far
+  as both are bound by memory they halve it, and as far as one is and the other is not, the less
+  urgent one keeps a share (``together``) of its rate. More urgent ones wait for CTAs to end.
 * **Communication CTAs** take a whole SM each, and keep it until the transfer ends, peers' delays
   included. At equal priority they find SMs between two kernels, in the tail of one, or where a grid
   leaves some free; at high priority as soon as CTAs end. Those that find none follow later, and so
@@ -33,7 +36,7 @@ from mhcplan.sim.device import FULL_RATE, work_left
 from mhcplan.sim.jit import Ints, usable_in_compiled
 
 NOT_MODELLED: tuple[str, ...] = (
-    "kernels of equally urgent streams of one GPU run one after another",
+    "kernels of two streams of one GPU of which none is bound by memory run one after another",
     "within an op, traffic goes at its mean speed beside the op's kernels",
     "a message that NCCL's buffers would take is not sent before its receiver is there",
     "the queue of launched kernels has no limit, so the host never waits for room in it",
@@ -72,7 +75,8 @@ class Gpu(NamedTuple):
         alone, fixed, chain: of cost key k, ns of a transfer; see
             :class:`mhcplan.sim.device_kernels.Traffic`.
         link: of cost key k, share of a link that a transfer takes alone.
-        machine: num_sms, SMs for compute, compute_delay, crowding, least_life.
+        memory: of cost key k, how far it is bound by memory, mean over its kernels.
+        machine: num_sms, SMs for compute, compute_delay, crowding, least_life, together.
     """
 
     priority: Ints
@@ -102,11 +106,13 @@ class Gpu(NamedTuple):
     fixed: Ints
     chain: Ints
     link: Ints
+    memory: Ints
     machine: Ints
 
 
 # Places in ``Gpu.machine``.
-_SMS, _COMPUTE_SMS, _COMPUTE_DELAY, _CROWDING, _LEAST_LIFE = range(5)
+_SMS, _COMPUTE_SMS, _COMPUTE_DELAY, _CROWDING, _LEAST_LIFE, _TOGETHER = range(6)
+_HAS_SMS, _BESIDE = 1, 0  # ``State.placed`` of a compute op
 
 
 class State(NamedTuple):
@@ -116,7 +122,8 @@ class State(NamedTuple):
         start_ns: when it has begun, a transfer to move; or a negative number.
         work, rate, rated_at: work left at ``rated_at``, and the rate since; of compute ops.
         here_ns: when a transfer's member came to wait for SMs.
-        placed, placed_ns: SMs that it holds there, and since when; negative before.
+        placed, placed_ns: SMs that it holds there, and since when; negative before. Of a compute op
+            ``placed`` is 1 while the SMs are its, 0 or less while it waits or goes on beside.
         spread: of a compute op, SMs that it had when a kernel of it was last seen to begin.
     """
 
@@ -159,7 +166,7 @@ def share_gpu(
             held += max(state.placed[op], 0)
             waits |= state.placed[op] < gpu.ctas[op]
             continue
-        if state.rate[op] > 0:
+        if state.rate[op] > 0 and state.placed[op] == _HAS_SMS:
             current = i
         if chosen < 0 or _goes_first(op, running[chosen], state, gpu):
             chosen = i
@@ -182,9 +189,17 @@ def share_gpu(
     if chosen < 0:
         return
     op = running[chosen]
-    if _begins(kernel, op, left, gpu):
-        state.spread[op] = gpu.machine[_SMS] - held
-    rate[chosen] = _compute_rate(kernel, op, left, held, burden, gpu)
+    state.placed[op] = _HAS_SMS
+    rate[chosen] = _rate_on(op, kernel, left, held, burden, gpu, state)
+    beside = _next_to(begin, end, running, chosen, gpu, state)
+    if beside >= 0 and gpu.priority[running[beside]] >= gpu.priority[op]:
+        op = running[beside]
+        kernel_beside, left_beside = _kernel_at(op, now, gpu, state), _left(op, now, state)
+        state.placed[op] = _BESIDE
+        alone = _rate_on(op, kernel_beside, left_beside, held, burden, gpu, state)
+        halved, fits = _both(running[chosen], op, gpu)
+        rate[chosen] = max(rate[chosen] * (SHARE - halved) // SHARE, 1)
+        rate[beside] = alone * (halved + fits) // SHARE
     if until > 0:
         wake = min(wake, now + (left - until + rate[chosen] - 1) // rate[chosen])
     watch[chosen] = wake
@@ -424,6 +439,37 @@ def _transfer_rate(key: int, ctas: int, placed: int, delay: int, squeeze: int, g
 
 
 # -- compute
+
+
+@usable_in_compiled
+def _next_to(begin: int, end: int, running: Ints, chosen: int, gpu: Gpu, state: State) -> int:
+    """The compute op that goes first of all but the chosen one, or -1."""
+    found = -1
+    for i in range(begin, end):
+        op = running[i]
+        if i == chosen or gpu.ctas[op] >= 0:
+            continue
+        if found < 0 or _goes_first(op, running[found], state, gpu):
+            found = i
+    return found
+
+
+@usable_in_compiled
+def _both(op: int, other: int, gpu: Gpu) -> tuple[int, int]:
+    """What ``other`` gets beside ``op``: half of the memory that both want, and what fits into the
+    rest; shares of its rate."""
+    first, second = gpu.memory[gpu.cost[op]], gpu.memory[gpu.cost[other]]
+    return min(first, second) // 2, abs(first - second) * gpu.machine[_TOGETHER] // SHARE
+
+
+@usable_in_compiled
+def _rate_on(
+    op: int, kernel: int, left: int, held: int, burden: int, gpu: Gpu, state: State
+) -> int:
+    """Rate of an op whose SMs, if its kernel begins, are those that transfers do not hold."""
+    if _begins(kernel, op, left, gpu):
+        state.spread[op] = gpu.machine[_SMS] - held
+    return _compute_rate(kernel, op, left, held, burden, gpu)
 
 
 @usable_in_compiled

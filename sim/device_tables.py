@@ -46,7 +46,7 @@ def gpu_of(program: Program, costs: CostTable) -> Gpu:
     p = loads.parameters
     machine = [
         p.num_sms, min(loads.compute_sms or p.num_sms, p.num_sms), _share(p.compute_delay),
-        _share(p.crowding), _share(p.least_life),
+        _share(p.crowding), _share(p.least_life), _share(p.together),
     ]  # fmt: skip
     by_column = (
         np.array([stream.priority for stream in program.streams], np.int64)[program.stream],
@@ -58,6 +58,7 @@ def gpu_of(program: Program, costs: CostTable) -> Gpu:
         np.array(delay, np.int64),
         np.array(squeeze, np.int64),
         *_transfer_keys(loads.traffic, durations),
+        np.array([_memory(kernels, p) for kernels in loads.kernels], np.int64),
         np.array(machine, np.int64),
     )
     return Gpu(*map(ints, by_column))
@@ -124,7 +125,7 @@ def _rows(
 def _row(kernel: Kernel, duration_ns: float, p: Parameters, sms: int) -> tuple[int, ...]:
     """Columns ``life`` .. ``drain_ns`` of a kernel that runs on ``sms`` SMs."""
     share = hbm_share(kernel, p)
-    bound = _share(min(max(1.5 * (share - p.bound_from) / (1 - p.bound_from), 0.0), 1.0))
+    bound = _share(_bound(kernel, p))
     work = duration_ns * FULL_RATE
     if not kernel.ctas:
         return (1, 0, 0, sms, 0, 1, 1, SHARE, SHARE, bound, 1, 0)
@@ -144,6 +145,19 @@ def _row(kernel: Kernel, duration_ns: float, p: Parameters, sms: int) -> tuple[i
         min(sms, -(-min(kernel.ctas, count) // usual)), 0 if is_fluid else count, usual, fit,
         waves_of(count, usual * p.num_sms, lone), lone, bound, int(loose), round(drain),
     )  # fmt: skip
+
+
+def _bound(kernel: Kernel, p: Parameters) -> float:
+    """How far a kernel is bound by memory."""
+    share = hbm_share(kernel, p)
+    return min(max(1.5 * (share - p.bound_from) / (1 - p.bound_from), 0.0), 1.0)
+
+
+@lru_cache(maxsize=4096)
+def _memory(kernels: tuple[Kernel, ...], p: Parameters) -> int:
+    """Column ``memory``: the mean over an op's time."""
+    total = sum(kernel.duration_ns for kernel in kernels)
+    return _share(sum(kernel.duration_ns * _bound(kernel, p) for kernel in kernels) / (total or 1))
 
 
 def _tail(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,6 +35,8 @@ BARE = Parameters(
 TILES = Kernel(1000, 500, 1)  # five waves of 200 ns
 WAVE = Kernel(1000, 100, 1)
 PERSISTENT = Kernel(1000, 100, 1, persistent=True)
+STREAMING = Kernel(100, 10_000, 8, hbm_bytes=10**11)  # all of the memory bandwidth
+STREAMING_TILES = Kernel(1000, 500, 1, hbm_bytes=10**12)
 
 
 def assert_equal(program: Program, costs: CostTable) -> None:
@@ -87,6 +90,7 @@ def played(
     *,
     compute_sms: int | None = None,
     connections: int = 8,
+    together: float = 0.0,
 ) -> Timeline:
     """Play with the loads of some ops, by the number that the maker gave them."""
     program, costs = maker.build()
@@ -95,7 +99,7 @@ def played(
     loaded = Loads(
         tuple((load,) if isinstance(load := by_op.get(i), Kernel) else () for i in keys),
         tuple(load if isinstance(load := by_op.get(i), Traffic) else None for i in keys),
-        BARE, compute_sms, connections,
+        replace(BARE, together=together), compute_sms, connections,
     )  # fmt: skip
     assert_equal(program, with_loads(costs, loaded))
     return simulate_compiled(program, with_loads(costs, loaded))
@@ -121,6 +125,27 @@ def test_an_urgent_kernel_waits_for_the_wave_that_is_resident() -> None:
 def test_a_persistent_kernel_starves_an_urgent_one() -> None:
     assert urgent_beside(PERSISTENT) == (1000, "priority")
     assert urgent_beside(WAVE) == (1000, "priority")
+
+
+@pytest.mark.parametrize(
+    ("first_is", "urgent_is", "ends"),
+    [
+        (TILES, TILES, (1100, 500)),  # neither is bound by memory: the urgent one, then the other
+        (TILES, STREAMING, (1050, 500)),  # half of what computes fits beside
+        (STREAMING_TILES, STREAMING, (1100, 600)),  # both halve the memory
+    ],
+)
+def test_what_goes_on_beside_an_urgent_kernel(
+    first_is: Kernel, urgent_is: Kernel, ends: tuple[int, int]
+) -> None:
+    maker = Maker()
+    first = maker.op(0, 1000)
+    wait = maker.transfer(0, maker.group("gap", 0, size=2, medium="gap"), 400)
+    urgent = maker.op(0, 100, stream="high", priority=-1, waits=[wait])
+    given = {first: first_is, wait: Traffic(0), urgent: urgent_is}
+    line = played(maker, given, together=0.5)
+    assert line.start_ns[urgent] == 400
+    assert (line.end_ns[first], line.end_ns[urgent]) == pytest.approx(ends, abs=2)
 
 
 def message_beside(

@@ -48,7 +48,9 @@ def loads(draw: DrawFn, program: Program) -> Loads:
             () if key in transfers else tuple(draw(st.lists(KERNELS, max_size=3))) for key in keys
         ),
         traffic=tuple(draw(TRAFFIC) if key in transfers else None for key in keys),
-        parameters=Parameters(num_sms=NUM_SMS, hbm_bytes_per_ns=10.0),
+        parameters=Parameters(
+            num_sms=NUM_SMS, hbm_bytes_per_ns=10.0, together=draw(st.sampled_from([0.0, 0.35]))
+        ),
         compute_sms=draw(st.sampled_from([None, None, 6])),
         connections=draw(st.sampled_from([1, 2, 8])),
     )
