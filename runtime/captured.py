@@ -27,7 +27,7 @@ class CapturedStep:
         self.session, self._trainer = trainer.session, trainer
         self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream(trainer.session.device)
+        stream = trainer.session.streams.capture
         # other threads (NCCL's watchdog) may ask for events meanwhile
         with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
             trainer.step(observer)

@@ -12,17 +12,19 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from mhcplan.runtime.spec import RunError
-from mhcplan.sim.program import HIGH_PRIORITY
+from mhcplan.sim.program import HIGH_PRIORITY, NORMAL_PRIORITY
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
+    from mhcplan.runtime.streams import StreamPool
     from mhcplan.sim.program import Group, Op, Program
 
 
@@ -105,19 +107,51 @@ class Handle:
         return self.processes.index(dist.get_rank())
 
 
+class Call(NamedTuple):
+    """A kind of NCCL call in a process group: what it needs must be there before a step.
+
+    Attributes:
+        kind: ``all_to_all``, ``reduce``, ``batch`` or ``send``.
+        pairs: processes (from, to) that a batch or a send connects, ascending.
+    """
+
+    kind: str
+    pairs: tuple[tuple[int, int], ...] = ()
+
+
+def calls_of(program: Program, number: int, processes: Sequence[int]) -> list[Call]:
+    """The kinds of call that a Program makes in its group ``number``, for one of its instances."""
+    group = program.groups[number]
+    kind = group.name.partition(":")[0]
+    if kind == "ep":
+        return [Call("all_to_all")]
+    if kind in PART_OF_GROUP:
+        return [Call("reduce")]
+    process = dict(zip(group.members, processes, strict=True))
+    pairs: dict[bool, set[tuple[int, int]]] = {True: set(), False: set()}
+    for i in np.flatnonzero((program.group == number) & program.is_send):
+        ends = process[int(program.rank[i])], process[int(program.peer[i])]
+        pairs[bool(program.batch[i] >= 0)].add(ends)
+    batch = [Call("batch", tuple(sorted(pairs[True])))] if pairs[True] else []
+    return batch + [Call("send", (pair,)) for pair in sorted(pairs[False])]
+
+
 class Groups:
     """Process groups by (purpose, members); Programs in one process share equal ones.
 
     All processes must call :meth:`add` with the same Programs in the same order.
     """
 
-    def __init__(self, device: torch.device, timeout_s: float) -> None:
-        """``timeout_s`` is when a transfer that nobody answers fails."""
-        self._device, self._timeout = device, timedelta(seconds=timeout_s)
+    def __init__(self, streams: StreamPool, timeout_s: float) -> None:
+        """``streams`` of this process; ``timeout_s``: when a transfer that nobody answers fails."""
+        self._streams, self._timeout = streams, timedelta(seconds=timeout_s)
         self._made: dict[tuple[str, tuple[int, ...]], Any] = {}
+        self._opened: set[tuple[tuple[str, tuple[int, ...]], Call]] = set()
 
     def add(self, program: Program, place: Place, ctas: int | None = None) -> dict[int, Handle]:
         """Create (or find) the groups of a Program; returns those of this process by number.
+
+        On a GPU every kind of call that the Program makes has been made when this returns.
 
         Args:
             program: whose groups; ``place``: which of its processes this is.
@@ -125,25 +159,29 @@ class Groups:
         """
         urgent = {s.group for s in program.streams if s.priority <= HIGH_PRIORITY}
         own: dict[int, Handle] = {}
-        new: list[int] = []
+        closed: list[tuple[Call, Handle]] = []
         for number, group in enumerate(program.groups):
             for processes in instances(group, place.ep, place.dp):
                 name = f"{group.name}{'!' if number in urgent else ''}/{ctas or ''}"
                 key = name, tuple(processes)
                 if key not in self._made:
                     self._made[key] = self._create(processes, ctas, urgent=number in urgent)
-                    new.append(number)
-                if place.process in processes:
-                    own[number] = Handle(self._made[key], key[1])
-        if self._device.type == "cuda":
-            for number in sorted(set(new)):
-                if number in own:
-                    _open(program, number, own[number], self._device)
+                if place.process not in processes:
+                    continue
+                own[number] = handle = Handle(self._made[key], key[1])
+                for call in calls_of(program, number, processes):
+                    if (key, call) not in self._opened:
+                        self._opened.add((key, call))
+                        closed.append((call, handle))
+        if self._streams.device.type == "cuda":
+            for call, handle in closed:
+                open_call(call, handle, self._streams.device)
         return own
 
     def _create(self, processes: list[int], ctas: int | None, *, urgent: bool) -> Any:  # noqa: ANN401
         options = None
-        if self._device.type == "cuda":
+        if self._streams.device.type == "cuda":
+            self._streams.count_group(HIGH_PRIORITY if urgent else NORMAL_PRIORITY)
             options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=urgent)
             options._timeout = self._timeout
             if ctas is not None:
@@ -151,43 +189,41 @@ class Groups:
         return dist.new_group(processes, timeout=self._timeout, pg_options=options)
 
 
-def _open(program: Program, number: int, handle: Handle, device: torch.device) -> None:
-    """Open a communicator, and the connections of every kind of call that the Program makes in it.
+def open_call(call: Call, handle: Handle, device: torch.device) -> None:
+    """Make a call once, on data of no meaning.
 
-    NCCL does both at a first call and blocks the host until all members are there; left to the
-    step, two processes could each wait for the other in a different one.
+    NCCL opens communicators and connections at a first call and blocks the host until the others
+    are there; left to the step, two processes could each wait for the other in a different one.
     """
-    size = len(handle.processes)
+    size, me = len(handle.processes), dist.get_rank()
     x = torch.zeros(size * _OPENING_ELEMENTS, device=device)
-    kind = program.groups[number].name.partition(":")[0]
-    if kind == "ep":
+    if call.kind == "all_to_all":
         dist.all_to_all_single(torch.empty_like(x), x, group=handle.group)
-    elif kind in PART_OF_GROUP:
+    elif call.kind == "reduce":
         own = x.chunk(size)[handle.index]
         REDUCE_SCATTER(own, x, group=handle.group)
         ALL_GATHER(x, own, group=handle.group)
-    elif (program.batch[program.group == number] >= 0).any():
-        _ring(x, handle)
+    elif call.kind == "batch":
+        ops = [
+            dist.P2POp(dist.isend if source == me else dist.irecv, x.clone(), peer, handle.group)
+            for source, target in call.pairs
+            if (peer := _other(me, source, target)) is not None
+        ]
+        for work in dist.batch_isend_irecv(ops):
+            work.wait()
     else:
-        source, target = handle.processes
-        call, peer = (dist.isend, target) if dist.get_rank() == source else (dist.irecv, source)
-        work = call(x, peer, group=handle.group)
-        assert work is not None
-        work.wait()
+        ((source, target),) = call.pairs
+        if (peer := _other(me, source, target)) is not None:
+            send = dist.isend if source == me else dist.irecv
+            work = send(x, peer, group=handle.group)
+            assert work is not None
+            work.wait()
     torch.cuda.synchronize(device)
 
 
-def _ring(x: Tensor, handle: Handle) -> None:
-    """A batched exchange with both neighbours in the group."""
-    index, processes = handle.index, handle.processes
-    ops = [
-        dist.P2POp(kind, x.clone(), processes[peer], handle.group)
-        for peer in (index - 1, index + 1)
-        if 0 <= peer < len(processes)
-        for kind in (dist.isend, dist.irecv)
-    ]
-    for work in dist.batch_isend_irecv(ops):
-        work.wait()
+def _other(me: int, source: int, target: int) -> int | None:
+    """The other end of a message, for one that is an end of it."""
+    return {source: target, target: source}.get(me)
 
 
 class GroupTransfers:

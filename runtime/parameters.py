@@ -76,6 +76,11 @@ class Section:
     own: slice
     adamw: AdamW
 
+    def rehearse(self) -> None:
+        """Load the optimizer's kernel, on values of its own."""
+        data = self.data.new_zeros(_ALIGN)
+        AdamW(Weight(data, torch.zeros_like(data, dtype=self.grad.dtype))).step()
+
     def own_of(self, flat: Tensor) -> Tensor:
         """This rank's share of a flat buffer, a view."""
         return flat[self.own]

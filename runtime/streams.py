@@ -15,9 +15,12 @@ its event. Nothing else overlaps, but who waits for what is the same.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+
+from mhcplan.sim.program import NORMAL_PRIORITY
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -48,6 +51,67 @@ class Streams(Protocol):
         """Let the compute stream wait for all others: the end of a step."""
 
 
+class StreamPool:
+    """The CUDA streams of a process: all its Programs and captures take the same ones.
+
+    torch deals streams out of 32 of each priority, round and round, and process groups get theirs
+    from there too. If every Program took new ones, one of them would soon be the stream that a
+    process group runs on: a send then stands behind a receive that waits for it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """No stream is made yet, but the default process group will take one."""
+        self.device = device
+        self._made: dict[int, list[torch.cuda.Stream]] = {}
+        self._of_groups = {NORMAL_PRIORITY: 1}
+        self._capture: torch.cuda.Stream | None = None
+
+    def take(self, priorities: Sequence[int]) -> list[torch.cuda.Stream]:
+        """A stream for each priority, different ones: the same for equal arguments.
+
+        Raises:
+            ValueError: torch has not as many streams of one priority.
+        """
+        taken: Counter[int] = Counter()
+        found: list[torch.cuda.Stream] = []
+        for priority in priorities:
+            made = self._made.setdefault(priority, [])
+            if taken[priority] == len(made):
+                made.append(self._new(priority))
+            found.append(made[taken[priority]])
+            taken[priority] += 1
+        return found
+
+    @property
+    def capture(self) -> torch.cuda.Stream:
+        """The stream from which steps are captured; none of a Program's."""
+        if self._capture is None:
+            self._capture = self._new(NORMAL_PRIORITY)
+        return self._capture
+
+    def count_group(self, priority: int) -> None:
+        """Note that a process group takes a stream.
+
+        Raises:
+            ValueError: torch has not as many streams of one priority.
+        """
+        self._of_groups[priority] = self._of_groups.get(priority, 0) + 1
+        self._check(priority)
+
+    def _new(self, priority: int) -> torch.cuda.Stream:
+        self._check(priority, more=1)
+        return torch.cuda.Stream(self.device, priority=priority)
+
+    def _check(self, priority: int, more: int = 0) -> None:
+        count = len(self._made.get(priority, ())) + self._of_groups.get(priority, 0) + more
+        if priority == NORMAL_PRIORITY:
+            count += 2  # captures from, and torch's own for captures
+        if count > MAX_STREAMS_PER_PRIORITY:
+            raise ValueError(
+                f"{count} streams of priority {priority}: torch has {MAX_STREAMS_PER_PRIORITY}"
+            )
+
+
 class CudaStreams:
     """CUDA streams and events. Index 0 is the compute stream."""
 
@@ -55,7 +119,7 @@ class CudaStreams:
         self,
         streams: Sequence[Stream],
         num_events: int,
-        device: torch.device,
+        pool: StreamPool,
         compute_sms: int | None = None,
     ) -> None:
         """Make streams of the Program's priorities.
@@ -69,21 +133,13 @@ class CudaStreams:
         Raises:
             ValueError: too many streams of one priority.
         """
-        self.device = device
-        counts: dict[int, int] = {}
-        for stream in streams:
-            counts[stream.priority] = counts.get(stream.priority, 0) + 1
-        if max(counts.values()) > MAX_STREAMS_PER_PRIORITY:
-            raise ValueError(
-                f"{counts} streams by priority: torch has {MAX_STREAMS_PER_PRIORITY} of each"
-            )
-        capped = _capped_stream(device, compute_sms) if compute_sms is not None else None
-        self.streams = [
-            capped()
-            if capped is not None and s.group < 0
-            else torch.cuda.Stream(device, priority=s.priority)
-            for s in streams
-        ]
+        self.device = pool.device
+        self.streams = pool.take([stream.priority for stream in streams])
+        if compute_sms is not None:
+            capped = _capped_stream(pool.device, compute_sms)
+            for i, stream in enumerate(streams):
+                if stream.group < 0:
+                    self.streams[i] = capped()
         self._events = [torch.cuda.Event() for _ in range(num_events)]
         self._current = self.streams[0]
 

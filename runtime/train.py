@@ -26,7 +26,7 @@ from mhcplan.runtime.spec import (
     stage_blocks,
     stages_of,
 )
-from mhcplan.runtime.streams import CpuStreams, CudaStreams
+from mhcplan.runtime.streams import CpuStreams, CudaStreams, StreamPool
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -38,13 +38,15 @@ DEFAULT_TIMEOUT_S = 120.0
 
 
 class Session:
-    """What all Programs that this process runs share. The default process group must exist."""
+    """What all Programs that this process runs share: process groups and CUDA streams. The default
+    process group must exist."""
 
     def __init__(self, device: torch.device, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         """``timeout_s``: when a transfer that nobody answers fails (gloo; NCCL's watchdog)."""
         self.device = device
         self.process = dist.get_rank()
-        self.groups = Groups(device, timeout_s)
+        self.streams = StreamPool(device)
+        self.groups = Groups(self.streams, timeout_s)
 
 
 class Trainer:
@@ -101,6 +103,7 @@ class Trainer:
         self.executor.rehearse()
         for stage in self.stages.values():
             for section in stage.parameters.all_sections():
+                section.rehearse()
                 section.grad.zero_()
         self.batches.losses.zero_()
 
@@ -158,7 +161,7 @@ class Trainer:
         if self.spec.compute_sms and any(op.group < 0 and op.stream.priority for op in ops):
             raise RunError("compute_sms goes with priority=none: capped streams have no priority")
         streams = (
-            CudaStreams(own, events, device, self.spec.compute_sms)
+            CudaStreams(own, events, self.session.streams, self.spec.compute_sms)
             if device.type == "cuda"
             else CpuStreams(own, events)
         )

@@ -79,7 +79,7 @@ def trainer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Trainer]:
     session.device = torch.device("cuda", 0)
     Event.log = Log()
     stand_in: dict[str, Any] = {
-        "Event": Event, "CUDAGraph": Graph, "graph": graph, "Stream": lambda _device: object(),
+        "Event": Event, "CUDAGraph": Graph, "graph": graph, "Stream": lambda *_, **__: object(),
         "synchronize": lambda _device=None: None, "get_device_name": lambda _device=None: "made up",
         "_sleep": lambda _cycles: Event.log.append("sleep"),
     }  # fmt: skip

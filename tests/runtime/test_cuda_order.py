@@ -20,7 +20,7 @@ import torch
 from mhcplan.runtime import executor as executor_module
 from mhcplan.runtime import streams as streams_module
 from mhcplan.runtime.executor import Bound, Executor, rank_ops, streams_of
-from mhcplan.runtime.streams import CudaStreams
+from mhcplan.runtime.streams import CudaStreams, StreamPool
 from mhcplan.sim.program import Csr
 from tests.runtime.plans import make_case
 
@@ -197,7 +197,7 @@ def steps(program: Program, rank: int, monkeypatch: pytest.MonkeyPatch) -> int:
     own = [program.streams[i] for i in streams_of(program, rank)]
     events = sum(op.record >= 0 for op in rank_ops(program, rank))
     binding: Any = Binding(program, cuda, memory, nccl)
-    streams = CudaStreams(own, events, CPU)
+    streams = CudaStreams(own, events, StreamPool(CPU))
     executor = Executor(program, rank, binding, nccl, streams)
     for _ in range(2):
         executor.step()

@@ -12,14 +12,15 @@ import pytest
 import torch
 
 from mhcplan.profiles.parameters import model_parameters, stage_parameters
+from mhcplan.runtime import groups as groups_module
 from mhcplan.runtime import streams as streams_module
 from mhcplan.runtime.data import TextBatches, tokens_of_corpus
-from mhcplan.runtime.groups import instances
+from mhcplan.runtime.groups import Call, Groups, Handle, Place, instances
 from mhcplan.runtime.launch import launch
 from mhcplan.runtime.measure import peak_memory, time_steps, trace_step
 from mhcplan.runtime.model import Stage, build_stage
 from mhcplan.runtime.spec import RunError, RunSpec, stage_blocks
-from mhcplan.runtime.streams import CudaStreams
+from mhcplan.runtime.streams import CudaStreams, StreamPool
 from mhcplan.runtime.trace import measured_timeline
 from mhcplan.runtime.train import Session, Trainer
 from mhcplan.sim.files import read_trace, write_trace
@@ -214,7 +215,7 @@ def test_cuda_streams_wait_and_record_in_order(monkeypatch: pytest.MonkeyPatch) 
     log = _Log()
     monkeypatch.setattr(streams_module.torch, "cuda", log)
     table = [Stream(0, "compute", 0), Stream(0, "high", -1), Stream(0, "pp", 0, 0)]
-    streams = CudaStreams(table, 2, torch.device("cpu"))
+    streams = CudaStreams(table, 2, StreamPool(torch.device("cpu")))
     assert [s.priority for s in streams.streams] == [0, -1, 0]
     streams.begin()
     log.clear()
@@ -239,5 +240,87 @@ def test_cuda_streams_wait_and_record_in_order(monkeypatch: pytest.MonkeyPatch) 
 def test_too_many_streams_of_one_priority_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams_module.torch, "cuda", _Log())
     table = [Stream(0, f"flow{i}", 0, i) for i in range(33)]
-    with pytest.raises(ValueError, match="torch has 32 of each"):
-        CudaStreams(table, 0, torch.device("cpu"))
+    with pytest.raises(ValueError, match="torch has 32"):
+        CudaStreams(table, 0, StreamPool(torch.device("cpu")))
+    pool = StreamPool(torch.device("cpu"))
+    for _ in range(32):
+        pool.count_group(-1)
+    with pytest.raises(ValueError, match="33 streams of priority -1"):
+        pool.count_group(-1)
+
+
+def test_no_program_runs_on_a_stream_of_a_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rows of the closed loop hung: their streams were those that NCCL ran on."""
+    dealt = dict.fromkeys((0, -1), 0)
+
+    class Torch:
+        """Deals streams as torch does, to whoever asks."""
+
+        Event = staticmethod(lambda: None)
+
+        @staticmethod
+        def Stream(_device: object, priority: int) -> tuple[int, int]:
+            dealt[priority] += 1
+            return priority, (dealt[priority] - 1) % streams_module.MAX_STREAMS_PER_PRIORITY
+
+    monkeypatch.setattr(streams_module.torch, "cuda", Torch)
+    pool = StreamPool(torch.device("cpu"))
+    of_groups = {Torch.Stream(None, 0)}
+    table = [Stream(0, "compute", 0), Stream(0, "high", -1)]
+    table += [Stream(0, f"flow{i}", 0, i) for i in range(3)]
+    ours = set[Any]()
+    for row in range(20):
+        if row % 4 == 0:  # groups of another schedule
+            of_groups.add(Torch.Stream(None, 0))
+            pool.count_group(0)
+        streams = CudaStreams(table, 1, pool).streams
+        assert len(set(streams)) == len(table)
+        ours |= {*streams, pool.capture}
+    assert not ours & of_groups
+
+
+# -- groups
+
+
+class _Opened:
+    """Stands for NCCL: remembers what was opened, in what order on each process."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple[Any, Call]] = []
+        monkeypatch.setattr(groups_module, "open_call", self._open)
+        monkeypatch.setattr(groups_module.dist, "new_group", lambda *_, **__: object())
+        fake = SimpleNamespace(Options=lambda **_: SimpleNamespace(config=SimpleNamespace()))
+        monkeypatch.setattr(groups_module.dist, "ProcessGroupNCCL", fake, raising=False)
+
+    def _open(self, call: Call, handle: Handle, _device: object) -> None:
+        assert (handle.group, call) not in self.calls
+        self.calls.append((handle.group, call))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_every_call_of_a_step_was_made_before_it(
+    order: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where an earlier Program has used the group in another way."""
+    options: Any = {"pp": 4, "microbatches": 8}
+    cases = [
+        make_case("", schedule="1f1b", **options),
+        make_case("", schedule="dualpipe", p2p="grouped", **options),
+        make_case("", schedule="dualpipe", p2p="eager", **options),
+    ]
+    for process in range(4):
+        opened = _Opened(monkeypatch)
+        groups = Groups(StreamPool(torch.device("cuda")), 1.0)
+        for number in order:
+            program = cases[number].program
+            own = groups.add(program, Place(process, 1, 1))
+            for i in range(*program.rank_offsets[process : process + 2]):
+                op = program[i]
+                if op.group < 0 or op.peer < 0:
+                    continue
+                pair = (process, op.peer) if op.reads else (op.peer, process)
+                kind = "send" if op.batch < 0 else "batch"
+                assert any(
+                    call.kind == kind and pair in call.pairs
+                    for group, call in opened.calls if group is own[op.group].group
+                ), (kind, pair)  # fmt: skip
