@@ -309,7 +309,7 @@ def measurement(
         row=claim.row, prediction=claim.digest,
         measured=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         command=command(),
-        device=device, versions=versions(options.device),
+        device=device, versions=versions(options.device), environment=environment(),
         anchors=json.loads(anchors.read_text()) if anchors.exists() else {},
         programs={name: of.line() for name, of in found.items()},
     )  # fmt: skip
@@ -327,6 +327,15 @@ def versions(device: str) -> dict[str, str]:
         found["cuda"] = str(torch.version.cuda)
         found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
     return found
+
+
+def environment() -> dict[str, str]:
+    """What is set for CUDA and NCCL; of absolute paths their last part."""
+    return {
+        name: Path(value).name if Path(value).is_absolute() else value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(("CUDA_", "NCCL_", "PYTORCH_CUDA_"))
+    }
 
 
 def summary(line: Measurement) -> str:

@@ -141,7 +141,8 @@ class ProgramMeasured(Spec):
 
 
 class Measurement(Spec):
-    """A run of a row; ``prediction`` is the digest of its claim."""
+    """A run of a row; ``prediction`` is the digest of its claim, ``environment`` what was set for
+    CUDA and NCCL."""
 
     format: Literal["mhcplan.measurement"] = "mhcplan.measurement"
     format_version: Literal[1] = 1
@@ -151,6 +152,7 @@ class Measurement(Spec):
     command: str
     device: str
     versions: dict[str, str]
+    environment: dict[str, str] = {}
     anchors: dict[str, float]
     programs: dict[str, ProgramMeasured]
 

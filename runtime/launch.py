@@ -35,11 +35,14 @@ _FAILED = "mhcplan/failed"
 FAILED_EXIT_CODE = 3
 # What GPU processes need before CUDA starts; what is set already stays.
 _ENVIRONMENT = {
-    # a queue for every stream: with fewer, one that waits for a peer holds up another's kernels
+    # a queue for every stream: with fewer, one that waits for a peer holds up another's kernels.
+    # A plan has CUDA's own 8 unless it says otherwise, for it knows its streams only: here each
+    # communication stream is two, NCCL's and the one in front of it.
     "CUDA_DEVICE_MAX_CONNECTIONS": "32",
     # as the profile's allocator margin was measured
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-    # captured transfers then run as issued ones do
+    # captured transfers then run as issued ones do, and as the profile's were measured: NCCL would
+    # register the buffers of a graph and copy less
     "NCCL_GRAPH_REGISTER": "0",
 }
 

@@ -63,7 +63,9 @@ def dry_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("closed-loop")
     tiny_profile(folder / "tiny.json", ["dry4"])
     predict(folder)
-    assert "2 of 2 rows done" in run(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NCCL_TOPO_FILE", str(folder / "topo.xml"))
+        assert "2 of 2 rows done" in run(folder)
     return folder
 
 
@@ -73,6 +75,7 @@ def test_every_row_is_measured_and_names_its_claim(dry_run: Path) -> None:
     assert [line.row for line in lines] == list(DRY4)
     for row in joined(lines, claims):
         assert str(dry_run) not in row.measured.command
+        assert row.measured.environment["NCCL_TOPO_FILE"] == "topo.xml"
         for name, program in row.measured.programs.items():
             assert program.times["issued"].steps == 3
             assert program.losses[1] < program.losses[0]
