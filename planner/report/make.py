@@ -56,6 +56,8 @@ def make_report(
         step_time_ns=step.timeline.step_ns,
         baseline_step_time_ns=prediction.baseline.timeline.step_ns,
         overhead_percent=prediction.overhead_percent,
+        power_slowdown_percent=_power_slowdown_percent(prediction, step),
+        baseline_power_slowdown_percent=_power_slowdown_percent(prediction, prediction.baseline),
         tokens_per_second=tokens_per_second(plan.tokens_per_step, step.timeline.step_ns),
         bubble_percent=step.breakdown.bubble_percent,
         reported_rank=step.breakdown.rank,
@@ -99,11 +101,15 @@ def _warnings(prediction: Prediction) -> Iterator[str]:
     if plan.model.moe is not None:
         yield f"simplified: {_BALANCED}"
     yield f"simplified: {_UNSPLIT}"
-    if prediction.step.clock > 1:
-        yield (
-            f"power: the limit of the GPU slows arithmetic by {_slower_percent(prediction.step)}"
-            f" %, the baseline's by {_slower_percent(prediction.baseline)} %, on all ranks"
+    if not _has_power_limit(prediction):
+        why = (
+            "as the plan says"
+            if plan.power == "unlimited"
+            else f"as profile {plan.profile} does not say how the power limit slows arithmetic"
         )
+        yield f"simplified: GPUs run at their full clock, {why}"
+    elif (power := prediction.profile.power_model) and power.source == "assumed":
+        yield f"assumed: what a GPU draws and how its clock follows: {power.citation}"
     has_contention = prediction.step.table.loads is not None
     if plan.gpu is not None:
         for text in assumptions(prediction.profile, plan.gpu):
@@ -112,8 +118,12 @@ def _warnings(prediction: Prediction) -> Iterator[str]:
         yield f"simplified: {text}"
 
 
-def _slower_percent(step: Step) -> str:
-    return f"{100 * (step.clock - 1):.1f}"
+def _has_power_limit(prediction: Prediction) -> bool:
+    return prediction.plan.power == "limited" and prediction.profile.power_model is not None
+
+
+def _power_slowdown_percent(prediction: Prediction, step: Step) -> float | None:
+    return 100 * (step.clock - 1) if _has_power_limit(prediction) else None
 
 
 def _assumed_costs(step: Step) -> list[str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
 from mhcplan.planner.plan.spec import PlanSpec
 from mhcplan.profiles.specs import Spec
@@ -124,6 +124,17 @@ class PlanReport(Spec):
         PositiveInt, Field(description="the same plan with the plain residual")
     ]
     overhead_percent: Annotated[float, Field(description="step over baseline, minus 1")]
+    power_slowdown_percent: Annotated[
+        NonNegativeFloat | None,
+        Field(
+            description="how much longer arithmetic takes at the clock that the GPU's power limit"
+            " leaves it, on all ranks; null: at the full clock, as the plan says, or as the profile"
+            " says nothing of the limit"
+        ),
+    ] = None
+    baseline_power_slowdown_percent: Annotated[
+        NonNegativeFloat | None, Field(description="the same of the baseline")
+    ] = None
     tokens_per_second: Annotated[NonNegativeInt, Field(description="of the whole job")]
     bubble_percent: Percent
     reported_rank: Annotated[

@@ -144,9 +144,21 @@ def _run(report: PlanReport) -> Section:
         ),
         ("throughput", f"{report.tokens_per_second:,} tokens/s of the whole job"),
         ("pipeline bubble", f"{report.bubble_percent:.2f} % of the busiest rank's step"),
+        ("power limit", power_words(report)),
         ("simulated", f"{report.num_ops:,} ops, {report.engine} engine, profile {plan.profile}"),
     )
     return Section("Run", ("", ""), rows)
+
+
+def power_words(report: PlanReport) -> str:
+    """What the GPU's power limit does to the step and to its baseline."""
+    slower, baseline = report.power_slowdown_percent, report.baseline_power_slowdown_percent
+    if slower is None or baseline is None:
+        return "left out: full clock"
+    if not slower and not baseline:
+        return "not reached: full clock"
+    words = f"arithmetic takes {slower:.1f} % longer"
+    return words if report.plan.residual.is_plain else f"{words}, the baseline's {baseline:.1f} %"
 
 
 def _time(report: PlanReport) -> Section:

@@ -8,6 +8,7 @@ import mhcplan
 from mhcplan.planner.plan.spec import make_plan
 from mhcplan.planner.predict import Prediction, predict
 from mhcplan.planner.report.make import make_report
+from mhcplan.profiles.schema import PowerModel
 from mhcplan.sim.device import NOT_MODELLED
 from tests.support.synthetic_profile import synthetic_profile
 
@@ -71,6 +72,34 @@ def test_warnings_say_what_is_assumed_and_what_is_simplified() -> None:
     assert any(w.startswith("assumed cost: ") for w in warnings)
     assert {f"simplified: {text}" for text in NOT_MODELLED} <= set(warnings)
     assert len(set(warnings)) == len(warnings)
+
+
+def test_power_limit_is_in_the_figures_and_what_is_not_known_of_it_in_the_warnings() -> None:
+    unknown = make_report(small(), "")
+    assert unknown.power_slowdown_percent is unknown.baseline_power_slowdown_percent is None
+    assert "profile h100-sxm does not say how the power limit" in "".join(unknown.warnings)
+
+    limited = limited_prediction()
+    report = make_report(limited, "")
+    assert report.power_slowdown_percent == 100 * (limited.step.clock - 1) > 0
+    assert report.baseline_power_slowdown_percent == 100 * (limited.baseline.clock - 1) > 0
+    assert "assumed: what a GPU draws and how its clock follows: made up" in report.warnings
+    assert not any("full clock" in w for w in report.warnings)
+
+    report = make_report(limited_prediction(power="unlimited"), "")
+    assert report.power_slowdown_percent is report.baseline_power_slowdown_percent is None
+    assert report.step_time_ns == unknown.step_time_ns
+    assert "simplified: GPUs run at their full clock, as the plan says" in report.warnings
+
+
+def limited_prediction(**changes: str) -> Prediction:
+    """On a made-up GPU whose limit any arithmetic passes."""
+    power = PowerModel(
+        source="assumed", citation="made up", limit_watts=300, idle_watts=100, active_watts=200,
+        joules_per_tflop=0.5, free_watts=150, stretch=0.3, tflops=800,
+    )  # fmt: skip
+    profile = synthetic_profile().model_copy(update={"power_model": power})
+    return predict(make_plan(PLAN | changes), profile)
 
 
 def test_plain_plan_is_its_own_baseline() -> None:

@@ -162,6 +162,26 @@ def test_sections_hold_every_class_component_and_source() -> None:
     assert [row[1] for row in sources.rows] == ["75.00", "15.00", "0.00", "10.00"]
 
 
+@pytest.mark.parametrize(
+    ("slower", "baseline", "kind", "words"),
+    [
+        (4.06, 5.2, "mhc", "arithmetic takes 4.1 % longer, the baseline's 5.2 %"),
+        (0.0, 0.3, "mhc", "arithmetic takes 0.0 % longer, the baseline's 0.3 %"),
+        (5.2, 5.2, "plain", "arithmetic takes 5.2 % longer"),
+        (0.0, 0.0, "mhc", "not reached: full clock"),
+        (None, None, "mhc", "left out: full clock"),
+    ],
+)
+def test_run_says_what_the_power_limit_does(
+    slower: float | None, baseline: float | None, kind: str, words: str
+) -> None:
+    report = make_report(
+        plan=make_plan({"model": "mhc-27b", "residual": {"kind": kind}}),
+        power_slowdown_percent=slower, baseline_power_slowdown_percent=baseline,
+    )  # fmt: skip
+    assert ("power limit", words) in sections(report)[0].rows
+
+
 @pytest.mark.parametrize("width", [60, 100, 200])
 def test_text_starts_with_the_answer_and_ends_with_the_command(width: int) -> None:
     out = io.StringIO()
