@@ -10,6 +10,7 @@ from cyclopts import Parameter
 from cyclopts.types import PositiveFloat, PositiveInt
 
 from mhcplan.planner.cli.axis_flags import AxisFlags
+from mhcplan.planner.cli.flags import unrounded
 from mhcplan.planner.cli.predict import Source
 from mhcplan.planner.cli.terminal import note, output, progress_bar
 from mhcplan.planner.output import write_file
@@ -111,7 +112,7 @@ def plan(
     source: Source,
     /,
     *,
-    gpus: PositiveInt,
+    gpus: Annotated[PositiveInt, Parameter(converter=unrounded)],
     memory_gib: PositiveFloat | None = None,
     axes: AxisFlags | None = None,
     seconds: PositiveFloat = 50.0,
