@@ -152,7 +152,7 @@ class Measurement(Spec):
     command: str
     device: str
     versions: dict[str, str]
-    environment: dict[str, str] = {}
+    environment: Annotated[dict[str, str], Field(default_factory=dict)]
     anchors: dict[str, float]
     programs: dict[str, ProgramMeasured]
 
@@ -212,11 +212,16 @@ class Row:
         claimed, found = (side.shares_percent("bubble") for side in sides)
         return max((c - f for c, f in zip(claimed, found, strict=True)), key=abs)
 
-    def op_errors_percent(self) -> dict[str, float]:
-        """By cost key, of the median duration in the traced step."""
+    def op_errors_percent(self, events_ns: float = 0.0) -> dict[str, float]:
+        """By cost key, of the median duration in the traced step less ``events_ns``; ops that take
+        no more than twice that are left out."""
         claimed = self.claim.programs[MHC].timeline.ops_ns
         found = self.measured.programs[MHC].timeline.ops_ns
-        return {key: 100 * (claimed[key] / ns - 1) for key, ns in found.items() if ns}
+        return {
+            key: 100 * (claimed[key] / (ns - events_ns) - 1)
+            for key, ns in found.items()
+            if ns > 2 * events_ns
+        }
 
     def _claimed_ns(self, program: str, anchored: bool) -> float:
         return (
