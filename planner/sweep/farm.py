@@ -7,6 +7,7 @@ take the others' results with it, and the tasks of a worker that was killed go t
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -141,7 +142,7 @@ class Farm:
                 jobs = _join_dask(self._jobs, self._opened)
             else:
                 jobs = self.jobs
-                options["initializer"] = _leave_interrupts_to_the_main_process
+                options |= {"initializer": _begin_worker, "initargs": (gc.get_threshold(),)}
                 # a worker whose caches have grown is replaced, and no result is lost by it
                 warnings.filterwarnings("ignore", "A worker stopped while some jobs", UserWarning)
         except (OSError, TimeoutError) as error:
@@ -195,8 +196,10 @@ def _module(name: str) -> Any:  # noqa: ANN401 - these libraries have no types, 
     return import_module(name)
 
 
-def _leave_interrupts_to_the_main_process() -> None:
+def _begin_worker(collect_after: tuple[int, int, int]) -> None:
+    """Leave interrupts to the main process, and look for garbage as rarely as it does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.set_threshold(*collect_after)
 
 
 def _join_ray(jobs: int | None, opened: ExitStack) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import signal
@@ -89,3 +90,17 @@ def test_cluster_of_two_workers_gives_the_same_results_also_when_one_is_killed(
         assert sorted(farm.map(square_but_killed_once, tasks)) == [(n, n * n) for n in range(12)]
         assert sorted(farm.map(square, [7, 8])) == [(0, 49), (1, 64)]
     assert (tmp_path / "mark").exists()
+
+
+def collects_after(_: int) -> tuple[int, int, int]:
+    return gc.get_threshold()
+
+
+def test_workers_look_for_garbage_as_rarely_as_the_process_that_starts_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = gc.get_threshold()
+    monkeypatch.setattr(gc, "get_threshold", lambda: (54_321, 12, 13))
+    with Farm(jobs=2) as farm:
+        assert dict(farm.map(collects_after, [1, 2])) == {0: (54_321, 12, 13), 1: (54_321, 12, 13)}
+    assert before != (54_321, 12, 13)
