@@ -23,11 +23,14 @@ class OutputError(Exception):
 
 
 def write_file(path: Path, content: str | bytes, *, replace: bool = True) -> None:
-    """Write one file, its folder too if need be.
+    """Write one file, its folder too if need be; a pipe or a device is written into.
 
     Raises:
         OutputError: the file exists and ``replace`` is False, or it cannot be written.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        _write_into(path, content)  # moved to /dev/stdout, a file would take its place
+        return
     if not replace and path.exists():
         raise OutputError(f"{path}: exists already; choose another name or give --force")
     write_files(path.parent, {path.name: content})
@@ -51,12 +54,22 @@ def write_files(folder: Path, contents: Mapping[str, str | bytes]) -> None:
         raise OutputError(f"{error.filename or folder}: {error.strerror}") from None
 
 
+def _write_into(device: Path, content: str | bytes) -> None:
+    try:
+        device.write_bytes(_bytes(content))
+    except OSError as error:
+        raise OutputError(f"{device}: {error.strerror}") from None
+
+
 def _stage(folder: Path, content: str | bytes, cleanup: ExitStack) -> Path:
     handle, name = tempfile.mkstemp(prefix=".mhcplan-", dir=folder)
     file = Path(name)
     cleanup.callback(file.unlink, missing_ok=True)
-    data = content.encode() if isinstance(content, str) else content
     with os.fdopen(handle, "wb") as stream:
-        stream.write(data)
+        stream.write(_bytes(content))
         os.fchmod(stream.fileno(), _MODE)
     return file
+
+
+def _bytes(content: str | bytes) -> bytes:
+    return content.encode() if isinstance(content, str) else content

@@ -8,6 +8,7 @@ bad input is a bug and keeps its traceback.
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import sys
@@ -153,10 +154,19 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         print("mhcplan: interrupted", file=sys.stderr)
         code = INTERRUPTED
     except BrokenPipeError:
-        # whoever read us stopped reading: nothing more to say, also not at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _say_no_more()  # whoever read us stopped reading
         code = BROKEN_PIPE
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _say_no_more()
+        code = _refuse(f"cannot write: {error.strerror}")
     sys.exit(code)
+
+
+def _say_no_more() -> None:
+    """Standard output takes nothing any more, also not at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(arguments: list[str]) -> int:

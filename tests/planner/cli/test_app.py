@@ -233,6 +233,29 @@ def test_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.Mon
     assert [(f.name, f.read_text()) for f in tmp_path.iterdir()] == [("a", "old")]
 
 
+def test_pipe_or_device_is_written_into_and_never_replaced(run: Run, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    code, _, _ = run("init", "mhc-3b", "-o", str(pipe))
+    assert code == 0
+    assert pipe.is_fifo()
+    assert os.read(reader, 1 << 16).decode().startswith("# ")
+    os.close(reader)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which Linux has")
+def test_standard_output_on_a_full_disk_is_one_line(profile: str) -> None:
+    script = "from mhcplan.planner.cli import main\nimport sys\nmain(sys.argv[1:])"
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", script, "predict", *SMALL, "--profile", profile], stdout=full,
+            env=os.environ | {"PYTHONPATH": str(ROOT / "src")}, stderr=subprocess.PIPE, text=True,
+            timeout=300, check=False,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (2, "mhcplan: cannot write: No space left on device\n")
+
+
 def test_ctrl_c_is_130_without_a_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
