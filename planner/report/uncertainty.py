@@ -185,6 +185,17 @@ def _notes(prediction: Prediction, errors: ModelErrors) -> Iterator[str]:
         yield "the model's own error is not in it: no run was predicted and then measured yet"
     if not errors.memory:
         yield "memory has no interval: no run's memory was predicted and then measured yet"
+    elif (bias := _bias(errors.memory)) is not None:
+        yield f"memory: every measured run needed {bias}; the interval has it, the answer does not"
+
+
+def _bias(ratios: tuple[float, ...]) -> str | None:
+    """In words, if all measured over predicted are on one side of 1: the interval then is, too."""
+    off = sorted(abs(100 * (ratio - 1)) for ratio in ratios)
+    for side, is_all in (("more", min(ratios) > 1), ("less", max(ratios) < 1)):
+        if is_all:
+            return f"{side} than predicted, {off[0]:.1f} to {off[-1]:.1f} %"
+    return None
 
 
 def _share_without_spread(step: Step) -> float:

@@ -107,6 +107,18 @@ def test_risk_of_running_out_is_the_share_of_draws_beyond_the_limit() -> None:
     assert intervals(prediction, ModelErrors(memory=(1.3,))).out_of_memory_percent == 100
 
 
+def test_memory_that_runs_always_exceeded_is_said_as_its_interval_leaves_the_answer_out() -> None:
+    def notes(*memory: float) -> str:
+        return "\n".join(intervals(small(), ModelErrors(memory=memory)).notes)
+
+    assert "memory: every measured run needed more than predicted, 0.5 to 2.1 %" in notes(
+        1.005, 1.01, 1.021
+    )
+    assert "every measured run needed less than predicted, 1.0 to 20.0 %" in notes(0.8, 0.99)
+    assert "every measured run" not in notes(0.99, 1.01)
+    assert "every measured run" not in notes()
+
+
 def test_what_is_missing_is_said() -> None:
     report = make_report(small(), "", intervals(varied(1), ModelErrors()))
     line = certainty(report)
