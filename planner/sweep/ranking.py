@@ -100,9 +100,13 @@ def shared_templates(plan: PlanSpec) -> tuple[object, ...]:
 
 
 def likeness(plan: PlanSpec) -> tuple[object, ...]:
-    """Plans next to each other in this order have most in common: templates, then the order of all
-    ops, which is the same for all n of a schedule."""
-    return *shared_templates(plan), plan.schedule, plan.microbatches, plan.digest()
+    """Plans next to each other in this order share the order of all their ops, then templates; a
+    process can keep all templates of a layout."""
+    residual = plan.residual
+    return (
+        plan.model.name, plan.layout.pp, plan.schedule, plan.microbatches, residual.kind,
+        str(residual.recompute_block), plan.digest(),
+    )  # fmt: skip
 
 
 class _Figures(NamedTuple):

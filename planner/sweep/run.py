@@ -200,7 +200,7 @@ class SweepRun:
         """Plans to be worked out, each once, those that have most in common in a row: a worker
         that is given a few of them need not work out what others do for theirs."""
         plans = [point.plan for point in self._points if point.plan is not None]
-        plans.sort(key=likeness)
+        plans.sort(key=lambda plan: (shared_templates(plan), likeness(plan)))
         return {self._key(plan, method): plan for plan in plans}
 
     def _key(self, plan: PlanSpec, method: Method) -> PointKey:
