@@ -83,8 +83,9 @@ class Parameters:
             where several CTAs share one and end at different times.
         bound_from: share of the memory bandwidth from which a kernel begins to be bound by it.
         least_life: shortest life of a memory-bound CTA, as a share of its life beside all others.
-        lone_life: life of a CTA of a persistent kernel that finds an SM only when the others have
-            ended, as a share of their life: clock, caches and power are then its own.
+        lone_life: life of a CTA that finds an SM only when the others have ended, as a share of
+            their life: clock, caches and power are then its own. Of persistent kernels and of those
+            of several waves.
         together: rate of an op beside one of a more urgent stream, if one of them is bound by
             memory and the other is not, as a share of its rate alone. 0: nothing is gained.
     """

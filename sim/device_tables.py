@@ -133,8 +133,9 @@ def _row(kernel: Kernel, duration_ns: float, p: Parameters, sms: int) -> tuple[i
     # pieces of unknown number, or dealt anew to a grid that was made for fewer SMs
     is_fluid = (not kernel.dealt and not kernel.pieces) or (kernel.persistent and sms < kernel.ctas)
     usual = min(fit, -(-kernel.ctas // p.num_sms))
-    lone = _share(p.lone_life) if kernel.persistent else SHARE
     waves = -(-count // (usual * sms))
+    # of several waves the CTAs end at different times; of one they all meet the second wave
+    lone = _share(p.lone_life) if kernel.persistent or waves > 1 else SHARE
     wave = work / waves
     tail, idle = _tail(kernel, usual, sms, wave, work, p)
     stays = kernel.persistent or waves == 1
