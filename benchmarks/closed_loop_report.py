@@ -78,7 +78,7 @@ Read off the traces of the rows; each of it has gone into the model or is open.
   power limit and second waves. Overhead came out 3 to 4 points too high: the plain model keeps
   the tensor cores busier, draws more and is slowed more. Their anchors compared a matrix product
   on a hot chip with one on a cold chip (matrix 0.88), so their anchored errors are the anchor's,
-  not the model's. Played again with both effects they are off by -1.8 to +2.8 %, overhead by at
+  not the model's. Played again with both effects they are off by -1.8 to +2.7 %, overhead by at
   most 0.7 points: these are no blind figures.
 * **Priority**: `ep2-n4-post-*` was measured 2 % faster than `ep2-n4-none-*` and predicted equal.
   The model let the urgent ops stop all others. In the traces the two streams run at once: F_post
@@ -88,9 +88,9 @@ Read off the traces of the rows; each of it has gone into the model or is open.
   quarters do not show in the traces, whose steps are 7 to 11 % longer: with events around its ops
   the row with priority is the slower one. The plain baseline of the same rows got 0.4 to 1.3 %
   slower with priority and is predicted 0.4 % faster. Both are open.
-* **1F1B** is still predicted 2 to 3 % too long (played again): the model gives every kernel that
-  communication leaves too few SMs a whole wave more, and none of what those SMs leave to the
-  others.
+* **1F1B** is still predicted 2.0 to 2.7 % too long (played again). In the traces, kernels that lack
+  the SMs of a message are 3 to 15 % shorter than predicted and the others 3 to 4 %, which is what
+  the power limit adds: a traced step begins on a rested chip and does not show it.
 * **all_to_all** is measured 2.5 times as long in traces as predicted: with events the two GPUs
   drift apart by some 200 us and each message waits for the later one. Steps without events are
   within 2 % of what the predicted messages make them.
