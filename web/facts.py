@@ -50,6 +50,11 @@ def facts(report: PlanReport, pinned: PlanReport | None) -> list[Fact]:
     ]
 
 
+def _plain_and_power(report: PlanReport) -> str:
+    plain, slower = f"plain {ms(report.baseline_step_time_ns)}", report.power_slowdown_percent
+    return f"{plain}; power limit: arithmetic +{slower:.1f} %" if slower else plain
+
+
 def _fits(report: PlanReport) -> str:
     spare = report.memory_limit_bytes - report.device_memory_bytes
     limit = f"{gb(report.memory_limit_bytes)} GB"
@@ -73,7 +78,7 @@ _FIGURES = (
     _Figure(
         "step",
         lambda report: f"{ms(report.step_time_ns)} ms",
-        lambda report: f"plain {ms(report.baseline_step_time_ns)}",
+        _plain_and_power,
         lambda a, b: f"{100 * (b.step_time_ns / a.step_time_ns - 1):+.2f} %",
     ),
     _Figure(

@@ -1,0 +1,23 @@
+"""What stands at the top of the page."""
+
+from __future__ import annotations
+
+import pytest
+
+from mhcplan.web.facts import facts
+from tests.support.reports import make_report
+
+
+@pytest.mark.parametrize(
+    ("slower", "note"),
+    [
+        (4.36, "plain 1,000.00; power limit: arithmetic +4.4 %"),
+        (0.0, "plain 1,000.00"),
+        (None, "plain 1,000.00"),
+    ],
+)
+def test_step_says_what_the_power_limit_adds(slower: float | None, note: str) -> None:
+    step = next(
+        f for f in facts(make_report(power_slowdown_percent=slower), None) if f[0] == "step"
+    )
+    assert step.note == note
