@@ -249,10 +249,10 @@ class PowerModel(Figure):
     idle_watts: Annotated[float, Field(ge=0)]
     active_watts: Annotated[float, Field(ge=0)]
     joules_per_tflop: Annotated[float, Field(ge=0)]
-    free_watts: Annotated[float, Field(gt=0)]
-    stretch: Annotated[float, Field(ge=0)]
-    tflops: Annotated[float, Field(gt=0)]
-    window_ms: Annotated[float, Field(gt=0)] = 50.0
+    free_watts: Annotated[float, Field(ge=1)]
+    stretch: Annotated[float, Field(ge=0, le=10)]
+    tflops: Annotated[float, Field(ge=1)]
+    window_ms: Annotated[float, Field(ge=1, le=10_000)] = 50.0
     error_percent: Annotated[float, Field(ge=0)] = 0.0
 
 

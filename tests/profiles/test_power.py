@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from mhcplan.planner.plan.spec import make_plan
 from mhcplan.planner.predict import play
@@ -146,3 +147,13 @@ def test_costs_are_stretched_by_their_arithmetic() -> None:
     share = found.share
     assert table.duration_ns == pytest.approx(step.table.duration_ns * (1 + share * 0.5), abs=1)
     assert replace(table, duration_ns=step.table.duration_ns).loads is step.table.loads
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"window_ms": 1e-9}, {"window_ms": 1e12}, {"free_watts": 1e-300}, {"stretch": 1e6}]
+)
+def test_a_machine_that_cannot_be_is_refused(wrong: dict[str, float]) -> None:
+    """Windows of a femtosecond would not fit in memory, and a clock near none overflows."""
+    (name,) = wrong
+    with pytest.raises(ValidationError, match=name):
+        PowerModel.model_validate(MACHINE.model_dump() | wrong)
