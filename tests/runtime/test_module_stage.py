@@ -14,7 +14,7 @@ from mhcplan.runtime.executor import Executor, TensorLayout, rank_ops, streams_o
 from mhcplan.runtime.groups import Groups, GroupTransfers, Place
 from mhcplan.runtime.launch import launch
 from mhcplan.runtime.module_stage import ModuleBinding, ModuleStage
-from mhcplan.runtime.streams import CpuStreams
+from mhcplan.runtime.streams import CpuStreams, StreamPool
 from tests.support.programs import Maker
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def loss(y: Tensor, b: int) -> Tensor:
 def run_stage(process: int, _world: int, program: Program, folder: str) -> None:
     torch.set_num_threads(1)
     place = Place(process, ep=1, dp=1)
-    groups = Groups(torch.device("cpu"), 30).add(program, place)
+    groups = Groups(StreamPool(torch.device("cpu")), 30).add(program, place)
     module = modules()[process]
     stage = ModuleStage(module, data=data) if process == 0 else ModuleStage(module, loss=loss)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
