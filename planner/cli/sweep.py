@@ -95,17 +95,20 @@ def _remark(at: Progress) -> str:
 
 
 def _write(result: Sweep, *, json: bool, csv: Path | None, parquet: Path | None) -> None:
-    """Print a sweep and write its files; what cannot be written is said after all is shown."""
-    if json:
-        print(json_lines(result.rows), end="")
-    else:
-        print_sweep(result, output())
-    for text in result.notes:
-        note(text)
-    if csv is not None:
-        write_file(csv, csv_text(result))
-    if parquet is not None:
-        write_file(parquet, parquet_bytes(result))
+    """Print a sweep and write its files, also for a reader who leaves early; what cannot be
+    written is said after all is shown."""
+    try:
+        if json:
+            print(json_lines(result.rows), end="")
+        else:
+            print_sweep(result, output())
+        for text in result.notes:
+            note(text)
+    finally:
+        if csv is not None:
+            write_file(csv, csv_text(result))
+        if parquet is not None:
+            write_file(parquet, parquet_bytes(result))
 
 
 def plan(
@@ -173,10 +176,12 @@ def _at(found: Found) -> tuple[int, int, str]:
 
 
 def _show(report: SearchReport, *, json: bool, file: Path | None) -> None:
-    if json:
-        print(report.model_dump_json())
-    else:
-        print_search(report, output())
-    if file is not None and report.best:
-        write_file(file, plan_text(report.best[0].plan))
-        note(f"wrote {file}; now: mhcplan predict {shlex.quote(str(file))}")
+    try:
+        if json:
+            print(report.model_dump_json())
+        else:
+            print_search(report, output())
+    finally:
+        if file is not None and report.best:
+            write_file(file, plan_text(report.best[0].plan))
+            note(f"wrote {file}; now: mhcplan predict {shlex.quote(str(file))}")

@@ -278,6 +278,21 @@ def test_reader_that_leaves_early_is_no_error(profile: str, more: list[str]) -> 
     assert (done.returncode, done.stderr) == (141, "")
 
 
+def test_reader_that_leaves_early_costs_no_file(profile: str, tmp_path: Path) -> None:
+    file = tmp_path / "sweep.csv"
+    words = ["sweep", *SMALL, "--profile", profile, "--no-store", "--jobs", "1", "--csv", str(file)]
+    script = "from mhcplan.planner.cli import main\nimport sys\nmain(sys.argv[1:])"
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-c", script, *words], env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+        stdout=write, stderr=subprocess.PIPE, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    os.close(write)
+    assert done.returncode == 141
+    assert len(file.read_text(encoding="utf-8").splitlines()) == 2
+
+
 # -- what is loaded --------------------------------------------------------------------------------
 
 
