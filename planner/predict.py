@@ -14,8 +14,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from mhcplan.planner.lowering.lower import lower
 from mhcplan.planner.lowering.recompute import resolve_recompute_block
@@ -25,11 +24,10 @@ from mhcplan.profiles.power import slowdown, slowed
 from mhcplan.profiles.store import find_profile
 from mhcplan.sim.breakdown import breakdown
 from mhcplan.sim.jit import MISSING_NUMBA, has_numba
+from mhcplan.sim.kept import Kept
 from mhcplan.sim.memory import memory_of
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
-
     from mhcplan.planner.plan.spec import Engine, PlanSpec
     from mhcplan.profiles.costs import Cost
     from mhcplan.profiles.lookup import CostModel
@@ -38,8 +36,6 @@ if TYPE_CHECKING:
     from mhcplan.sim.memory import Memory
     from mhcplan.sim.program import CostTable, Program
     from mhcplan.sim.timeline import Timeline
-
-_BASELINES_KEPT = 4  # some 10 MB each
 
 
 @dataclass(frozen=True)
@@ -100,19 +96,22 @@ def predict(plan: PlanSpec, profile: Profile | None = None) -> Prediction:
         step = play(plan, model, block)
         return Prediction(plan, profile, block, step, step)
     with ThreadPoolExecutor(1) as other_core:  # machine code runs without the GIL
-        baseline = other_core.submit(_baseline_step, cast("Hashable", plan.baseline()), model)
+        baseline = other_core.submit(_baseline_step, plan.baseline(), model)
         step = play(plan, model, block)
         return Prediction(plan, profile, block, step, baseline.result())
 
 
-@lru_cache(maxsize=_BASELINES_KEPT)
 def _baseline_step(baseline: PlanSpec, model: CostModel) -> Step:
-    return play(baseline, model, None)
+    key = baseline.digest(), model.profile.digest
+    return _baselines.find(key, lambda: play(baseline, model, None))
 
 
 def forget_baselines() -> None:
     """Keep no baseline."""
-    _baseline_step.cache_clear()
+    _baselines.forget()
+
+
+_baselines: Kept[Step] = Kept(1 << 17, lambda step: step.program.num_ops)
 
 
 def play(plan: PlanSpec, model: CostModel, recompute_block: int | None) -> Step:

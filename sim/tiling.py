@@ -11,18 +11,17 @@ sizes of the model) have one *skeleton*: it is kept, and the next of them takes 
 from __future__ import annotations
 
 import hashlib
-import threading
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from mhcplan.sim.jit import Ints, compiled, ints, usable_in_compiled
+from mhcplan.sim.kept import Kept
 from mhcplan.sim.program import Csr, Program
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
@@ -107,32 +106,8 @@ def tile(
     )  # fmt: skip
 
 
-class _Kept:
-    """Skeletons by digest; those unused for longest go when all have more than ``max_ops`` ops."""
-
-    def __init__(self, max_ops: int) -> None:
-        self._max_ops = max_ops
-        self._programs: OrderedDict[bytes, Program] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def find(self, digest: bytes, make: Callable[[], Program]) -> Program:
-        with self._lock:
-            if digest in self._programs:
-                self._programs.move_to_end(digest)
-                return self._programs[digest]
-        made = make()
-        with self._lock:
-            self._programs[digest] = made
-            while sum(p.num_ops for p in self._programs.values()) > self._max_ops:
-                self._programs.popitem(last=False)
-        return made
-
-    def forget(self) -> None:
-        with self._lock:
-            self._programs.clear()
-
-
-_kept = _Kept(max_ops=1 << 18)  # an op takes about 500 bytes with what is worked out from it
+# an op takes about 500 bytes with what is worked out from it
+_kept: Kept[Program] = Kept(1 << 18, lambda skeleton: skeleton.num_ops)
 
 
 def forget() -> None:

@@ -2,10 +2,11 @@
 
 A plan's step time is estimated by the longest path through its Program
 (:mod:`mhcplan.sim.longest_path`): every op waits for what it must wait for, but nothing competes
-for links or SMs, so it is at most the engine's step time. Of 60 plans of mhc-27b the engine's step
-was up to 4.1 % longer, its overhead up to 2.5 points away (``benchmarks/sim.py --only sweep``), so
-plans nearer to each other than that are for the engine to order. Memory needs no estimate: it is
-counted as in a prediction, in host issue order, whatever the streams do.
+for links or SMs, nor does the power limit slow anything, so it is at most the engine's step time.
+Of 60 plans of mhc-27b the engine's step was up to 31 % longer, its overhead up to 6.1 points away
+(``benchmarks/sim.py --only sweep``), so plans nearer to each other than that are for the engine to
+order. Memory needs no estimate: it is counted as in a prediction, in host issue order, whatever the
+streams do.
 """
 
 from __future__ import annotations
