@@ -232,5 +232,5 @@ def _print(lines: dict[str, ProgramMeasured], claim: Claim | None, why_not: str)
 def _as_measurement(claim: Claim, lines: dict[str, ProgramMeasured]) -> Measurement:
     return Measurement(
         row=claim.row, prediction=claim.digest, measured="", command="", device="", versions={},
-        anchors={}, programs=lines,
+        environment={}, anchors={}, programs=lines,
     )  # fmt: skip
