@@ -63,6 +63,7 @@ def test_without_numba_the_same_comes_slowly() -> None:
 
 
 def test_scipy_is_not_loaded_for_code_that_needs_none_and_is_there_for_code_that_does() -> None:
+    pytest.importorskip("scipy")
     code = SORT + (
         "import sys\n"
         "from numba.np import arraymath\n"
