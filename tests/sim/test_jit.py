@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SORT = """
 import numpy as np
 from mhcplan.sim import jit
