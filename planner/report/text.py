@@ -57,6 +57,7 @@ def gb(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:,.2f}"
 
 
+_RISKY_PERCENT = 5.0  # of drawn runs that run out of memory, from which on the answer says so
 _RESIDUAL_NAMES = {
     "mhc": "mHC",
     "hc": "HC",
@@ -82,11 +83,24 @@ def headline(report: PlanReport) -> str:
         if spare >= 0
         else f"does NOT fit: {gb(-spare)} GB over"
     )
+    if spare >= 0 and is_risky(report):
+        verdict += f", but {_risk(report)}"
     memory = (
         f"peak memory {gb(report.peak_memory_bytes)} GB, with allocator, NCCL and context"
         f" {gb(report.device_memory_bytes)} of {gb(report.memory_limit_bytes)} GB: {verdict}"
     )
     return f"{_time_line(report)}; {memory}"
+
+
+def is_risky(report: PlanReport) -> bool:
+    """Whether a plan that fits as predicted may well run out of memory."""
+    found = report.intervals
+    return found is not None and (found.out_of_memory_percent or 0) >= _RISKY_PERCENT
+
+
+def _risk(report: PlanReport) -> str:
+    assert report.intervals is not None
+    return f"{report.intervals.out_of_memory_percent:.0f} % risk of running out of memory"
 
 
 def _time_line(report: PlanReport) -> str:
@@ -112,8 +126,7 @@ def certainty(report: PlanReport) -> str:
         parts.append("{:+.2f} to {:+.2f} %".format(*found.overhead_percent))
     if found.device_memory_bytes is not None and found.out_of_memory_percent is not None:
         least, most = found.device_memory_bytes
-        risk = f"{found.out_of_memory_percent:.0f} % risk of running out of memory"
-        parts.append(f"{gb(least)} to {gb(most)} GB, {risk}")
+        parts.append(f"{gb(least)} to {gb(most)} GB, {_risk(report)}")
     of_what = (
         f"op times' spread and the model's error, measured in {found.num_measured_runs} run(s)"
         if found.num_measured_runs
@@ -223,7 +236,7 @@ def print_report(report: PlanReport, console: Console) -> None:
     """Write the report to a terminal, or as plain text to a file."""
     from rich.text import Text
 
-    style = "bold green" if report.fits else "bold red"
+    style = "bold red" if not report.fits else "bold yellow" if is_risky(report) else "bold green"
     console.print(Text(headline(report), style=style), soft_wrap=True)
     if report.intervals:
         console.print(Text(certainty(report)), soft_wrap=True)

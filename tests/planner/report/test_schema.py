@@ -18,6 +18,7 @@ from mhcplan.planner.plan.spec import PlanSpec, make_plan
 from mhcplan.planner.report.schema import (
     COMPONENT_FIELDS,
     BreakdownNs,
+    Intervals,
     PlanReport,
     json_schema,
     overhead_percent,
@@ -140,6 +141,18 @@ def test_headline_answers_overhead_recompute_memory_and_fit() -> None:
     too_large = headline(make_report(memory_limit_bytes=60 * GB, fits=False, recompute_block=None))
     assert too_large.endswith("does NOT fit: 3.00 GB over")
     assert "no recompute" in too_large
+
+
+@pytest.mark.parametrize(("percent", "said"), [(0.0, ""), (4.9, ""), (97.0, "97 % risk")])
+def test_a_plan_that_fits_by_a_hair_says_its_risk_at_once(percent: float, said: str) -> None:
+    intervals = Intervals(
+        coverage_percent=90, num_samples=9, notes=(), step_time_ns=(1, 2), overhead_percent=(1, 2),
+        device_memory_bytes=(79 * GB, 81 * GB), out_of_memory_percent=percent, num_measured_runs=9,
+    )  # fmt: skip
+    report = make_report(memory_limit_bytes=63 * GB, intervals=intervals)
+    assert headline(report).endswith(
+        f"fits with 0.00 GB to spare{f', but {said} of running out of memory' if said else ''}"
+    )
 
 
 def test_plain_residual_has_no_overhead_to_report() -> None:
