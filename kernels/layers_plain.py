@@ -189,6 +189,14 @@ class Head(Op):
         return env.normal(tokens, shape["hidden"]), env.integers(shape["vocab"], tokens, salt=1)
 
 
+_SHARD_ALIGN = 64  # elements, as trainers pad flat shards
+
+
+def _padded(parameters: int) -> int:
+    """Elements of a shard of so many parameters: at an odd length kernels load one by one."""
+    return -(-parameters // _SHARD_ALIGN) * _SHARD_ALIGN
+
+
 class AdamW(Op):
     """AdamW on one flat shard: fp32 master and moments, the compute-dtype weight written back.
 
@@ -221,7 +229,7 @@ class AdamW(Op):
     @classmethod
     def build(cls, shape: Mapping[str, int], env: Env) -> AdamW:
         """A shard of random parameters with random gradients."""
-        op = cls(Weight(env.normal(shape["parameters"], std=0.02)))
+        op = cls(Weight(env.normal(_padded(shape["parameters"]), std=0.02)))
         op.weights["flat"].main_grad.normal_()
         return op
 
@@ -247,7 +255,8 @@ class ZeroGradients(Op):
     @classmethod
     def build(cls, shape: Mapping[str, int], env: Env) -> ZeroGradients:
         """A shard of parameters with random gradients."""
-        op = cls(Weight(torch.empty(shape["parameters"], dtype=env.dtype, device=env.device)))
+        size = _padded(shape["parameters"])
+        op = cls(Weight(torch.empty(size, dtype=env.dtype, device=env.device)))
         op.weights["flat"].main_grad.normal_()
         return op
 

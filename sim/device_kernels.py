@@ -64,7 +64,8 @@ class Traffic:
 class Parameters:
     """What is measured or fitted once for a machine; the rest of the model is counted.
 
-    The defaults were fitted to pairs measured on H100s (benchmarks/contention.py).
+    The defaults were fitted to pairs measured on H100s (benchmarks/contention.py); ``lone_life``
+    and ``together`` were read off traced steps (docs/accuracy.md).
 
     Attributes:
         num_sms: of the GPU.

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from mhcplan.profiles.capture.ops import append_line
 from mhcplan.profiles.capture.overlap_kernels import Compute, makers
 from mhcplan.profiles.capture.overlap_pairs import (
     COPY,
@@ -288,8 +289,7 @@ class _Book:
 
     def add(self, row: dict[str, Any], runs: dict[str, list[Run]]) -> None:
         self.rows[row["pair"]] = row
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**self.stamp, "contention": row}) + "\n")
+        append_line(self.path, {**self.stamp, "contention": row})
         if self.timelines is not None:
             spans = {k: [[r.compute, r.traffic] for r in v] for k, v in runs.items()}
             with gzip.open(self.timelines, "at", encoding="utf-8") as file:

@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import sys
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
 import torch
@@ -47,7 +48,7 @@ from mhcplan.profiles.specs import HardwareSpec, Spec
 from mhcplan.profiles.vocabulary import MEASURABLE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
     from mhcplan.profiles.vocabulary import OpKey
@@ -332,14 +333,13 @@ def measure(
         raise ValueError(f"kind={unknown[0]!r} must be one of {sorted(MEASURABLE)}")
     kind_of_device = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
     devices = torch.cuda.device_count() if kind_of_device == "cuda" else 2
-    wanted = tuple(parts) if parts is not None else PARTS[: 1 + (devices > 1)]
+    wanted: tuple[Part, ...] = tuple(parts) if parts is not None else PARTS[: 1 + (devices > 1)]
     if (started := launched()) is not None:
         devices, wanted = started.world, ("comm",)
     chosen = [
         k for k in (grid.keys(tiers) if keys is None else keys) if not kinds or k.kind in kinds
     ]
     ops_path, comm_path = (out.with_name(f"{out.name}.{part}.json") for part in ("ops", "comm"))
-    contention_log, priority_log = logs_beside(out)
     written = []
     out.parent.mkdir(parents=True, exist_ok=True)
     if "ops" in wanted:
@@ -358,15 +358,7 @@ def measure(
             return []  # rank 0 has the rows
         write_whole(comm_path, comm.model_dump_json(by_alias=True, exclude_none=True) + "\n")
         written.append(comm_path)
-    if "contention" in wanted:
-        measure_contention_part(contention_log, kind_of_device, budget_seconds, tiny=tiny)
-        written.append(contention_log)
-    if "priority" in wanted:
-        measure_priority_part(priority_log, kind_of_device, budget_seconds)
-        written.append(priority_log)
-    if "power" in wanted:
-        measure_power_part(_power_log(out), kind_of_device, budget_seconds)
-        written.append(_power_log(out))
+    written += _measure_logged(out, wanted, kind_of_device, budget_seconds, tiny=tiny)
     if base is not None:
         ops = read_part(ops_path, OpsPart) if "ops" in wanted else None
         comms = [read_part(comm_path, CommPart)] if "comm" in wanted else []
@@ -378,6 +370,24 @@ def measure(
         return written
     _write_profile(out, profile)
     return [*written, out]
+
+
+def _measure_logged(
+    out: Path, wanted: Sequence[Part], device_type: str, budget_seconds: float, *, tiny: bool
+) -> list[Path]:
+    """Measure those of the parts that are logs beside the profile; the logs written."""
+    contention_log, priority_log = logs_beside(out)
+    logged: dict[Part, tuple[Path, Callable[[Path, str, float], None]]] = {
+        "contention": (contention_log, partial(measure_contention_part, tiny=tiny)),
+        "priority": (priority_log, measure_priority_part),
+        "power": (_power_log(out), measure_power_part),
+    }
+    written: list[Path] = []
+    for part, (log, measure_part) in logged.items():
+        if part in wanted:
+            measure_part(log, device_type, budget_seconds)
+            written.append(log)
+    return written
 
 
 def write_merged(

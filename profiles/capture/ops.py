@@ -24,7 +24,7 @@ from mhcplan.profiles.schema import OpTiming, Segment
 from mhcplan.profiles.vocabulary import MEASURABLE, OpKey
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
 _SET_LIMIT = 12
@@ -101,13 +101,15 @@ class Log:
         """Add a row and write its line."""
         self.rows[str(row.key)] = row
         data = row.model_dump(mode="json", by_alias=True, exclude_none=True)
-        needs_newline = self._path.exists() and not self._ends_with_newline()
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write("\n" * needs_newline + json.dumps({**self._stamp, "row": data}) + "\n")
+        append_line(self._path, {**self._stamp, "row": data})
 
-    def _ends_with_newline(self) -> bool:
-        text = self._path.read_bytes()
-        return not text or text.endswith(b"\n")
+
+def append_line(log: Path, entry: Mapping[str, object]) -> None:
+    """Add a line to a log; after one that a kill cut short, on a line of its own."""
+    text = log.read_bytes() if log.exists() else b""
+    is_cut = bool(text) and not text.endswith(b"\n")
+    with log.open("a", encoding="utf-8") as file:
+        file.write("\n" * is_cut + json.dumps(entry) + "\n")
 
 
 def groups(keys: Iterable[OpKey]) -> Iterator[tuple[str, dict[str, int], list[str]]]:

@@ -8,18 +8,20 @@ nvidia-smi. A log of lines stands beside the profile; :func:`with_power` fits th
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from mhcplan.kernels.layers import Env, make_case
 from mhcplan.profiles.capture import machine
+from mhcplan.profiles.capture.ops import append_line
 from mhcplan.profiles.power import Row, fit_power, read_rows
 from mhcplan.profiles.vocabulary import OP_KINDS, op_key
 
@@ -49,30 +51,33 @@ class Load(NamedTuple):
     hbm_bytes: int = 0
 
 
-class Meter:
-    """Reads power and clock while it is open."""
+Reading = tuple[float, ...]  # of _FIELDS
 
-    def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in close
-        command = ["nvidia-smi", f"--query-gpu={_FIELDS}", "--format=csv,noheader,nounits",
-                   "-i", "0", "-lms", str(_PERIOD_MS)]  # fmt: skip
-        self._process = subprocess.Popen(command, stdout=self._file, text=True)
 
-    def close(self) -> list[tuple[float, ...]]:
-        """Stop; the readings, in order."""
-        self._process.terminate()
-        self._process.wait()
-        self._file.seek(0)
-        found: list[tuple[float, ...]] = []
-        for line in self._file:
-            try:
-                values = tuple(float(v) for v in line.split(","))
-            except ValueError:
-                continue
-            if len(values) == _FIELDS.count(",") + 1:
-                found.append(values)
-        self._file.close()
-        return found
+@contextmanager
+def metered() -> Iterator[list[Reading]]:
+    """Read power and clock meanwhile; the list is filled at the end, in order."""
+    command = ["nvidia-smi", f"--query-gpu={_FIELDS}", "--format=csv,noheader,nounits",
+               "-i", "0", "-lms", str(_PERIOD_MS)]  # fmt: skip
+    found: list[Reading] = []
+    with tempfile.TemporaryFile("w+") as file:
+        process = subprocess.Popen(command, stdout=file, text=True)
+        try:
+            yield found
+        finally:
+            process.terminate()
+            process.wait()
+        file.seek(0)
+        found += filter(None, map(_reading, file))
+
+
+def _reading(line: str) -> Reading | None:
+    """A line's values; None for a line that was cut short or is no reading."""
+    try:
+        values = tuple(float(v) for v in line.split(","))
+    except ValueError:
+        return None
+    return values if len(values) == _FIELDS.count(",") + 1 else None
 
 
 def measure_load(load: Load, seconds: float) -> Row:
@@ -82,23 +87,22 @@ def measure_load(load: Load, seconds: float) -> Row:
     time.sleep(_REST_S)
     cold = min(_time(load.run, 3))
     rest_cycles = int(load.rest_share * cold * 1.98)  # of the clock that a rested chip has
-    meter = Meter()
-    begin = time.perf_counter()
     pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
     per_turn = max(1, round(30e6 / (cold * (1 + load.rest_share))))
-    while time.perf_counter() - begin < seconds:
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        events[0].record()
-        for _ in range(per_turn):
-            load.run()
-            if rest_cycles:
-                torch.cuda._sleep(rest_cycles)
-        events[1].record()
-        pairs.append((events[0], events[1]))
-        if len(pairs) > 2:
-            pairs[-3][1].synchronize()  # two turns ahead of the stream
-    torch.cuda.synchronize()
-    readings = meter.close()
+    with metered() as readings:
+        begin = time.perf_counter()
+        while time.perf_counter() - begin < seconds:
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            events[0].record()
+            for _ in range(per_turn):
+                load.run()
+                if rest_cycles:
+                    torch.cuda._sleep(rest_cycles)
+            events[1].record()
+            pairs.append((events[0], events[1]))
+            if len(pairs) > 2:
+                pairs[-3][1].synchronize()  # two turns ahead of the stream
+        torch.cuda.synchronize()
     last = readings[len(readings) * 2 // 5 :] or readings
     spans = [1e6 * a.elapsed_time(b) / per_turn for a, b in pairs[len(pairs) * 2 // 5 :]]
     watts, clock, degrees = (statistics.fmean(v) for v in zip(*last, strict=True))
@@ -144,12 +148,13 @@ def measure_power_part(log: Path, device_type: str, budget_seconds: float) -> No
     deadline = time.monotonic() + min(budget_seconds, POWER_SECONDS)
     keys = block_keys(*_BLOCK, 1) | block_keys(*_BLOCK, 4)
     for load in loads(device, keys):
-        if load.name in done or time.monotonic() > deadline:
+        if time.monotonic() > deadline:
+            break
+        if load.name in done:
             continue
         row = measure_load(load, _LOAD_SECONDS)
         print(f"[capture] {row}", file=sys.stderr, flush=True)
-        with log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**stamp, "row": row._asdict()}) + "\n")
+        append_line(log, {**stamp, "row": row._asdict()})
 
 
 def with_power(profile: Profile, log: Path) -> Profile:
@@ -197,14 +202,14 @@ def loads(device: torch.device, keys: Mapping[str, Sequence[OpKey]]) -> Iterator
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     c, x = torch.empty_like(a), torch.empty(half, dtype=torch.uint8, device=device).random_()
     y = torch.empty_like(x)
+    product = partial(torch.mm, a, b, out=c)
     yield Load("idle", lambda: torch.cuda._sleep(2_000_000))
     yield Load("copy", lambda: y.copy_(x), hbm_bytes=2 * half)
     for rest in (2.0, 1.0, 0.5, 0.25, 0.1, 0.0):
-        product = lambda: torch.mm(a, b, out=c)  # noqa: E731
         yield Load(f"gemm rest {rest}", product, rest, 2 * size**3)
     for rest in (1.0, 0.25, 0.0):
-        yield Load(f"gemm+copy rest {rest}", graph_of([lambda: torch.mm(a, b, out=c),
-                   lambda: y.copy_(x)]), rest, 2 * size**3, 2 * half)  # fmt: skip
+        yield Load(f"gemm+copy rest {rest}", graph_of([product, lambda: y.copy_(x)]), rest,
+                   2 * size**3, 2 * half)  # fmt: skip
     env = Env(device)
     for name, of in keys.items():
         cases = {key: make_case(key.kind, dict(key.shape), env) for key in of}

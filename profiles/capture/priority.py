@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mhcplan.profiles.capture.ops import append_line
 from mhcplan.profiles.capture.overlap_kernels import clock_ctas, makers
 from mhcplan.profiles.capture.overlap_trace import MARKER, launch_of, span_ns, trace_events
 
@@ -321,9 +322,8 @@ def measure(log: Path, stamp: dict[str, Any], trials: int, chunk: int = 300) -> 
 
 
 def _append(log: Path, stamp: dict[str, Any], rows: Sequence[Row]) -> None:
-    with log.open("a", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps({**stamp, "priority": row}) + "\n")
+    for row in rows:
+        append_line(log, {**stamp, "priority": row})
 
 
 def measure_priority(

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from mhcplan.profiles.capture import grid, machine, measure
 from mhcplan.profiles.capture.__main__ import main
 from mhcplan.profiles.capture.comm import launched, uneven_splits, without_starved
-from mhcplan.profiles.capture.ops import Log, Session, groups, measure_ops
+from mhcplan.profiles.capture.ops import Log, Session, append_line, groups, measure_ops
 from mhcplan.profiles.capture.segments import Chip, Kernel, ctas_per_sm, make_segments
 from mhcplan.profiles.capture.timing import HostTimer, spread_percent
 from mhcplan.profiles.overlap import rows_of
@@ -371,3 +371,11 @@ def test_merge_from_the_command_line(tmp_path: Path) -> None:
     assert main(["--out", str(out), "--merge", str(ops)]) == 0
     assert len(read_profile(out).ops) == len(SOME)
     assert main(["--out", str(out), "--merge", str(tmp_path / "none.json")]) == 2
+
+
+def test_a_row_after_a_cut_line_has_a_line_of_its_own(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    append_line(log, {"row": 1})
+    log.write_text(log.read_text() + '{"row": 2, "du')
+    append_line(log, {"row": 3})
+    assert log.read_text().splitlines() == ['{"row": 1}', '{"row": 2, "du', '{"row": 3}']

@@ -64,5 +64,6 @@ def test_only_an_equal_chip_draws_what_was_measured(h100: Profile) -> None:
     assert power is not None
     assert power.source == "assumed"
     assert power.citation
-    assert power.free_watts == h100.power_model.free_watts  # type: ignore[union-attr]
+    assert h100.power_model is not None
+    assert power.free_watts == h100.power_model.free_watts
     assert find_profile("b200").power_model is None

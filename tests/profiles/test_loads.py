@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -16,6 +17,9 @@ from mhcplan.sim.compiled import simulate_compiled
 from tests.support.programs import Maker
 from tests.support.synthetic_profile import synthetic_profile
 
+if TYPE_CHECKING:
+    from mhcplan.sim.device_kernels import Loads
+
 DEFAULT = GpuSettings()
 
 
@@ -24,7 +28,7 @@ def h100() -> CostModel:
     return CostModel(find_profile("h100-sxm"))
 
 
-def loads_of(keys: list[str], settings: GpuSettings = DEFAULT):  # noqa: ANN201
+def loads_of(keys: list[str], settings: GpuSettings = DEFAULT) -> Loads:
     loads = h100().table(keys, settings).loads
     assert loads is not None
     return loads
