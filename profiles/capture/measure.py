@@ -333,9 +333,10 @@ def measure(
         raise ValueError(f"kind={unknown[0]!r} must be one of {sorted(MEASURABLE)}")
     kind_of_device = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
     devices = torch.cuda.device_count() if kind_of_device == "cuda" else 2
-    wanted: tuple[Part, ...] = tuple(parts) if parts is not None else PARTS[: 1 + (devices > 1)]
+    wanted: Sequence[Part] = PARTS[: 1 + (devices > 1)] if parts is None else tuple(parts)
     if (started := launched()) is not None:
-        devices, wanted = started.world, ("comm",)
+        devices = started.world
+        wanted = ("comm",)
     chosen = [
         k for k in (grid.keys(tiers) if keys is None else keys) if not kinds or k.kind in kinds
     ]
