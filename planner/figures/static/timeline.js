@@ -120,12 +120,15 @@ function barTraces(ops, begin, end, shown, pixelsPerNs) {
       const paint = ops.paint[ops.label[op]];
       if (!shown[paint]) continue;
       const trace = traces[paint], name = ops.labels[ops.label[op]].name;
-      trace.x.push(ops.duration[op] / MS);
-      trace.base.push(ops.start[op] / MS);
+      // cut where drawing ends, so that the name of a long op is in sight
+      const from = Math.max(begin, ops.start[op]);
+      const to = Math.min(end, ops.start[op] + ops.duration[op]);
+      trace.x.push((to - from) / MS);
+      trace.base.push(from / MS);
       trace.y.push(ops.middle[lane]);
       trace.width.push(height * FILLED);
       trace.customdata.push(op);
-      const fits = height > 1 && ops.duration[op] * pixelsPerNs > name.length * TEXT_PIXELS_A_LETTER;
+      const fits = height > 1 && (to - from) * pixelsPerNs > name.length * TEXT_PIXELS_A_LETTER;
       trace.text.push(fits ? name : "");
     }
   }
@@ -308,6 +311,7 @@ const WAITED = {
   peer: "waited for the other end",
   link: "waited for its link",
   priority: "waited for a more urgent op",
+  sms: "waited for the SMs of a kernel",
 };
 
 function laneOf(ops, op) {
@@ -381,9 +385,10 @@ export class Timeline {
     const to = Math.min(this.whole, end + MARGIN * span);
     this.isRaster = countVisible(this.ops, begin, end) > BARS_AT_MOST;
     const columns = Math.max(1, Math.round((width * (to - from)) / span));
+    const drawn = countVisible(this.ops, from, to) > BARS_AT_MOST ? [begin, end] : [from, to];
     const ops = this.isRaster
       ? [heatTrace(this.ops, from, to, columns, this.shown, ink.plot)]
-      : barTraces(this.ops, begin, end, this.shown, width / span);
+      : barTraces(this.ops, ...drawn, this.shown, width / span);
     const path = this.pathShown ? [pathTrace(this.ops, from, to, ink)] : [];
     return [...ops, ...path, ...memoryTraces(this.ops, from, to, ink)];
   }

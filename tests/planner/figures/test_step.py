@@ -26,7 +26,7 @@ from mhcplan.planner.predict import Prediction, predict
 from mhcplan.planner.report.make import make_report
 from mhcplan.planner.report.schema import BreakdownNs
 from mhcplan.planner.report.text import headline
-from mhcplan.sim.timeline import critical_path
+from mhcplan.sim.timeline import REASONS, critical_path
 from tests.support.reports import make_report as made_up_report
 from tests.support.synthetic_profile import synthetic_profile
 
@@ -243,12 +243,12 @@ def _node() -> str:
     return str(Path(wheel.origin).parent / "bin" / "node")
 
 
-def browser(*calls: tuple[object, ...]) -> list[Any]:
-    """What functions of timeline.js say."""
+def browser(*calls: tuple[object, ...], data: dict[str, Any] | None = None) -> list[Any]:
+    """What functions of timeline.js say of ``data``, or else of the small step."""
     script = (STATIC / "timeline.js").read_text(encoding="utf-8")
     done = subprocess.run(
         [_node(), str(CHECK)],
-        input=json.dumps({"script": script, "data": drawn(), "calls": calls}),
+        input=json.dumps({"script": script, "data": data or drawn(), "calls": calls}),
         capture_output=True,
         text=True,
         check=True,
@@ -300,6 +300,13 @@ def test_hover_says_what_an_op_is_and_what_it_waited_for() -> None:
     assert lines[2] == "rank 0 compute"
     assert lines[4].endswith(data["labels"][array(data["label"])[op]]["cost"])
     assert "waited for" in lines[5]
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_hover_has_words_for_every_reason(reason: str) -> None:
+    data = drawn() | {"reasons": [reason] * len(REASONS)}
+    (lines,) = browser(("describe", 5), data=data)
+    assert re.match("(waited for|started with) ", lines[5])
 
 
 def test_times_and_colours_for_people() -> None:
