@@ -306,7 +306,7 @@ def test_hover_says_what_an_op_is_and_what_it_waited_for() -> None:
 def test_hover_has_words_for_every_reason(reason: str) -> None:
     data = drawn() | {"reasons": [reason] * len(REASONS)}
     (lines,) = browser(("describe", 5), data=data)
-    assert re.match("(waited for|started with) ", lines[5])
+    assert re.match(r"(waited for|started with)\b", lines[5])
 
 
 def test_times_and_colours_for_people() -> None:
