@@ -98,8 +98,9 @@ def _files(recordings: list[Recording], diagnoses: list[Diagnosis]) -> dict[str,
 
 
 def _print(diagnoses: list[Diagnosis], console: Console) -> None:
-    from rich.table import Table
     from rich.text import Text
+
+    from mhcplan.planner.report.table import Section, print_section
 
     for diagnosis in diagnoses:
         alarms = len(diagnosis.alarms)
@@ -111,12 +112,11 @@ def _print(diagnoses: list[Diagnosis], console: Console) -> None:
             console.print(Text(f"  {alarm.name}: {alarm.message}{where}"), soft_wrap=True)
         for line in diagnosis.notes:
             console.print(Text(f"  {line}"), soft_wrap=True)
-    table = Table(title="Last record", title_justify="left")
-    for column in ("", *(d.name for d in diagnoses)):
-        table.add_column(column, justify="left" if not column else "right", overflow="fold")
-    for cells in zip(*(_rows(d) for d in diagnoses), strict=True):
-        table.add_row(cells[0][0], *(value for _, value in cells))
-    console.print(table)
+    rows = zip(*(_rows(d) for d in diagnoses), strict=True)
+    cells = tuple((row[0][0], *(value for _, value in row)) for row in rows)
+    columns = ("", *(d.name for d in diagnoses))
+    print_section(Section("Last record", columns, cells), console)
+    console.print()
     limits = ", ".join(f"{name} {limit.value:g}" for name, limit in THRESHOLDS.items())
     console.print(Text(f"alarms sound above: {limits} (row_lost: below)"), soft_wrap=True)
 

@@ -119,7 +119,7 @@ def _transfers_called(program: Program, name: str) -> Iterator[TransferKey]:
 
 
 def _print(found: Overlap) -> None:
-    from rich.table import Table
+    from mhcplan.planner.report.table import Section, print_section
 
     console = output()
     longer = {"compute": found.compute_slowdown, "traffic": found.traffic_slowdown}
@@ -128,17 +128,17 @@ def _print(found: Overlap) -> None:
         f" which takes {longer['traffic']:.2f} times as long",
         soft_wrap=True,
     )
-    table = Table()
-    for column in ("", "alone us", "overlapped us", "times", "measured times", "error %"):
-        table.add_column(column, justify="left" if not column else "right")
+    columns = ("", "alone us", "overlapped us", "times", "measured times", "error %")
+    rows: list[tuple[str, ...]] = []
     for side, alone_ns in (("compute", found.compute_ns), ("traffic", found.traffic_ns)):
         measured = getattr(found.measured, f"{side}_slowdown", None)
-        table.add_row(
+        rows.append((
             side, f"{alone_ns / 1e3:,.1f}", f"{alone_ns * longer[side] / 1e3:,.1f}",
             f"{longer[side]:.2f}", "" if measured is None else f"{measured:.2f}",
             f"{getattr(found.error, f'{side}_percent'):.1f}",
-        )  # fmt: skip
-    console.print(table)
+        ))  # fmt: skip
+    print_section(Section("", columns, tuple(rows)), console)
+    console.print()
     for line in _lines(found):
         console.print(line, soft_wrap=True)
 

@@ -221,12 +221,6 @@ def _console() -> Console:
 def _table(
     console: Console, title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]
 ) -> None:
-    from rich.table import Table
-    from rich.text import Text
+    from mhcplan.planner.report.table import Section, print_section
 
-    table = Table(title=title or None, title_justify="left", show_header=any(columns))
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    console.print(table)
+    print_section(Section(title, tuple(columns), tuple(map(tuple, rows))), console)

@@ -200,23 +200,22 @@ def _files(
 
 
 def _print(lines: dict[str, ProgramMeasured], claim: Claim | None, why_not: str) -> None:
-    from rich.table import Table
+    from mhcplan.planner.report.table import Section, print_section
 
-    table = Table(title="Measured", title_justify="left")
-    for column in ("", "step ms", "±%", "host ms", "traced +%", "GB", "losses"):
-        table.add_column(column, justify="left" if column in ("", "losses") else "right")
+    columns = ("", "step ms", "±%", "host ms", "traced +%", "GB", "losses")
+    rows: list[tuple[str, ...]] = []
     for name, line in lines.items():
         for mode, times in line.times.items():
             traced = mode == list(line.times)[-1]
             slower = f"{100 * (line.traced_step_ns / times.step_ns - 1):.1f}" if traced else ""
-            table.add_row(
+            rows.append((
                 f"{TITLES[name]}, {mode}", f"{times.step_ns / 1e6:,.2f}",
                 f"{times.spread_percent:.1f}", f"{times.issue_ns / 1e6:,.2f}", slower,
                 f"{max(line.allocated_bytes) / 1e9:,.2f}",
                 " ".join(f"{loss:.4f}" for loss in line.losses),
-            )  # fmt: skip
+            ))  # fmt: skip
     console = output()
-    console.print(table)
+    print_section(Section("Measured", columns, tuple(rows)), console)
     if claim is None:
         console.print(f"not compared with a prediction: {why_not}", soft_wrap=True)
         return

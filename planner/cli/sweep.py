@@ -24,7 +24,7 @@ from mhcplan.planner.search.text import print_search
 from mhcplan.planner.sweep.farm import Backend
 from mhcplan.planner.sweep.run import Progress, Sweep, SweepOptions, SweepRun
 from mhcplan.planner.sweep.store import default_store
-from mhcplan.planner.sweep.text import csv_text, json_lines, parquet_bytes, print_sweep
+from mhcplan.planner.sweep.text import ESTIMATED, csv_text, json_lines, parquet_bytes, print_sweep
 
 NOTHING_FEASIBLE = 1
 
@@ -59,7 +59,8 @@ def sweep(
     Args:
         source: a model preset, or a plan file (.toml)
         axes: fields and their values
-        fast: estimate by the longest path, a lower bound, and let the engine play the best
+        fast: estimate by the longest path, a lower bound that leaves out contention and the power
+            limit, and let the engine play the best
         exact: play every plan by the engine (the default)
         json: print a JSON object a line instead of a table
         csv: write all rows to this file
@@ -100,6 +101,8 @@ def _write(result: Sweep, *, json: bool, csv: Path | None, parquet: Path | None)
     try:
         if json:
             print(json_lines(result.rows), end="")
+            if any(row.method == "estimate" for row in result.rows):
+                note(ESTIMATED)
         else:
             print_sweep(result, output())
         for text in result.notes:

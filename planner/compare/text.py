@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mhcplan.planner.report.text import CLASS_NAMES, Section, gb, ms
+from mhcplan.planner.report.table import Section, print_section
+from mhcplan.planner.report.text import CLASS_NAMES, gb, ms
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -64,8 +65,6 @@ def remarks(comparison: Comparison) -> Iterator[str]:
 def print_comparison(comparison: Comparison, console: Console) -> None:
     """Write the comparison to a terminal, or as plain text to a file."""
     from rich.text import Text
-
-    from mhcplan.planner.report.text import print_section
 
     console.print(Text(headline(comparison), style="bold"), soft_wrap=True)
     for section in sections(comparison):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from mhcplan.planner.report.text import CLASS_NAMES, Section, gb, ms
+from mhcplan.planner.report.table import Section, print_section
+from mhcplan.planner.report.text import CLASS_NAMES, gb, ms
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -152,19 +153,17 @@ def _what_ifs(what_ifs: tuple[WhatIf, ...]) -> Section:
             f"{what_if.time_percent:+.2f}",
             ms(what_if.step_time_ns),
             gb(what_if.device_memory_bytes),
-            "yes" if what_if.fits else "no",
+            "" if what_if.fits else "does not fit",
         )
         for what_if in what_ifs
     )
-    columns = ("", "% of a token's time", "step ms", "memory GB", "fits")
+    columns = ("", "time a token %", "step ms", "memory GB", "")
     return Section("What would help, each simulated", columns, rows)
 
 
 def print_explanation(explanation: Explanation, console: Console) -> None:
     """Write the explanation to a terminal, or as plain text to a file."""
     from rich.text import Text
-
-    from mhcplan.planner.report.text import print_section
 
     for number, sentence in enumerate(sentences(explanation)):
         console.print(Text(sentence, style="" if number else "bold"), soft_wrap=True)

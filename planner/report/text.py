@@ -1,15 +1,15 @@
 """A report for people: one line that answers, then tables. The terminal and the HTML page share it.
 
-:func:`headline` and :func:`sections` say everything; :func:`print_report` draws it with rich.
+:func:`headline` and :func:`sections` say everything; :func:`print_report` writes it.
 Times are shown in ms, sizes in GB (10^9 bytes, as GPUs are sold).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mhcplan.planner.report.schema import BreakdownNs, RankMemory
+from mhcplan.planner.report.table import Section, print_section
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,15 +28,6 @@ CLASS_NAMES = {
     "host": "waiting for the host",
     "bubble": "pipeline bubble",
 }
-
-
-@dataclass(frozen=True)
-class Section:
-    """A table with a title: the first column is text, the others are figures."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
 
 
 def ms(ns: int) -> str:
@@ -128,11 +119,15 @@ def certainty(report: PlanReport) -> str:
         least, most = found.device_memory_bytes
         parts.append(f"{gb(least)} to {gb(most)} GB, {_risk(report)}")
     of_what = (
-        f"op times' spread and the model's error, measured in {found.num_measured_runs} run(s)"
+        f"op times' spread and the model's error, measured in {_runs(found.num_measured_runs)}"
         if found.num_measured_runs
         else "op times' spread only, the model's own error is not measured yet"
     )
     return f"{found.coverage_percent:.0f} % of drawn runs: {', '.join(parts)} ({of_what})"
+
+
+def _runs(count: int) -> str:
+    return f"{count} run{'s' * (count > 1)}"
 
 
 def remarks(report: PlanReport) -> tuple[str, ...]:
@@ -248,16 +243,3 @@ def print_report(report: PlanReport, console: Console) -> None:
         for remark in said:
             console.print(Text(f"- {remark}"), soft_wrap=True)
     console.print(Text(f"\nAgain: {report.command}"), soft_wrap=True)
-
-
-def print_section(section: Section, console: Console) -> None:
-    """Write one table; a row named "step" is the total, columns without a name hold words."""
-    from rich.table import Table
-
-    table = Table(title=section.title, title_justify="left", show_header=any(section.columns))
-    for number, column in enumerate(section.columns):
-        table.add_column(column, justify="right" if number and column else "left")
-    for row in section.rows:
-        table.add_row(*row, style="bold" if row[0] == "step" else None)
-    console.print()
-    console.print(table)

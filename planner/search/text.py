@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mhcplan.planner.report.table import Section, print_section
 from mhcplan.planner.report.text import gb, ms
 from mhcplan.planner.search.branch_and_bound import BAND_PERCENT
 from mhcplan.planner.search.report import plan_words
@@ -44,11 +45,10 @@ def print_search(report: SearchReport, console: Console) -> None:
     style = "bold green" if report.best else "bold red"
     console.print(Text(search_headline(report), style=style), soft_wrap=True)
     if report.best:
-        console.print()
-        _print_choices("Best plans of different layouts or schedules", report.best, console)
+        title = "Best plans of different layouts or schedules"
+        print_section(_choices(title, report.best), console)
         title = "Time against memory: no plan that was played beats these in both"
-        console.print()
-        _print_choices(title, report.front, console)
+        print_section(_choices(title, report.front), console)
     if report.runner_up is not None:
         console.print(Text(f"\nWhy the second lost: {report.runner_up}"), soft_wrap=True)
     console.print(Text("\nWhat is proven:"))
@@ -79,22 +79,21 @@ def _proof(report: SearchReport) -> Iterator[str]:
         yield f"without measurements: {reason} ({count:,} plans)"
 
 
-def _print_choices(title: str, choices: Sequence[Choice], console: Console) -> None:
-    from rich.table import Table
+def _choices(title: str, choices: Sequence[Choice]) -> Section:
+    """Plans and their figures; tokens/s are left out, as all train the same tokens a step."""
+    columns = (
+        "pp", "ep", "dp", "micro", "M", "schedule", "L_r", "priority", "step ms", "overhead %",
+        "memory GB",
+    )  # fmt: skip
+    return Section(title, columns, tuple(map(_choice, choices)))
 
-    table = Table(title=title, title_justify="left")
-    names = ("pp", "ep", "dp", "micro", "M", "schedule", "L_r", "priority")
-    for name in names:
-        table.add_column(name)
-    for name in ("step ms", "overhead %", "memory GB", "tokens/s"):
-        table.add_column(name, justify="right")
-    for choice in choices:
-        plan, figures = choice.plan, choice.figures
-        layout = plan.layout
-        table.add_row(
-            str(layout.pp), str(layout.ep), str(layout.dp), str(plan.micro_batch_size),
-            str(plan.microbatches), plan.schedule, str(figures.recompute_block or "none"),
-            plan.priority, ms(figures.step_time_ns), f"{figures.overhead_percent:+.2f}",
-            gb(figures.device_memory_bytes), f"{figures.tokens_per_second:,}",
-        )  # fmt: skip
-    console.print(table)
+
+def _choice(choice: Choice) -> tuple[str, ...]:
+    plan, figures = choice.plan, choice.figures
+    layout = plan.layout
+    return (
+        str(layout.pp), str(layout.ep), str(layout.dp), str(plan.micro_batch_size),
+        str(plan.microbatches), plan.schedule, str(figures.recompute_block or "none"),
+        plan.priority, ms(figures.step_time_ns), f"{figures.overhead_percent:+.2f}",
+        gb(figures.device_memory_bytes),
+    )  # fmt: skip

@@ -8,6 +8,7 @@ the estimate was off is part of the result.
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from mhcplan.planner.plan.file import source_fields
+from mhcplan.planner.plan.spec import SpecError
 from mhcplan.planner.sweep.axes import Axis, points
 from mhcplan.planner.sweep.farm import Farm
 from mhcplan.planner.sweep.points import ProfileName, work_out
@@ -132,9 +134,11 @@ class SweepRun:
     """A sweep on its way, whose finished part can be asked for at any time."""
 
     def __init__(self, source: str | PlanSpec, axes: Sequence[Axis], options: SweepOptions) -> None:
-        """List the combinations; raises as :func:`sweep`."""
+        """List the combinations; raises as :func:`sweep`, also if none of them is a plan."""
         self._options = options
         self._points = list(points(source_fields(source), axes))
+        if not any(point.plan for point in self._points):
+            raise SpecError(_why_none(self._points))
         self._result = Sweep(tuple(axes), total=len(self._points))
         names = {point.plan.profile for point in self._points if point.plan is not None}
         self._profiles = {name: named_profile(name) for name in sorted(names)}
@@ -281,6 +285,16 @@ def batched(
             batches[-1] += parts.pop(0)
         batches += parts
     return batches
+
+
+def _why_none(points: Sequence[Point]) -> str:
+    """Why no combination is a plan, in a line."""
+    (reason, count), *others = Counter(str(point.reason) for point in points).most_common()
+    if len(points) == 1:
+        return reason
+    kinds = f"{len(others)} other reason{'s' * (len(others) > 1)}"
+    more = f", and {len(points) - count} for {kinds}" if others else ""
+    return f"none of {len(points)} combinations is a plan: {count} as {reason}{more}"
 
 
 def _unlike(rows: Sequence[SweepRow]) -> list[SweepRow]:

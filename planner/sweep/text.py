@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from mhcplan.planner.plan.file import FLAG_FIELDS
+from mhcplan.planner.report.table import Section, print_section
 from mhcplan.planner.report.text import gb, ms
 from mhcplan.planner.sweep.row import SWEEP_FORMAT, SWEEP_VERSION, Figures, SweepRow
 from mhcplan.planner.sweep.run import ranked
@@ -22,11 +23,12 @@ if TYPE_CHECKING:
     from mhcplan.planner.sweep.run import Sweep
 
 ROWS_SHOWN = 40  # of a larger sweep, the best
+ESTIMATED = "Estimated: lower bounds of the step's time, without contention and the power limit"
 
 Cell = str | int | float | bool | None
 
 _FLAG_OF = {path: flag.replace("_", "-") for flag, path in FLAG_FIELDS.items()}
-_FIGURES = ("overhead %", "step ms", "memory GB", "fits", "tokens/s")
+_FIGURES = ("overhead %", "step ms", "memory GB", "tokens/s", "")
 
 
 def json_lines(rows: Sequence[SweepRow]) -> str:
@@ -63,18 +65,20 @@ def print_sweep(sweep: Sweep, console: Console) -> None:
     from rich.text import Text
 
     console.print(Text(_headline(sweep), style="bold"), soft_wrap=True)
-    rows = sweep.rows
+    rows, title = sweep.rows, ""
     if len(rows) > ROWS_SHOWN:
         rows = ranked(rows)[:ROWS_SHOWN]
-        console.print(f"The {ROWS_SHOWN} best by tokens/s of a GPU; --csv and --json have all.")
-    _print_table(sweep, rows, console)
+        title = f"The {ROWS_SHOWN} best by tokens/s of a GPU; --csv and --json have all"
+    if any(row.method == "estimate" for row in rows):
+        title = f"{title}. {ESTIMATED}" if title else ESTIMATED
+    _print_table(sweep, title, rows, console)
     deviation = sweep.worst_deviation_percent
     if deviation is not None:
-        console.print(
-            f"\nThe {len(sweep.confirmed)} most promising, played by the engine (the times above"
-            f" are lower bounds, {deviation:.2f} % too short at worst for these):"
+        title = (
+            f"The {len(sweep.confirmed)} most promising, played by the engine: their steps are up"
+            f" to {deviation:.1f} % longer than estimated"
         )
-        _print_table(sweep, sweep.confirmed, console)
+        _print_table(sweep, title, sweep.confirmed, console)
 
 
 def _headline(sweep: Sweep) -> str:
@@ -96,33 +100,31 @@ def _headline(sweep: Sweep) -> str:
     return ", ".join(parts)
 
 
-def _print_table(sweep: Sweep, rows: Sequence[SweepRow], console: Console) -> None:
-    from rich.table import Table
+def _print_table(sweep: Sweep, title: str, rows: Sequence[SweepRow], console: Console) -> None:
     from rich.text import Text
 
-    table = Table()
-    for axis in sweep.axes:
-        table.add_column(_FLAG_OF.get(axis.path, axis.path))
-    for name in _FIGURES:
-        table.add_column(name, justify="right")
-    for row in rows:
-        figures = ["", "", "", row.status, ""] if row.figures is None else _figures(row.figures)
-        cells = [*map(_shown, row.values.values()), *figures]
-        table.add_row(*(Text(cell) for cell in cells), style=None if row.fits else "dim")
-    console.print(table)
+    columns = (*(_FLAG_OF.get(axis.path, axis.path) for axis in sweep.axes), *_FIGURES)
+    cells = tuple((*map(_shown, row.values.values()), *_figures(row)) for row in rows)
+    styles = [None if row.fits else "dim" for row in rows]
+    print_section(Section(title, columns, cells), console, styles)
     reasons = Counter(row.reason for row in rows if row.reason)
+    if reasons:
+        console.print()
     for reason, count in reasons.most_common():
         console.print(Text(f"{count} x {reason}"), soft_wrap=True)
 
 
-def _figures(figures: Figures) -> list[str]:
+def _figures(row: SweepRow) -> list[str]:
+    figures = row.figures
+    if figures is None:
+        return ["", "", "", "", row.status]
     over = figures.device_memory_bytes - figures.memory_limit_bytes
     return [
         f"{figures.overhead_percent:+.2f}",
         ms(figures.step_time_ns),
         gb(figures.device_memory_bytes),
-        "yes" if figures.fits else f"NO, {gb(over)} over",
         f"{figures.tokens_per_second:,}",
+        "" if figures.fits else f"does not fit: {gb(over)} over",
     ]
 
 

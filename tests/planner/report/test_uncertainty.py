@@ -128,7 +128,7 @@ def test_what_is_missing_is_said() -> None:
     assert any("assumed: 50% of the variance" in remark for remark in remarks(report))
     sure = make_report(small(), "", intervals(varied(1), ModelErrors((1.0,), (0.0,), (1.0,))))
     assert "GB, 0 % risk of running out of memory" in certainty(sure)
-    assert "measured in 1 run(s)" in certainty(sure)
+    assert "measured in 1 run)" in certainty(sure)
 
 
 def test_nobody_asked() -> None:

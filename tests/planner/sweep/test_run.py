@@ -257,7 +257,33 @@ def test_nothing_that_fits_is_exit_code_1(run: Run, profile: str) -> None:
     code, out, _ = run(*words(profile, "--set", "memory_limit_bytes=1GB"))
     assert code == 1
     assert "0 fit, 1 need too much memory, 1 are illegal" in out
-    assert run("sweep", "mhc-3b", "--pp", "3,5")[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("axes", "said"),
+    [
+        (("--pp", "3,5"), "none of 2 combinations is a plan: 1 as pp=3 must be even for dualpipe"),
+        (("--n", "3", "--pp", "2,4"), "2 combinations is a plan: 2 as residual.expansion_rate=3"),
+        (("--n", "3"), "mhcplan: residual.expansion_rate=3 must be 1, 2, 4, 8 or 16"),
+        (("--n", "3,5", "--pp", "2,4"), ", and 2 for 1 other reason\n"),
+    ],
+)
+def test_a_sweep_of_which_nothing_is_a_plan_is_bad_input(
+    run: Run, axes: tuple[str, ...], said: str
+) -> None:
+    code, out, err = run("sweep", "mhc-3b", *axes)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert said in err
+
+
+def test_a_fast_sweep_says_what_its_estimate_leaves_out(run: Run, profile: str) -> None:
+    _, out, err = run(*words(profile, "--fast", "--no-store"))
+    assert "without contention and the power limit" in out
+    assert "are up to" in out
+    assert err == ""
+    _, out, err = run(*words(profile, "--fast", "--no-store", "--json"))
+    assert "without contention and the power limit" in err
+    assert {json.loads(line)["method"] for line in out.splitlines()} <= {"estimate", "engine"}
 
 
 @pytest.mark.parametrize(
