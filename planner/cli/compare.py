@@ -42,17 +42,19 @@ def compare(a: SideText, b: SideText, /, *, json: Json = False, out: Path | None
     with progress(f"simulating {a} and {b}"):
         sides = read_side(a, plan_of_words), read_side(b, plan_of_words)
         comparison = compare_sides(*sides, shlex.join(["mhcplan", "compare", a, b]))
-    if out is not None:
-        from mhcplan.planner.compare.page import compare_page
+    try:
+        if json:
+            print(comparison.to_json())
+        else:
+            print_comparison(comparison, output())
+    finally:
+        if out is not None:
+            from mhcplan.planner.compare.page import compare_page
 
-        with progress("writing the timelines"):
-            page = compare_page(comparison, *sides)
-            write_files(out, {COMPARISON_NAME: comparison.to_json() + "\n", PAGE_NAME: page})
-        note(f"wrote {out}; open {out / PAGE_NAME} in a browser")
-    if json:
-        print(comparison.to_json())
-    else:
-        print_comparison(comparison, output())
+            with progress("writing the timelines"):
+                page = compare_page(comparison, *sides)
+                write_files(out, {COMPARISON_NAME: comparison.to_json() + "\n", PAGE_NAME: page})
+            note(f"wrote {out}; open {out / PAGE_NAME} in a browser")
 
 
 def explain(

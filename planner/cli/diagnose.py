@@ -57,15 +57,17 @@ def diagnose(
         raise RecordingError("diagnose needs a recording or a checkpoint")
     recordings = [_read(path, sinkhorn_steps) for path in sources]
     diagnoses = [judge(recording) for recording in recordings]
-    if out is not None:
-        with progress("drawing"):
-            write_files(out, _files(recordings, diagnoses))
-        note(f"wrote {out}; open {out / PAGE_NAME} in a browser")
-    if json:
-        for diagnosis in diagnoses:
-            print(diagnosis.model_dump_json())
-    else:
-        _print(diagnoses, output())
+    try:
+        if json:
+            for diagnosis in diagnoses:
+                print(diagnosis.model_dump_json())
+        else:
+            _print(diagnoses, output())
+    finally:
+        if out is not None:
+            with progress("drawing"):
+                write_files(out, _files(recordings, diagnoses))
+            note(f"wrote {out}; open {out / PAGE_NAME} in a browser")
 
 
 def _read(path: Path, sinkhorn_steps: int) -> Recording:

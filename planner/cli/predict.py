@@ -53,16 +53,18 @@ def predict(
     """
     flags = flags or PlanFlags()
     prediction, report = _predict(source, flags, intervals=intervals)
-    if out is not None:
-        with progress("writing the timeline"):
-            write_files(out, _files(prediction, report))
-        note(f"wrote {out}; open {out / PAGE_NAME} in a browser")
-    if json:
-        print(report.to_json())
-    else:
-        from mhcplan.planner.report.text import print_report
+    try:
+        if json:
+            print(report.to_json())
+        else:
+            from mhcplan.planner.report.text import print_report
 
-        print_report(report, output())
+            print_report(report, output())
+    finally:  # the answer first: what cannot be written must not take it away
+        if out is not None:
+            with progress("writing the timeline"):
+                write_files(out, _files(prediction, report))
+            note(f"wrote {out}; open {out / PAGE_NAME} in a browser")
 
 
 def export(

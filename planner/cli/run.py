@@ -86,14 +86,16 @@ def run(
         "device": where, "programs": {k: v.model_dump(mode="json") for k, v in lines.items()},
         "claim": claim.model_dump(mode="json") if claim else None,
     }  # fmt: skip
-    if out is not None:
-        traces = {name: of.trace for name, of in measured.items()}
-        write_files(out, _files(plan, traces, document))
-        note(f"wrote {out}; compare a trace with its plan: mhcplan compare")
-    if json:
-        print(json_module.dumps(document))
-    else:
-        _print(lines, claim, why_not)
+    try:
+        if json:
+            print(json_module.dumps(document))
+        else:
+            _print(lines, claim, why_not)
+    finally:
+        if out is not None:
+            traces = {name: of.trace for name, of in measured.items()}
+            write_files(out, _files(plan, traces, document))
+            note(f"wrote {out}; compare a trace with its plan: mhcplan compare")
     return 0
 
 

@@ -88,6 +88,25 @@ def test_out_holds_report_plan_timeline_and_trace(run: Run, profile: str, tmp_pa
 
 
 @pytest.mark.parametrize(
+    "words",
+    [["predict"], ["predict", "--json"], ["compare", "mhc-3b --n 2 --pp 2 --microbatches 4"]],
+)
+def test_answer_is_given_also_where_nothing_can_be_written(
+    run: Run, profile: str, tmp_path: Path, words: list[str]
+) -> None:
+    command, *more = words
+    given = [*SMALL, "--profile", profile]
+    plan = [" ".join(given)] if command == "compare" else given
+    taken = tmp_path / "file"
+    taken.write_text("here first")
+    answer = run(command, *plan, *more)
+    assert run(command, *plan, *more, "--out", str(taken)) == (
+        2, answer[1], f"mhcplan: {taken}: is not a folder\n"
+    )  # fmt: skip
+    assert taken.read_text() == "here first"
+
+
+@pytest.mark.parametrize(
     ("words", "path", "value"),
     [
         (["--n", "2"], "residual.expansion_rate", 2),
@@ -206,14 +225,6 @@ def test_truncated_profile_is_bad_input(
     file.write_text(Path(profile).read_text(encoding="utf-8")[:length], encoding="utf-8")
     code, out, err = run("predict", *SMALL, "--profile", str(file))
     assert (code, out, err.count("\n")) == (2, "", 1)
-
-
-def test_folder_that_cannot_be_written_is_bad_input(run: Run, profile: str, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("here first")
-    out = str(tmp_path / "file")
-    code, said, err = run("predict", *SMALL, "--profile", profile, "--out", out)
-    assert (code, said, err) == (2, "", f"mhcplan: {out}: is not a folder\n")
-    assert (tmp_path / "file").read_text() == "here first"
 
 
 def test_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
