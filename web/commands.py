@@ -90,9 +90,12 @@ def _listening(host: str, port: int | None) -> socket.socket:
     try:
         return _bound(host, _PORT if port is None else port)
     except OSError as error:
+        asked = f"--port {port} of {host}"
         if port is None:
-            return _bound(host, 0)
-        raise OutputError(f"--port {port} of {host}: {error.strerror}; choose another") from None
+            with suppress(OSError):
+                return _bound(host, 0)
+            asked = f"--host {host}"  # no port of it is ours to take
+        raise OutputError(f"{asked}: {error.strerror}; choose another") from None
 
 
 def _bound(host: str, port: int) -> socket.socket:

@@ -177,6 +177,26 @@ def test_what_is_wrong_stands_beside_its_field(open_page: Open) -> None:
     settled(page)
 
 
+def test_nothing_can_be_done_with_an_answer_that_is_not_there(open_page: Open) -> None:
+    page = open_page(SMALL)
+    needs = page.locator("[data-needs-answer]:visible")
+    assert needs.count() == 5
+    page.get_by_label("n, expansion rate", exact=True).fill("3")
+    page.locator("[data-name='n'] .problem").wait_for()
+    assert [button.is_enabled() for button in needs.all()] == [False] * 5
+    page.locator("#downloads").get_by_text("Download").click(force=True)
+    assert page.get_by_role("button", name="plan (TOML)").is_hidden()
+    assert page.locator("#facts .value").count() > 0  # the last answer stays in sight
+    page.reload()
+    page.get_by_role("alert").filter(has_text="residual.expansion_rate=3 must be").wait_for()
+    assert page.get_by_role("heading", name="Timeline").is_hidden()
+    assert [button.is_enabled() for button in needs.all()] == [False] * needs.count()
+    page.get_by_label("n, expansion rate", exact=True).fill("2")
+    settled(page)
+    assert page.get_by_role("heading", name="Timeline").is_visible()
+    assert [button.is_enabled() for button in needs.all()] == [True] * 5
+
+
 def test_sliders_at_their_ends_are_answered_or_refused(open_page: Open) -> None:
     page = open_page(SMALL)
     for name in ("n, expansion rate", "pipeline ranks, pp", "tokens in a sequence"):

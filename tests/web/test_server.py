@@ -240,6 +240,11 @@ def test_port_in_use_is_one_line(server: str) -> None:
     assert f"--port {port}" in refused("web", "--no-open", "--port", port)
 
 
+@pytest.mark.parametrize("host", ["192.0.2.1", "no.such.host.invalid"])
+def test_host_that_is_not_ours_is_one_line(host: str) -> None:
+    assert f"--host {host}: " in refused("web", "--no-open", "--host", host)
+
+
 def test_broken_profile_is_one_line(tmp_path: Path) -> None:
     broken = tmp_path / "broken.json"
     broken.write_text("{")

@@ -11,7 +11,8 @@ import { draw, plotly, redrawAll } from "/static/plots.js";
 import { State } from "/static/state.js";
 import { addSweeps } from "/static/sweeps.js";
 
-const REST_MS = 250; // after which the timeline follows the answer
+const REST_MS = 250; // after which the timeline follows the answer,
+const HELD_MS = 1000; // while a slider is held: the next answer would have to wait for it
 const RETRY_MS = 2000;
 const SLOW_MS = 1500;
 const SPEAK_MS = 900;
@@ -25,7 +26,7 @@ const state = new State(defaults);
 const inputs = new Inputs(
   controls,
   (name, text) => { state.set(name, text === "" ? null : text); ask(); },
-  () => state.endGesture(),
+  () => { state.endGesture(); if (rest) restFor(REST_MS); },
 );
 const together = { drawn: null, plan: null, pinned: null };
 let answered = null, spoken = 0, rest = 0, retry = 0;
@@ -47,12 +48,23 @@ const ask = newest(async (signal) => {
   }
 });
 
+/** Says why there is no answer; one from before stays in sight, but nothing is to be done with it. */
 function refuse(error) {
   byId("certainty").textContent = "";
   if (error.gone) retry = setTimeout(ask, RETRY_MS);
   const shown = inputs.say(error.message, error.field);
   byId("problem").textContent = error.message;
-  byId("problem").hidden = shown && !error.gone;
+  byId("problem").hidden = shown && !error.gone && Boolean(answered);
+  setAnswered(false);
+}
+
+/** What needs an answer can be used while there is one. */
+function setAnswered(yes) {
+  byId("content").dataset.empty = String(!answered);
+  const menu = byId("downloads");
+  for (const button of document.querySelectorAll("[data-needs-answer]")) button.disabled = !yes;
+  if (!yes) menu.open = false;
+  menu.inert = !yes;
 }
 
 function show(answer) {
@@ -60,6 +72,7 @@ function show(answer) {
   answered = answer;
   inputs.say(null);
   byId("problem").hidden = true;
+  setAnswered(true);
   byId("facts").replaceChildren(...answer.facts.map(factElement));
   byId("facts").dataset.fits = answer.report.fits;
   for (const name of ["breakdown", "memory"]) {
@@ -79,8 +92,14 @@ function show(answer) {
   document.title = `${answer.headline.split(";")[0]} – ${answer.report.plan.model.name}`;
   speak(answer.headline);
   delete byId("content").dataset.stale;
+  const held = document.querySelector("input[type=range]:active");
+  restFor(isFirst ? 0 : held ? HELD_MS : REST_MS);
+}
+
+/** Lets the timeline follow after so long without another answer. */
+function restFor(ms) {
   clearTimeout(rest);
-  rest = setTimeout(followTimeline, isFirst ? 0 : REST_MS);
+  rest = setTimeout(() => { rest = 0; followTimeline(); }, ms);
 }
 
 /** How sure the answer is, which is known once it rests, and what is assumed. */
@@ -271,5 +290,6 @@ document.addEventListener("theme", () => { redrawAll(); together.drawn?.draw(); 
 addDownloads();
 addSweeps(state, go);
 inputs.show(state);
+setAnswered(false);
 window.mhcplan = { together, state }; // for the console, and for tests
 await ask();
