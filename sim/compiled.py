@@ -14,15 +14,16 @@ import numpy as np
 from mhcplan.sim import device, device_sms
 from mhcplan.sim.causes import timeline_of
 from mhcplan.sim.compiled_loop import FAR, NEVER, NOBODY, Loop, Physics, Step, Times, play
-from mhcplan.sim.device_tables import gpu_of, queued_behind
+from mhcplan.sim.device_tables import queued_behind, tables_of, transfer_columns
 from mhcplan.sim.jit import ints
 from mhcplan.sim.order import order_of
 from mhcplan.sim.program import Csr
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
 
-    from mhcplan.sim.order import Order
     from mhcplan.sim.program import CostTable, Program
     from mhcplan.sim.timeline import Timeline
 
@@ -38,150 +39,170 @@ def simulate_compiled(program: Program, costs: CostTable) -> Timeline:
     """
     order, room = order_of(program), program.shared(_room_of)
     behind = queued_behind(program, costs)
-    step = _step(program, costs, order, room, behind)
-    loop = _loop(program, order, room)
-    times = Times(*(ints(np.full(program.num_ops, NEVER, np.int64)) for _ in Times._fields))
-    physics = Physics(
-        device.traits_of(program),
-        gpu_of(program, costs),
-        device_sms.State(
-            start_ns=times.start_ns,
-            work=step.work,
-            rate=loop.rate,
-            rated_at=loop.rated_at,
-            here_ns=ints(np.zeros(program.num_ops, np.int64)),
-            placed=ints(np.full(program.num_ops, NEVER, np.int64)),
-            placed_ns=times.placed_ns,
-            spread=ints(np.zeros(program.num_ops, np.int64)),
-        ),
-    )
-    if play(step, physics, loop, times):
+    times = Times(*iter(np.full((len(Times._fields), program.num_ops), NEVER)))
+    step = _step(program, costs, room, behind)
+    if play(step, _physics(program, costs, room), _loop(program, room), times):
         _say_who_is_stuck(program, costs)
     issue, start, end, release, placed = map(np.asarray, times)
     return timeline_of(program, order, issue, start, end, release, placed, behind)
 
 
 class _Room(NamedTuple):
-    """What a Program's ops meet in: the same for all Programs of one order.
+    """What a Program's ops meet in: the same for all Programs of one order, and never written to.
 
     Attributes:
-        links: of every transfer; members: ops of every transfer; turn: of every transfer, see
-            :func:`mhcplan.sim.device.turns_of_transfers`.
-        place: of every op, where it is kept while it may run; places: how many a rank has.
+        by_stream, waited, links, members: ops of every stream, ops that every op waits for, links
+            and ops of every transfer.
+        place_stream, rank_places: stream of every place; places of rank r are
+            ``rank_places[r] : rank_places[r + 1]``.
+        turn: of every transfer, see :func:`mhcplan.sim.device.turns_of_transfers`.
+
+    The others are those of :class:`Step`.
     """
 
+    by_stream: Csr
+    waited: Csr
     links: Csr
     members: Csr
+    stream: Array
+    stream_rank: Array
+    stream_place: Array
+    size: Array
+    host_sync: Array
+    member: Array
+    meeting: Array
+    member_place: Array
     turn: Array
-    place: Array
-    places: Array
+    place_stream: Array
+    rank_places: Array
 
 
 def _room_of(program: Program) -> _Room:
-    order = order_of(program)
+    order, by_stream = order_of(program), program.by_stream
     links = device.links_of_transfers(program, order.meeting)
+    members = Csr.grouped(order.meeting, len(links.offsets) - 1)
+    member = np.full(program.num_ops, -1)
+    member[members.values] = np.arange(len(members.values))
+    size = np.bincount(order.first, minlength=program.num_ops)
+    stream_rank = ints([stream.rank for stream in program.streams])
+    # one place an op of a stream's largest kernel, rank by rank
+    num_places = np.zeros(len(program.streams), np.int64)
+    np.maximum.at(num_places, program.stream, size)
+    by_rank = np.argsort(stream_rank, kind="stable")
+    place_stream = np.repeat(by_rank, num_places[by_rank])
+    stream_place = np.empty_like(num_places)
+    stream_place[by_rank] = np.cumsum(num_places[by_rank]) - num_places[by_rank]
+    at = np.empty(program.num_ops, np.int64)
+    at[by_stream.values] = np.arange(program.num_ops)
+    in_kernel = (at - at[order.first])[members.values]
     return _Room(
-        links,
-        Csr.grouped(order.meeting, len(links.offsets) - 1),
-        device.turns_of_transfers(program, order.meeting),
-        *_places(program, order),
-    )
+        by_stream, order.waited, links, members, ints(program.stream), stream_rank,
+        stream_place, ints(size), ints(program.host_sync), member, ints(members.owners),
+        stream_place[program.stream[members.values]] + in_kernel,
+        ints(device.turns_of_transfers(program, order.meeting)), ints(place_stream),
+        np.searchsorted(stream_rank[place_stream], np.arange(program.num_ranks + 1)),
+    )  # fmt: skip
 
 
-def _step(program: Program, costs: CostTable, order: Order, room: _Room, behind: Array) -> Step:
+def _step(program: Program, costs: CostTable, room: _Room, behind: Array) -> Step:
+    work = device.work_of(1) * costs.duration_ns
+    moves = np.zeros(len(room.turn), np.int64)  # a transfer takes as long as its longest member
+    np.maximum.at(moves, room.meeting, work[program.cost[room.members.values]])
     return Step(
-        rank=ints(program.rank),
-        stream=ints(program.stream),
-        first=ints(order.first),
-        meeting=ints(order.meeting),
-        place=ints(room.place),
-        host_ns=ints(costs.host_ns[program.cost]),
-        host_sync=ints(program.host_sync),
-        work=ints(_work(program, costs, order)),
-        wait_begin=ints(order.waited.offsets),
-        recorder=ints(order.waited.values),
+        stream_begin=ints(room.by_stream.offsets),
+        by_stream=ints(room.by_stream.values),
+        stream_rank=room.stream_rank,
+        stream_place=room.stream_place,
+        stream=room.stream,
+        cost=ints(program.cost),
+        host_sync=room.host_sync,
+        size=room.size,
+        member=room.member,
+        wait_begin=ints(room.waited.offsets),
+        recorder=ints(room.waited.values),
         behind=ints(behind),
-        stream_begin=ints(program.by_stream.offsets),
-        by_stream=ints(program.by_stream.values),
+        host_ns=ints(costs.host_ns),
+        work=ints(work),
         member_begin=ints(room.members.offsets),
-        members=ints(room.members.values),
         link_begin=ints(room.links.offsets),
         links=ints(room.links.values),
-        turn=ints(room.turn),
+        turn=room.turn,
+        moves=ints(moves),
+        meeting=room.meeting,
+        member_op=ints(room.members.values),
+        member_place=room.member_place,
         rank_begin=ints(program.rank_offsets),
     )
 
 
-def _loop(program: Program, order: Order, room: _Room) -> Loop:
-    """The state before anything has happened."""
-    links, place, places = room.links, room.place, room.places
-    ops, streams, ranks = program.num_ops, len(program.streams), program.num_ranks
-    transfers, num_places = len(links.offsets) - 1, int(places.sum())
-    num_links = int(links.values.max(initial=-1)) + 1
-    leaves = 1 << max(num_places - 1, 1).bit_length()
-    place_stream = np.zeros(num_places, np.int64)
-    place_stream[place] = program.stream
-    is_transfer = order.meeting >= 0
-    per_op, per_stream = np.zeros(ops, np.int64), np.zeros(streams, np.int64)
-    per_rank, per_place = np.zeros(ranks, np.int64), np.zeros(num_places, np.int64)
-    per_link, per_transfer = np.zeros(num_links, np.int64), np.zeros(transfers, np.int64)
-    return Loop(
-        rate=ints(per_op),
-        rated_at=ints(per_op.copy()),
-        given_rate=ints(per_op + device_sms.NOT_PLACED),
-        under_way=ints(np.bincount(order.first[is_transfer], minlength=ops)),
-        absent=ints(np.bincount(order.meeting[is_transfer], minlength=transfers)),
-        due=ints(np.full(2 * leaves, FAR, np.int64)),
-        due_op=ints(per_place.copy()),
-        place_stream=ints(place_stream),
-        cursor=ints(program.by_stream.offsets[:-1].copy()),
-        wait_op=ints(program.by_stream.offsets[:-1].copy()),
-        wait_at=ints(per_stream - 1),
-        watcher=ints(per_op + NOBODY),
-        next_watcher=ints(per_stream + NOBODY),
-        begin_watcher=ints(per_op + NOBODY),
-        sleeper=ints(per_rank + NOBODY),
-        issued=ints(program.rank_offsets[:-1].copy()),
-        running=ints(per_place.copy()),
-        running_begin=ints(np.cumsum(places) - places),
-        num_running=ints(per_rank.copy()),
-        given=ints(per_place.copy()),
-        watch=ints(per_place + FAR),
-        watched=ints(per_op + FAR),
-        moved=ints(per_place.copy()),
-        taken=ints(per_link),
-        link_watcher=ints(per_link + NOBODY),
-        next_on_link=ints(per_transfer + NOBODY),
-        awake=ints(per_stream),
-        candidates=ints(per_transfer),
-        changed=ints(per_rank.copy()),
-        is_changed=ints(per_rank),
-        counts=ints(np.zeros(4, np.int64)),
+def _physics(program: Program, costs: CostTable, room: _Room) -> Physics:
+    """Tables of places that nobody has yet."""
+    num_places = len(room.place_stream)
+    priority = np.array([stream.priority for stream in program.streams], np.int64)
+    number, is_transfer, cost, waits, ctas, burden, out_link, in_link = _rows(8, num_places)
+    priority = ints(priority[room.place_stream])
+    members = transfer_columns(program, costs, room.members.values)
+    return Physics(
+        device.Traits(number, priority, is_transfer),
+        device_sms.Gpu(
+            number, priority, cost, waits, ctas, burden, out_link, in_link, *tables_of(costs)
+        ),
+        device_sms.State(*_rows(len(device_sms.State._fields), num_places)),
+        *members,
     )
 
 
-def _work(program: Program, costs: CostTable, order: Order) -> Array:
-    """Work of each op; that of a transfer, at its first member, is its longest member's."""
-    work = device.work_of(1) * costs.duration_ns[program.cost]
-    ops = np.flatnonzero(order.meeting >= 0)
-    longest = np.zeros(int(order.meeting.max(initial=-1)) + 1, np.int64)
-    np.maximum.at(longest, order.meeting[ops], work[ops])
-    work[ops] = longest[order.meeting[ops]]
-    return work
+def _loop(program: Program, room: _Room) -> Loop:
+    """The state before anything has happened."""
+    ops, streams, ranks = program.num_ops, len(program.streams), program.num_ranks
+    transfers, num_places = len(room.turn), len(room.place_stream)
+    links = int(room.links.values.max(initial=-1)) + 1
+    begin = ints(room.by_stream.offsets[:-1])
+    op, given_rate, watched, running, given, watch, moved = _rows(7, num_places)
+    wait_at, kernel, under_way, next_watcher, awake = _rows(5, streams)
+    num_running, changed, is_changed, sleeper, stale = _rows(5, ranks)
+    op[:] = sleeper[:] = NOBODY
+    watch[:], wait_at[:] = FAR, -1
+    return Loop(
+        op=op,
+        given_rate=given_rate,
+        watched=watched,
+        due=np.full(num_places, FAR),
+        rank_due=np.full(ranks, FAR),
+        stale=stale,
+        place_rank=room.stream_rank[room.place_stream],
+        place_stream=room.place_stream,
+        cursor=begin.copy(),
+        wait_op=begin.copy(),
+        wait_at=wait_at,
+        kernel=kernel,
+        under_way=under_way,
+        watcher=np.full(ops, NOBODY),
+        next_watcher=next_watcher,
+        begin_watcher=np.full(ops, NOBODY),
+        sleeper=sleeper,
+        issued=ints(program.rank_offsets[:-1].copy()),
+        absent=np.diff(room.members.offsets),
+        running=running,
+        rank_places=room.rank_places,
+        num_running=num_running,
+        given=given,
+        watch=watch,
+        moved=moved,
+        taken=np.zeros(links, np.int64),
+        link_watcher=np.full(links, NOBODY),
+        next_on_link=np.full(transfers, NOBODY),
+        awake=awake,
+        candidates=np.zeros(transfers, np.int64),
+        changed=changed,
+        is_changed=is_changed,
+        counts=np.zeros(5, np.int64),
+    )
 
 
-def _places(program: Program, order: Order) -> tuple[Array, Array]:
-    """The place of each op, and how many places each rank has: one an op of a stream's kernels."""
-    by_stream = program.by_stream.values
-    at = np.empty(program.num_ops, np.int64)
-    at[by_stream] = np.arange(program.num_ops)
-    in_kernel = at - at[order.first]
-    size = np.zeros(len(program.streams), np.int64)
-    np.maximum.at(size, program.stream, in_kernel + 1)
-    of_rank = np.zeros(program.num_ranks, np.int64)
-    np.add.at(of_rank, [stream.rank for stream in program.streams], size)
-    first = np.cumsum(size) - size
-    return first[program.stream] + in_kernel, of_rank
+def _rows(count: int, length: int) -> Iterator[Array]:
+    """So many arrays of zeros, in one piece of memory, which is faster to get than many."""
+    return iter(np.zeros((count, length), np.int64))
 
 
 def _say_who_is_stuck(program: Program, costs: CostTable) -> NoReturn:

@@ -6,8 +6,9 @@ the host to issue its next kernel, for a time, for an op to end, or for its kern
 that wait for the same op, or for the same host, form a linked list.
 
 Every op that may run at the same time as others has a *place*: one a stream, or one an op of the
-stream's largest batch. A tournament tree over the places holds when each of them is due next: its
-root is the next instant.
+stream's largest batch. What changes while an op runs is kept there: of tens of thousands of ops
+some dozens have a place at a time, and these stay in the processor's nearest memory. Places of a
+rank lie next to each other, so what is due next on it is found faster than by a queue.
 """
 
 from __future__ import annotations
@@ -21,36 +22,51 @@ NEVER = -1
 NOBODY = -1
 FAR = device_sms.FAR
 # Places in ``Loop.counts``.
-_NUM_AWAKE, _NUM_CANDIDATES, _NUM_CHANGED, _NUM_MOVED = range(4)
+_NUM_AWAKE, _NUM_CANDIDATES, _NUM_CHANGED, _NUM_MOVED, _NUM_STALE = range(5)
 
 
 class Step(NamedTuple):
-    """A step to be played: arrays by op, stream, transfer or rank; lists as offsets and values.
+    """A step to be played; lists as offsets and values.
 
-    ``by_stream[stream_begin[s] : ...]`` are the ops of stream s; ``place`` is where an op is due.
-    ``recorder`` is the op of each wait, or a negative number for an event that nobody records;
-    ``behind`` the op that must have begun because it is before this one in a hardware queue, or -1.
-    ``work`` is what is left of it (of a transfer: at its first member), and changes.
+    Attributes:
+        by_stream: ops of stream s are ``by_stream[stream_begin[s] : stream_begin[s + 1]]``.
+        stream_rank, stream_place: of a stream, its rank and the first of its places.
+        stream, cost, host_sync: of an op.
+        size: of an op that opens a kernel, how many ops the kernel has.
+        member: of an op, its number among the members of all transfers, or -1.
+        wait_begin, recorder: of an op, the ops whose end it waits for; a negative number for an
+            event that nobody records.
+        behind: of an op, the one that must have begun because it is before this one in a hardware
+            queue, or -1.
+        host_ns, work: of a cost key.
+        member_begin, link_begin, links, turn, moves: of a transfer: its members, the links that it
+            holds, when it gets them, and its work.
+        meeting, member_op, member_place: of a member, its transfer, its op and that one's place.
+        rank_begin: ops of rank r are ``rank_begin[r] : rank_begin[r + 1]``.
     """
 
-    rank: Ints
+    stream_begin: Ints
+    by_stream: Ints
+    stream_rank: Ints
+    stream_place: Ints
     stream: Ints
-    first: Ints
-    meeting: Ints
-    place: Ints
-    host_ns: Ints
+    cost: Ints
     host_sync: Ints
-    work: Ints
+    size: Ints
+    member: Ints
     wait_begin: Ints
     recorder: Ints
     behind: Ints
-    stream_begin: Ints
-    by_stream: Ints
+    host_ns: Ints
+    work: Ints
     member_begin: Ints
-    members: Ints
     link_begin: Ints
     links: Ints
     turn: Ints
+    moves: Ints
+    meeting: Ints
+    member_op: Ints
+    member_place: Ints
     rank_begin: Ints
 
 
@@ -65,59 +81,73 @@ class Times(NamedTuple):
 
 
 class Physics(NamedTuple):
-    """What the device's functions are given: ``gpu`` is empty where there is no contention."""
+    """What the device's functions are given; they see places instead of ops.
+
+    Attributes:
+        traits, gpu, state: by place, those of the op that has it; ``gpu.machine`` is empty where
+            there is no contention.
+        ctas, burden, out_link, in_link: of a member, see :class:`mhcplan.sim.device_sms.Gpu`.
+    """
 
     traits: device.Traits
     gpu: device_sms.Gpu
     state: device_sms.State
+    ctas: Ints
+    burden: Ints
+    out_link: Ints
+    in_link: Ints
 
 
 class Loop(NamedTuple):
     """What changes while the step is played.
 
     Attributes:
-        rate, rated_at: of the work of an op, or of a transfer at its first member.
-        given_rate: to an op, by its rank's device.
-        under_way: transfers of a kernel that have not ended, at the kernel's first op.
-        absent: members of a transfer that have not reached it.
-        due: the tournament tree; place p is leaf ``len(due) / 2 + p``.
-        due_op: op that is due at a place; -1: the stream's next kernel will have been issued.
-        place_stream: stream of a place.
+        op: that has a place; -1: nobody, and if the place is due, its stream's next kernel will
+            have been issued then.
+        given_rate, watched: of the op at a place, by its rank's device: its rate, and when the rank
+            is to be looked at again.
+        due, rank_due: when what is at a place, or anything on a rank, is due next; stale: ranks of
+            which that is to be worked out anew.
+        place_rank, place_stream: rank and stream of a place.
         cursor: how many ops of a stream are behind it; wait_op, wait_at: how far it has checked
             what its next kernel waits for.
+        kernel, under_way: place in by_stream of the kernel of transfers that a stream has come to,
+            and how many of them have not ended.
         watcher, next_watcher: first stream that waits for an op to end, and the one after a stream.
         begin_watcher: first stream that waits for an op to begin.
         sleeper: first stream that waits for a rank's host.
         issued: the next op that a rank's host issues.
+        absent: members of a transfer that have not reached it.
         running, given, watch: see :func:`device.share_device`, :func:`device_sms.share_gpu`; those
-            of a rank begin at running_begin; moved: ops whose rate or next watch has changed.
-        watched: when an op's rank is to be looked at again.
+            of a rank begin at rank_places; moved: places whose rate or next watch has changed.
         taken, link_watcher, next_on_link: whether a link is held; transfers that wait for it.
         awake, candidates, changed, counts: lists and their lengths.
     """
 
-    rate: Ints
-    rated_at: Ints
+    op: Ints
     given_rate: Ints
-    under_way: Ints
-    absent: Ints
+    watched: Ints
     due: Ints
-    due_op: Ints
+    rank_due: Ints
+    stale: Ints
+    place_rank: Ints
     place_stream: Ints
     cursor: Ints
     wait_op: Ints
     wait_at: Ints
+    kernel: Ints
+    under_way: Ints
     watcher: Ints
     next_watcher: Ints
     begin_watcher: Ints
     sleeper: Ints
     issued: Ints
+    absent: Ints
     running: Ints
-    running_begin: Ints
+    rank_places: Ints
     num_running: Ints
     given: Ints
     watch: Ints
-    watched: Ints
     moved: Ints
     taken: Ints
     link_watcher: Ints
@@ -141,44 +171,64 @@ def play(step: Step, physics: Physics, loop: Loop, times: Times) -> int:
         while loop.counts[_NUM_AWAKE]:
             loop.counts[_NUM_AWAKE] -= 1
             _advance(step, loop, times, physics, loop.awake[loop.counts[_NUM_AWAKE]], now)
-        if loop.due[1] == now:
-            _complete_one(step, loop, times, now)
-        elif loop.counts[_NUM_CANDIDATES] or loop.counts[_NUM_CHANGED]:
+        if loop.counts[_NUM_CANDIDATES] or loop.counts[_NUM_CHANGED]:
             _decide(step, loop, times, physics, now)
-        elif loop.due[1] != FAR:
-            now = loop.due[1]
-        else:
+        next_due = _next_due(loop)
+        if next_due > now and _goes_on_now(loop):
+            continue
+        if next_due == FAR:
             break
+        now = next_due
+        _complete(step, loop, times, physics, now)
     never = 0
     for op in range(len(times.end_ns)):
         never += times.end_ns[op] == NEVER
     return never
 
 
-# -- the tree of what is due
+@usable_in_compiled
+def _goes_on_now(loop: Loop) -> bool:
+    counts = loop.counts
+    return counts[_NUM_AWAKE] + counts[_NUM_CANDIDATES] + counts[_NUM_CHANGED] > 0
+
+
+# -- what is due
 
 
 @usable_in_compiled
 def _set_due(loop: Loop, place: int, at: int) -> None:
-    due = loop.due
-    i = len(due) // 2 + place
-    due[i] = at
-    while i > 1:
-        i //= 2
-        least = min(due[2 * i], due[2 * i + 1])
-        if due[i] == least:
-            break
-        due[i] = least
+    rank = loop.place_rank[place]
+    loop.due[place] = at
+    if loop.rank_due[rank] != NEVER:
+        loop.rank_due[rank] = NEVER
+        loop.stale[loop.counts[_NUM_STALE]] = rank
+        loop.counts[_NUM_STALE] += 1
 
 
 @usable_in_compiled
-def _first_due(loop: Loop) -> int:
-    """A place that is due at the next instant."""
-    due = loop.due
-    i, leaves = 1, len(due) // 2
-    while i < leaves:
-        i = 2 * i + (due[2 * i] != due[1])
-    return i - leaves
+def _next_due(loop: Loop) -> int:
+    """The next instant at which anything is due."""
+    for i in range(loop.counts[_NUM_STALE]):
+        rank, least = loop.stale[i], FAR
+        for place in range(loop.rank_places[rank], loop.rank_places[rank + 1]):
+            least = min(least, loop.due[place])
+        loop.rank_due[rank] = least
+    loop.counts[_NUM_STALE] = 0
+    least = FAR
+    for at in loop.rank_due:
+        least = min(least, at)
+    return least
+
+
+@usable_in_compiled
+def _complete(step: Step, loop: Loop, times: Times, physics: Physics, now: int) -> None:
+    """All that is due now."""
+    for rank in range(len(loop.rank_due)):
+        if loop.rank_due[rank] == now:
+            for place in range(loop.rank_places[rank], loop.rank_places[rank + 1]):
+                if loop.due[place] == now:
+                    _set_due(loop, place, FAR)
+                    _complete_one(step, loop, times, physics, place, now)
 
 
 # -- hosts and streams
@@ -189,7 +239,7 @@ def _issue(step: Step, loop: Loop, times: Times, rank: int, now: int) -> None:
     """The host issues ops up to the next one that it waits for."""
     op, at = loop.issued[rank], now
     while op < step.rank_begin[rank + 1]:
-        at += step.host_ns[op]
+        at += step.host_ns[step.cost[op]]
         times.issue_ns[op] = at
         op += 1
         if step.host_sync[op - 1]:
@@ -212,44 +262,36 @@ def _advance(step: Step, loop: Loop, times: Times, physics: Physics, stream: int
     """Let a stream go on until it has to wait."""
     while loop.cursor[stream] < step.stream_begin[stream + 1]:
         begin = loop.cursor[stream]
-        end = _kernel_end(step, stream, begin)
-        op = step.by_stream[end - 1]
-        if _must_wait(step, loop, times, stream, end, now):
+        first = step.by_stream[begin]
+        end = begin + step.size[first]
+        if _must_wait(step, loop, times, stream, first, end, now):
             return
         loop.cursor[stream] = loop.wait_op[stream] = end
         loop.wait_at[stream] = -1
-        if step.meeting[op] >= 0:
-            _reach_transfers(step, loop, physics, begin, end, now)
+        if step.member[first] >= 0:
+            _reach_transfers(step, loop, physics, stream, begin, end, now)
             return
-        if step.work[op]:
-            _put_on_rank(step, loop, op)
+        if step.work[step.cost[first]]:
+            place = step.stream_place[stream]
+            _take_place(step, loop, physics, place, first)
+            _put_on_rank(loop, place, step.stream_rank[stream])
             return
-        _begin(loop, times, op, now)
-        _finish(step, loop, times, op, now)
+        _begin(loop, times, first, now)
+        _finish(step, loop, times, first, now)
 
 
 @usable_in_compiled
-def _kernel_end(step: Step, stream: int, begin: int) -> int:
-    """One past the last op of the kernel that begins there."""
-    end, first = begin + 1, step.by_stream[begin]
-    while end < step.stream_begin[stream + 1] and step.first[step.by_stream[end]] == first:
-        end += 1
-    return end
-
-
-@usable_in_compiled
-def _must_wait(step: Step, loop: Loop, times: Times, stream: int, end: int, now: int) -> bool:
+def _must_wait(
+    step: Step, loop: Loop, times: Times, stream: int, first: int, end: int, now: int
+) -> bool:
     """Whether a stream's next kernel cannot start; sees to it that the stream is woken."""
-    last = step.by_stream[end - 1]
-    issue = times.issue_ns[last]
+    issue = times.issue_ns[step.by_stream[end - 1]]
     if issue == NEVER:
-        rank = step.rank[last]
+        rank = step.stream_rank[stream]
         loop.next_watcher[stream], loop.sleeper[rank] = loop.sleeper[rank], stream
         return True
     if issue > now:
-        place = step.place[step.by_stream[loop.cursor[stream]]]
-        loop.due_op[place] = -1
-        _set_due(loop, place, issue)
+        _set_due(loop, step.stream_place[stream], issue)
         return True
     while loop.wait_op[stream] < end:
         op = step.by_stream[loop.wait_op[stream]]
@@ -264,12 +306,25 @@ def _must_wait(step: Step, loop: Loop, times: Times, stream: int, end: int, now:
                 return True
         loop.wait_op[stream] += 1
         loop.wait_at[stream] = -1
-    behind = step.behind[step.by_stream[loop.cursor[stream]]]
+    behind = step.behind[first]
     if behind >= 0 and times.start_ns[behind] < 0 and times.placed_ns[behind] < 0:
         loop.next_watcher[stream] = loop.begin_watcher[behind]
         loop.begin_watcher[behind] = stream
         return True
     return False
+
+
+@usable_in_compiled
+def _take_place(step: Step, loop: Loop, physics: Physics, place: int, op: int) -> None:
+    """From now on a place is an op's: what is known of the op is to be found there."""
+    traits, gpu, state = physics.traits, physics.gpu, physics.state
+    loop.op[place] = op
+    loop.given_rate[place], loop.watched[place] = device_sms.NOT_PLACED, FAR
+    traits.number[place], traits.is_transfer[place] = op, 0
+    gpu.cost[place], gpu.ctas[place] = step.cost[op], -1
+    state.work[place] = step.work[step.cost[op]]
+    state.rate[place] = state.rated_at[place] = state.spread[place] = 0
+    state.start_ns[place] = state.placed[place] = state.placed_ns[place] = NEVER
 
 
 @usable_in_compiled
@@ -296,29 +351,30 @@ def _finish(step: Step, loop: Loop, times: Times, op: int, now: int) -> None:
         _wake(loop, stream)
         stream = loop.next_watcher[stream]
     if step.host_sync[op]:
-        _issue(step, loop, times, step.rank[op], now)
+        _issue(step, loop, times, step.stream_rank[step.stream[op]], now)
 
 
 # -- completions
 
 
 @usable_in_compiled
-def _complete_one(step: Step, loop: Loop, times: Times, now: int) -> None:
-    """Whatever is due at one place that is due now."""
-    place = _first_due(loop)
-    _set_due(loop, place, FAR)
-    op = loop.due_op[place]
+def _complete_one(
+    step: Step, loop: Loop, times: Times, physics: Physics, place: int, now: int
+) -> None:
+    """Whatever is due at a place."""
+    op, stream, state = loop.op[place], loop.place_stream[place], physics.state
     if op < 0:
-        _wake(loop, loop.place_stream[place])
-    elif step.meeting[op] >= 0:
-        _end_transfer(step, loop, times, step.meeting[op], now)
-    elif device.work_left(step.work[op], loop.rate[op], now - loop.rated_at[op]):
-        loop.watched[op] = NEVER
-        _mark_changed(loop, step.rank[op])
+        _wake(loop, stream)
+    elif step.member[op] >= 0:
+        _end_transfer(step, loop, times, step.meeting[step.member[op]], now)
+    elif device.work_left(state.work[place], state.rate[place], now - state.rated_at[place]):
+        loop.watched[place] = NEVER
+        _mark_changed(loop, step.stream_rank[stream])
     else:
-        _take_off_rank(step, loop, op)
+        loop.op[place] = NOBODY
+        _take_off_rank(loop, place, step.stream_rank[stream])
         _finish(step, loop, times, op, now)
-        _wake(loop, loop.place_stream[place])
+        _wake(loop, stream)
 
 
 @usable_in_compiled
@@ -332,23 +388,21 @@ def _end_transfer(step: Step, loop: Loop, times: Times, meeting: int, now: int) 
             _add_candidate(loop, waiting)
             waiting = loop.next_on_link[waiting]
     for i in range(step.member_begin[meeting], step.member_begin[meeting + 1]):
-        member = step.members[i]
-        _take_off_rank(step, loop, member)
-        times.release_ns[member] = now
-        first = step.first[member]
-        loop.under_way[first] -= 1
-        if not loop.under_way[first]:  # a batch ends with its last transfer
-            _end_kernel(step, loop, times, step.stream[member], now)
+        op, place = step.member_op[i], step.member_place[i]
+        stream = step.stream[op]
+        _take_off_rank(loop, place, step.stream_rank[stream])
+        loop.op[place] = NOBODY
+        times.release_ns[op] = now
+        loop.under_way[stream] -= 1
+        if not loop.under_way[stream]:  # a batch ends with its last transfer
+            _end_kernel(step, loop, times, stream, now)
 
 
 @usable_in_compiled
 def _end_kernel(step: Step, loop: Loop, times: Times, stream: int, now: int) -> None:
     """All ops of the kernel that a stream has come to end."""
-    i = loop.cursor[stream] - 1
-    first = step.first[step.by_stream[i]]
-    while i >= step.stream_begin[stream] and step.first[step.by_stream[i]] == first:
+    for i in range(loop.kernel[stream], loop.cursor[stream]):
         _finish(step, loop, times, step.by_stream[i], now)
-        i -= 1
     _wake(loop, stream)
 
 
@@ -361,11 +415,11 @@ def _decide(step: Step, loop: Loop, times: Times, physics: Physics, now: int) ->
     loop.counts[_NUM_CANDIDATES] = 0
     _sort_by_turn(loop.candidates, count, step.turn)
     for i in range(count):
-        _try_to_start_transfer(step, loop, times, loop.candidates[i], now)
+        _try_to_start_transfer(step, loop, times, physics, loop.candidates[i], now)
     loop.counts[_NUM_MOVED] = 0
     for i in range(loop.counts[_NUM_CHANGED]):
         loop.is_changed[loop.changed[i]] = 0
-        _share(step, loop, times, physics, loop.changed[i], now)
+        _share(loop, times, physics, loop.changed[i], now)
     loop.counts[_NUM_CHANGED] = 0
     for i in range(loop.counts[_NUM_MOVED]):
         _go_on(step, loop, times, physics, loop.moved[i], now)
@@ -384,18 +438,32 @@ def _sort_by_turn(candidates: Ints, count: int, turn: Ints) -> None:
 
 @usable_in_compiled
 def _reach_transfers(
-    step: Step, loop: Loop, physics: Physics, begin: int, end: int, now: int
+    step: Step, loop: Loop, physics: Physics, stream: int, begin: int, end: int, now: int
 ) -> None:
+    loop.kernel[stream], loop.under_way[stream] = begin, end - begin
     for i in range(begin, end):
         op = step.by_stream[i]
+        member = step.member[op]
+        meeting, place = step.meeting[member], step.member_place[member]
+        _take_place(step, loop, physics, place, op)
+        physics.traits.is_transfer[place] = 1
+        physics.state.work[place] = step.moves[meeting]
         if _has_contention(physics):  # its CTAs wait for SMs, here and now
-            physics.state.here_ns[op] = now
-            _put_on_rank(step, loop, op)
+            _ask_for_sms(step, physics, place, op, member, now)
+            _put_on_rank(loop, place, step.stream_rank[stream])
             continue
-        meeting = step.meeting[op]
         loop.absent[meeting] -= 1
         if not loop.absent[meeting]:
             _add_candidate(loop, meeting)
+
+
+@usable_in_compiled
+def _ask_for_sms(step: Step, physics: Physics, place: int, op: int, member: int, now: int) -> None:
+    gpu, state = physics.gpu, physics.state
+    gpu.ctas[place], gpu.burden[place] = physics.ctas[member], physics.burden[member]
+    gpu.out_link[place], gpu.in_link[place] = physics.out_link[member], physics.in_link[member]
+    gpu.waits[place] = step.wait_begin[op + 1] - step.wait_begin[op]
+    state.here_ns[place] = now
 
 
 @usable_in_compiled
@@ -405,7 +473,9 @@ def _add_candidate(loop: Loop, meeting: int) -> None:
 
 
 @usable_in_compiled
-def _try_to_start_transfer(step: Step, loop: Loop, times: Times, meeting: int, now: int) -> None:
+def _try_to_start_transfer(
+    step: Step, loop: Loop, times: Times, physics: Physics, meeting: int, now: int
+) -> None:
     begin, end = step.link_begin[meeting], step.link_begin[meeting + 1]
     taken = device.first_taken_link(begin, end, step.links, loop.taken)
     if taken >= 0:  # nothing to try again before that link is free
@@ -414,23 +484,22 @@ def _try_to_start_transfer(step: Step, loop: Loop, times: Times, meeting: int, n
         return
     device.hold_links(begin, end, step.links, loop.taken, 1)
     for i in range(step.member_begin[meeting], step.member_begin[meeting + 1]):
-        times.start_ns[step.members[i]] = now
-        _put_on_rank(step, loop, step.members[i])
+        op, place = step.member_op[i], step.member_place[i]
+        times.start_ns[op] = physics.state.start_ns[place] = now
+        _put_on_rank(loop, place, step.stream_rank[step.stream[op]])
 
 
 @usable_in_compiled
-def _put_on_rank(step: Step, loop: Loop, op: int) -> None:
-    rank = step.rank[op]
-    loop.running[loop.running_begin[rank] + loop.num_running[rank]] = op
+def _put_on_rank(loop: Loop, place: int, rank: int) -> None:
+    loop.running[loop.rank_places[rank] + loop.num_running[rank]] = place
     loop.num_running[rank] += 1
     _mark_changed(loop, rank)
 
 
 @usable_in_compiled
-def _take_off_rank(step: Step, loop: Loop, op: int) -> None:
-    rank = step.rank[op]
-    i, last = loop.running_begin[rank], loop.running_begin[rank] + loop.num_running[rank] - 1
-    while loop.running[i] != op:
+def _take_off_rank(loop: Loop, place: int, rank: int) -> None:
+    i, last = loop.rank_places[rank], loop.rank_places[rank] + loop.num_running[rank] - 1
+    while loop.running[i] != place:
         i += 1
     loop.running[i] = loop.running[last]
     loop.num_running[rank] -= 1
@@ -451,61 +520,72 @@ def _has_contention(physics: Physics) -> bool:
 
 
 @usable_in_compiled
-def _share(step: Step, loop: Loop, times: Times, physics: Physics, rank: int, now: int) -> None:
-    begin = loop.running_begin[rank]
+def _share(loop: Loop, times: Times, physics: Physics, rank: int, now: int) -> None:
+    state = physics.state
+    begin = loop.rank_places[rank]
     end = begin + loop.num_running[rank]
     if _has_contention(physics):
-        device_sms.share_gpu(begin, end, loop.running, now, physics.gpu, physics.state, loop.given,
+        device_sms.share_gpu(begin, end, loop.running, now, physics.gpu, state, loop.given,
                              loop.watch)  # fmt: skip
     else:
-        device.share_device(begin, end, loop.running, times.start_ns, physics.traits, loop.given)
+        device.share_device(begin, end, loop.running, state.start_ns, physics.traits, loop.given)
     for i in range(begin, end):
-        op = loop.running[i]
-        if loop.given_rate[op] != loop.given[i] or loop.watched[op] != loop.watch[i]:
-            if times.placed_ns[op] == now:
-                _wake_behind(loop, op)
-            loop.given_rate[op], loop.watched[op] = loop.given[i], loop.watch[i]
-            loop.moved[loop.counts[_NUM_MOVED]] = op
+        place = loop.running[i]
+        if loop.given_rate[place] != loop.given[i] or loop.watched[place] != loop.watch[i]:
+            if state.placed_ns[place] == now:
+                times.placed_ns[loop.op[place]] = now
+                _wake_behind(loop, loop.op[place])
+            loop.given_rate[place], loop.watched[place] = loop.given[i], loop.watch[i]
+            loop.moved[loop.counts[_NUM_MOVED]] = place
             loop.counts[_NUM_MOVED] += 1
 
 
 @usable_in_compiled
-def _go_on(step: Step, loop: Loop, times: Times, physics: Physics, op: int, now: int) -> None:
+def _go_on(step: Step, loop: Loop, times: Times, physics: Physics, place: int, now: int) -> None:
     """Go on at the rate that the device gives now: to a transfer, the least of its ranks'."""
-    rate, meeting = loop.given_rate[op], step.meeting[op]
-    if meeting >= 0:
-        for i in range(step.member_begin[meeting], step.member_begin[meeting + 1]):
-            rate = min(rate, loop.given_rate[step.members[i]])
-        if rate < 0:
-            return  # a member waits for SMs
-        if times.start_ns[op] == NEVER:
-            _start_transfer(step, loop, times, meeting, now)
-        op = step.members[step.member_begin[meeting]]
-    elif rate and times.start_ns[op] == NEVER:
-        _begin(loop, times, op, now)
-    _set_rate(step, loop, op, rate, now)
+    rate, op = loop.given_rate[place], loop.op[place]
+    member, begun = step.member[op], physics.state.start_ns[place] != NEVER
+    if member < 0:
+        if rate and not begun:
+            physics.state.start_ns[place] = now
+            _begin(loop, times, op, now)
+        _set_rate(loop, physics, place, rate, now)
+        return
+    meeting = step.meeting[member]
+    for i in range(step.member_begin[meeting], step.member_begin[meeting + 1]):
+        if loop.op[step.member_place[i]] != step.member_op[i]:
+            return  # it is not there yet
+        rate = min(rate, loop.given_rate[step.member_place[i]])
+    if rate < 0:
+        return  # a member waits for SMs
+    if not begun:
+        _start_transfer(step, loop, times, physics, meeting, now)
+    place = step.member_place[step.member_begin[meeting]]
+    if rate != physics.state.rate[place]:
+        _set_rate(loop, physics, place, rate, now)
 
 
 @usable_in_compiled
-def _start_transfer(step: Step, loop: Loop, times: Times, meeting: int, now: int) -> None:
+def _start_transfer(
+    step: Step, loop: Loop, times: Times, physics: Physics, meeting: int, now: int
+) -> None:
     """All members have SMs: it moves bytes from now on, which their ranks will feel."""
     for i in range(step.member_begin[meeting], step.member_begin[meeting + 1]):
-        times.start_ns[step.members[i]] = now
-        _mark_changed(loop, step.rank[step.members[i]])
+        op = step.member_op[i]
+        times.start_ns[op] = physics.state.start_ns[step.member_place[i]] = now
+        _mark_changed(loop, step.stream_rank[step.stream[op]])
 
 
 @usable_in_compiled
-def _set_rate(step: Step, loop: Loop, op: int, rate: int, now: int) -> None:
+def _set_rate(loop: Loop, physics: Physics, place: int, rate: int, now: int) -> None:
     """Go on at another rate, or look again at another time."""
-    if rate != loop.rate[op]:
-        elapsed_ns = now - loop.rated_at[op]
-        step.work[op] = device.work_left(step.work[op], loop.rate[op], elapsed_ns)
-        loop.rate[op], loop.rated_at[op] = rate, now
-    elif step.meeting[op] >= 0:
-        return
-    place, due = step.place[op], FAR
+    state = physics.state
+    if rate != state.rate[place]:
+        elapsed_ns = now - state.rated_at[place]
+        state.work[place] = device.work_left(state.work[place], state.rate[place], elapsed_ns)
+        state.rate[place], state.rated_at[place] = rate, now
+    due = FAR
     if rate:
-        due = loop.rated_at[op] + device.time_to_finish_ns(step.work[op], rate)
-        due = min(due, loop.watched[op])
-    loop.due_op[place] = op
+        due = state.rated_at[place] + device.time_to_finish_ns(state.work[place], rate)
+        due = min(due, loop.watched[place])
     _set_due(loop, place, due)

@@ -60,13 +60,15 @@ FULL_RATE = 1 << 16
 
 
 class Traits(NamedTuple):
-    """What the device knows of each op, by op number; a better model adds to it.
+    """What the device knows of each op; a better model adds to it.
 
     Attributes:
+        number: in the order of issue; engines may index ops in another way.
         priority: of the op's stream; lower is more urgent.
         is_transfer: 1 for a transfer, 0 for a compute op.
     """
 
+    number: Ints
     priority: Ints
     is_transfer: Ints
 
@@ -74,7 +76,8 @@ class Traits(NamedTuple):
 def traits_of(program: Program) -> Traits:
     """The traits of a Program's ops, as arrays."""
     priority = np.array([stream.priority for stream in program.streams], np.int64)
-    return Traits(ints(priority[program.stream]), ints(program.group >= 0))
+    number = np.arange(program.num_ops)
+    return Traits(ints(number), ints(priority[program.stream]), ints(program.group >= 0))
 
 
 @usable_in_compiled
@@ -134,7 +137,7 @@ def _goes_first(op: int, other: int, start_ns: Ints, traits: Traits) -> bool:
         return traits.priority[op] < traits.priority[other]
     if (start_ns[op] >= 0) != (start_ns[other] >= 0):
         return start_ns[op] >= 0
-    return op < other
+    return traits.number[op] < traits.number[other]
 
 
 @usable_in_compiled

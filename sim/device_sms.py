@@ -52,6 +52,7 @@ class Gpu(NamedTuple):
     """What the physics knows of ops, kernels and machine.
 
     Attributes:
+        number: of each op in the order of issue; engines may index ops in another way.
         priority: of each op's stream; lower is more urgent.
         cost: cost key of each op.
         waits: 1 where an op's stream waits for events of others before it.
@@ -79,6 +80,7 @@ class Gpu(NamedTuple):
         machine: num_sms, SMs for compute, compute_delay, crowding, least_life, together.
     """
 
+    number: Ints
     priority: Ints
     cost: Ints
     waits: Ints
@@ -212,7 +214,7 @@ def _goes_first(op: int, other: int, state: State, gpu: Gpu) -> bool:
         return gpu.priority[op] < gpu.priority[other]
     if (state.start_ns[op] >= 0) != (state.start_ns[other] >= 0):
         return state.start_ns[op] >= 0
-    return op < other
+    return gpu.number[op] < gpu.number[other]
 
 
 # -- where an op is. ``left`` is work left of it, ``until`` work left of it at some later point
@@ -294,18 +296,19 @@ def _place_all(
         member = -1
         for i in range(begin, end):
             op = running[i]
+            number = gpu.number[op]
             later = gpu.priority[op] > before_priority or (
-                gpu.priority[op] == before_priority and op > before
+                gpu.priority[op] == before_priority and number > before
             )
             first = member < 0 or (
                 gpu.priority[op] < gpu.priority[member]
-                or (gpu.priority[op] == gpu.priority[member] and op < member)
+                or (gpu.priority[op] == gpu.priority[member] and number < gpu.number[member])
             )
             if gpu.ctas[op] >= 0 and later and first:
                 member = op
         if member < 0:
             break
-        before, before_priority = member, gpu.priority[member]
+        before, before_priority = gpu.number[member], gpu.priority[member]
         lacks = gpu.ctas[member] - max(state.placed[member], 0)
         if lacks == 0 and state.placed[member] >= 0:
             continue

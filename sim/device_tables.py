@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from mhcplan.sim.device_kernels import Kernel, Loads, Parameters, Traffic
+    from mhcplan.sim.device_kernels import Kernel, Parameters, Traffic
     from mhcplan.sim.program import CostTable, Program
 
     Array = NDArray[np.int64]
@@ -28,9 +28,25 @@ _NUM_COLUMNS = 13  # of a kernel: ``end`` .. ``drain_ns`` of Gpu
 
 def gpu_of(program: Program, costs: CostTable) -> Gpu:
     """The tables of a Program's ops; empty where the costs know no loads."""
+    if costs.loads is None:
+        return Gpu(*(ints([]) for _ in Gpu._fields))
+    priority = np.array([stream.priority for stream in program.streams], np.int64)
+    ops = np.flatnonzero(program.group >= 0)
+    of_transfers = np.full((4, program.num_ops), -1, np.int64)
+    of_transfers[:, ops] = transfer_columns(program, costs, ops)
+    by_op = (
+        np.arange(program.num_ops), priority[program.stream], program.cost,
+        np.diff(program.waits.offsets) > 0, *of_transfers,
+    )  # fmt: skip
+    return Gpu(*map(ints, by_op), *tables_of(costs))
+
+
+def tables_of(costs: CostTable) -> tuple[Array, ...]:
+    """Columns ``begin`` .. ``machine`` of :class:`Gpu`, those of cost keys and kernels; empty where
+    the costs know no loads."""
     loads = costs.loads
     if loads is None:
-        return Gpu(*(ints([]) for _ in Gpu._fields))
+        return tuple(ints([]) for _ in Gpu._fields[Gpu._fields.index("begin") :])
     durations: list[int] = costs.duration_ns.tolist()
     rows = [
         _rows(kernels, duration, loads.parameters, loads.compute_sms)
@@ -48,11 +64,7 @@ def gpu_of(program: Program, costs: CostTable) -> Gpu:
         p.num_sms, min(loads.compute_sms or p.num_sms, p.num_sms), _share(p.compute_delay),
         _share(p.crowding), _share(p.least_life), _share(p.together),
     ]  # fmt: skip
-    by_column = (
-        np.array([stream.priority for stream in program.streams], np.int64)[program.stream],
-        program.cost,
-        (np.diff(program.waits.offsets) > 0).astype(np.int64),
-        *_transfer_columns(program, loads, costs.duration_ns),
+    tables = (
         begin,
         *columns,
         np.array(delay, np.int64),
@@ -61,7 +73,7 @@ def gpu_of(program: Program, costs: CostTable) -> Gpu:
         np.array([_memory(kernels, p) for kernels in loads.kernels], np.int64),
         np.array(machine, np.int64),
     )
-    return Gpu(*map(ints, by_column))
+    return tuple(map(ints, tables))
 
 
 def queued_behind(program: Program, costs: CostTable) -> Array:
@@ -189,29 +201,33 @@ def _beside(kernels: tuple[Kernel, ...], p: Parameters) -> tuple[int, int]:
     return _share(total / passed), _share(total / narrow)
 
 
-def _transfer_columns(program: Program, loads: Loads, duration_ns: Array) -> tuple[Array, ...]:
-    """Columns ``ctas`` .. ``in_link`` of :class:`Gpu`; CTAs of a batch are shared by its ops."""
+def transfer_columns(program: Program, costs: CostTable, ops: Array) -> tuple[Array, ...]:
+    """Columns ``ctas`` .. ``in_link`` of :class:`Gpu` for ops of transfers; CTAs of a batch are
+    shared by its ops. Empty where the costs know no loads."""
+    loads = costs.loads
+    if loads is None:
+        return tuple(ints([]) for _ in range(4))
     ctas, sent, received = np.full((3, len(loads.traffic)), -1, np.int64)
     rate = SHARE / loads.parameters.hbm_bytes_per_ns
-    for key, traffic in enumerate(loads.traffic):
+    for key, (traffic, duration) in enumerate(zip(loads.traffic, costs.duration_ns, strict=True)):
         if traffic is not None:
-            per_ns = rate / max(int(duration_ns[key]), 1)
+            per_ns = rate / max(int(duration), 1)
             ctas[key] = traffic.ctas
             sent[key] = min(round(traffic.sent_hbm_bytes * per_ns), SHARE)
             received[key] = min(round(traffic.received_hbm_bytes * per_ns), SHARE)
-    ops = np.flatnonzero(program.group >= 0)
     cost, is_send, collective = program.cost[ops], program.is_send[ops], program.peer[ops] < 0
     first = order_of(program).first[ops]
     batch = np.bincount(first, minlength=1)[first]
     media = {medium: i for i, medium in enumerate(dict.fromkeys(g.medium for g in program.groups))}
     medium = np.array([media[group.medium] for group in program.groups], np.int64)
     medium = medium[program.group[ops]]
-    columns = np.full((4, program.num_ops), -1, np.int64)
-    columns[0, ops] = -(-np.maximum(ctas[cost], 0) // batch)
-    columns[1, ops] = np.where(is_send, sent[cost], received[cost])
-    columns[2, ops] = np.where(is_send | collective, medium, -1)
-    columns[3, ops] = np.where(~is_send | collective, medium, -1)
-    return tuple(columns)
+    columns = (
+        -(-np.maximum(ctas[cost], 0) // batch),
+        np.where(is_send, sent[cost], received[cost]),
+        np.where(is_send | collective, medium, -1),
+        np.where(~is_send | collective, medium, -1),
+    )
+    return tuple(map(ints, columns))
 
 
 def _transfer_keys(traffic: tuple[Traffic | None, ...], durations: list[int]) -> tuple[Array, ...]:

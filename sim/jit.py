@@ -77,7 +77,8 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
     """Run ``function`` as machine code, made at its first call or taken from disk.
 
     Arguments are integers, int64 arrays (:func:`ints`) and named tuples of arrays, of the same
-    types in every call. It must not raise nor make arrays, and must be free to run without the GIL.
+    types in every call. It must not raise nor make arrays nor use an index below 0, and must be
+    free to run without the GIL.
     """
     code: list[Callable[P, R]] = []
 
@@ -103,12 +104,37 @@ def _first_call(
         made = _machine_code(function, cached=True)
         _load_numba_alone()
         try:
-            result = made(*args, **kwargs)
+            result = _compile_and_call(made, *args, **kwargs)
         except Exception:  # a full disk, a cache file cut short: once more without the cache
             made = _machine_code(function, cached=False)
-            result = made(*args, **kwargs)
+            result = _compile_and_call(made, *args, **kwargs)
     code.append(made)
     return result
+
+
+def _compile_and_call(made: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Make the machine code, where no index counts from the end of an array: to look whether one
+    does, at every access, took a third of the engine's time.
+
+    numba has no switch for that. The function that adds the look stands aside, for this thread.
+    """
+    if not has_numba():
+        return made(*args, **kwargs)
+    arrays: Any = import_module("numba.np.arrayobj")
+    usual, thread = getattr(arrays, "fix_integer_index", None), threading.get_ident()
+    if usual is None:  # another numba: slower
+        return made(*args, **kwargs)
+
+    def fix_integer_index(context: Any, builder: Any, kind: Any, index: Any, size: Any) -> Any:  # noqa: ANN401
+        if threading.get_ident() != thread:
+            return usual(context, builder, kind, index, size)
+        return context.cast(builder, index, kind, import_module("numba").types.intp)
+
+    arrays.fix_integer_index = fix_integer_index
+    try:
+        return made(*args, **kwargs)
+    finally:
+        arrays.fix_integer_index = usual
 
 
 def _machine_code(function: Callable[P, R], *, cached: bool) -> Callable[P, R]:

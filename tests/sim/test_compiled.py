@@ -57,10 +57,11 @@ def crowded(
     ops = [running[i] for i in range(begin, end)]
     transfers = sum(traits.is_transfer[op] for op in ops)
     begun = sum(start_ns[op] >= 0 for op in ops)
+    first = min(ops, key=lambda op: traits.number[op], default=-1)
     for i, op in zip(range(begin, end), ops, strict=True):
         is_transfer = traits.is_transfer[op]
         others = transfers if is_transfer else len(ops) + begun + traits.priority[op]
-        halted = begun > 2 and op % 3 == 0 and op != min(ops) and not is_transfer
+        halted = begun > 2 and traits.number[op] % 3 == 0 and op != first and not is_transfer
         rate[i] = 0 if halted else device.FULL_RATE // (1 + others) - 3
 
 

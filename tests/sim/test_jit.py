@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
+
+from mhcplan.planner.plan.spec import make_plan
+from mhcplan.planner.predict import forget_baselines, predict
+from mhcplan.sim import jit, tiling
+from mhcplan.sim.longest_path import StepGraph
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 SORT = """
 import numpy as np
@@ -75,3 +86,58 @@ def test_scipy_is_not_loaded_for_code_that_needs_none_and_is_there_for_code_that
     )
     output, errors = run_python(code).communicate(timeout=300)
     assert output.split()[-3:] == ["False", "True", "True"], errors
+
+
+class FromZeroOn(np.ndarray[tuple[int, ...], np.dtype[np.int64]]):
+    """An array that is not read from its end: machine code does not look whether it should be."""
+
+    def __getitem__(self, key: Any) -> Any:  # noqa: ANN401
+        assert (min(key) if type(key) is tuple else key) >= 0, key
+        return super().__getitem__(key)
+
+    def __setitem__(self, key: Any, value: Any) -> None:  # noqa: ANN401
+        assert (min(key) if type(key) is tuple else key) >= 0, key
+        super().__setitem__(key, value)
+
+
+def watched(value: Any) -> Any:  # noqa: ANN401
+    if isinstance(value, np.ndarray):
+        return value.view(FromZeroOn)
+    if isinstance(value, tuple):
+        return type(value)(*map(watched, value))
+    return value
+
+
+def test_no_compiled_function_counts_from_the_end_of_an_array(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    called: set[str] = set()
+
+    def plainly(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: object) -> object:
+            called.add(function.__name__)
+            return function(*map(watched, args))
+
+        return call
+
+    known: set[str] = set()
+    for file in Path(jit.__file__).parent.glob("*.py"):
+        module = import_module(f"mhcplan.sim.{file.stem}")
+        for name, found in vars(module).copy().items():
+            code = getattr(found, "__code__", None)
+            if code is not None and code.co_qualname == "compiled.<locals>.call":
+                known.add(name)
+                monkeypatch.setattr(module, name, plainly(found.__wrapped__))
+    tiling.forget()
+    forget_baselines()
+    for schedule, contention in (("dualpipe", "on"), ("1f1b", "off")):
+        plan = make_plan({
+            "model": "mhc-3b", "layout": {"pp": 2}, "microbatches": 4, "schedule": schedule,
+            "contention": contention, "power": "unlimited",
+        })  # fmt: skip
+        step = predict(plan).step
+        assert step.timeline.cause.max() > 0
+        assert step.memory.held_bytes.max() > 0
+        assert StepGraph(step.program).step_ns([step.table])[0] > 0
+    tiling.forget()
+    assert called == known
