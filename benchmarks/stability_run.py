@@ -70,11 +70,14 @@ class Scheme:
             the mHC paper's table 1).
         starts_as_hc: mHC starts by reading one row in turn and mixing little, as HC does, instead
             of with biases of zero, which read and mix all rows alike.
+        decays_bias: weight decay shrinks the constant part of the maps as it does all else. HC's
+            authors leave that part out (arXiv 2409.19606, section 4).
     """
 
     kind: str
     pinned: str | None = None
     starts_as_hc: bool = False
+    decays_bias: bool = True
 
 
 SCHEMES = {
@@ -88,6 +91,7 @@ SCHEMES = {
 }
 SEVEN = tuple(SCHEMES)
 SCHEMES["mhc-from-hc"] = Scheme("mhc", starts_as_hc=True)
+SCHEMES["hc-no-decay"] = Scheme("hc", decays_bias=False)
 
 
 @dataclass(frozen=True)
@@ -220,6 +224,7 @@ class Training:
         self.sites = self._sites(n)
         self.binding: WatchedBinding = self.trainer.executor.binding  # type: ignore[assignment]
         self._pins = list(self._find_pins(n))
+        self._undecayed = [] if self.scheme.decays_bias else list(self._find_biases())
         if self.scheme.starts_as_hc:
             self._start_as_hc(n)
         self._pin()
@@ -270,6 +275,17 @@ class Training:
         for view, value in self._pins:
             view.copy_(value)
 
+    def _find_biases(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
+        """(bias, the optimizer's copy of it, its decay) of every site; one process owns it all."""
+        for section in self.stage.parameters.all_sections():
+            storage = section.data.untyped_storage().data_ptr()
+            for site in self.sites:
+                bias = site.parameters[1]
+                if bias.untyped_storage().data_ptr() == storage:
+                    at = bias.storage_offset() - section.data.storage_offset()
+                    adamw = section.adamw
+                    yield bias, adamw.master[at : at + bias.numel()], adamw.decay
+
     # -- steps
 
     def run(self, until: float) -> bool:
@@ -316,8 +332,12 @@ class Training:
         rate = learning_rate(self.step_number, self.settings.steps, self.settings.lr)
         for section in self.stage.parameters.all_sections():
             section.adamw.lr = rate
+        before = [master.clone() for _, master, _ in self._undecayed]
         self.trainer.load(self.step_number)
         self.trainer.step()
+        for (bias, master, decay), old in zip(self._undecayed, before, strict=True):
+            master.add_(old, alpha=rate * decay)  # what AdamW's decay took from it
+            bias.copy_(master)
         self._pin()
         self.step_number += 1
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import stability, stability_report, stability_sinkhorn
-from benchmarks.stability_run import MODELS, SEVEN, pinned_bias
+from benchmarks.stability_run import MODELS, SEVEN, learning_rate, pinned_bias
 from mhcplan.kernels import mhc, reference
 from mhcplan.planner.diagnose.judge import judge
 from mhcplan.planner.diagnose.recording import Recording, read_recording
@@ -81,6 +81,19 @@ def test_mhc_can_start_as_hc_does(tmp_path: Path) -> None:
     pre, res = found.last("pre_map"), found.last("res_map")
     assert pre == pytest.approx(np.where(np.eye(4) > 0, 0.982, 0.018), abs=0.01)
     assert res == pytest.approx(np.where(np.eye(4) > 0, 0.948, 0.017)[None].repeat(4, 0), abs=0.01)
+
+
+def test_hc_without_decay_loses_nothing_but_the_decay(tmp_path: Path) -> None:
+    """Steps are otherwise nearly the same; rounding of a float near 1 is a few % of the loss."""
+    run(tmp_path, "--runs", "hc", "hc-no-decay", "--steps", "2")
+    decayed, kept = (
+        torch.load(tmp_path / f"{name}.pt", weights_only=True)["model"]["blocks.1.sites.0.bias"]
+        for name in ("hc", "hc-no-decay")
+    )
+    rates = [learning_rate(step, 2, 1e-3) for step in range(2)]
+    start = 1 - np.prod([1 - 0.1 * rate for rate in rates])  # of what started as 1
+    assert torch.allclose((kept - decayed)[kept > 0.5].double(), torch.tensor(start), rtol=0.3)
+    assert (kept > 0.5).sum() == 1 + 4 + 4
 
 
 @pytest.mark.parametrize("n", [2, 4])
