@@ -130,7 +130,7 @@ def measure(
 ) -> int:
     """Measure this machine's GPUs: ops, transfers, rates and overheads; needs torch and triton.
 
-    ``mhcplan profile measure --help`` lists the options. With ``--from-trace`` it makes a profile
+    With ``--from-trace`` it makes a profile
     of a trace of your own run instead, which needs neither.
 
     Args:
@@ -139,7 +139,7 @@ def measure(
     if "--from-trace" in words:
         return import_module("mhcplan.planner.measured.trace_profile").main(list(words))
     capture = import_module("mhcplan.profiles.capture.__main__")
-    code: int = capture.main(list(words))
+    code: int = capture.main(list(words), "mhcplan profile measure")
     return code
 
 

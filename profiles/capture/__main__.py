@@ -2,60 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 # before torch is imported: as long runs allocate, and as the allocator's margin is defined
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 from mhcplan.profiles.capture import grid
-from mhcplan.profiles.capture.measure import PARTS, measure, write_merged
-from mhcplan.profiles.capture.ops import OP_BUDGET_NS
+from mhcplan.profiles.capture.options import parser
 from mhcplan.profiles.schema import ProfileError
 from mhcplan.profiles.store import find_profile
 from mhcplan.profiles.vocabulary import OpKey, parse_key
 
 if TYPE_CHECKING:
+    import argparse
+    from pathlib import Path
+
     from mhcplan.profiles.schema import Profile
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m mhcplan.profiles.capture", description=str(sys.modules[__name__].__doc__),
-        epilog="mhcplan profile measure --from-trace TRACE --plan PLAN makes a profile of a torch"
-        " profiler trace of your own run instead.",
-    )  # fmt: skip
-    parser.add_argument("--out", type=Path, default=Path("profile.json"),
-                        help="the profile to write (default: profile.json)")  # fmt: skip
-    parser.add_argument("--hardware", default="h100-sxm", help="preset that describes the machine")
-    parser.add_argument("--name", help="the profile's name (default: the preset's)")
-    parser.add_argument(
-        "--part",
-        choices=PARTS,
-        action="append",
-        help="measure only this part (default: ops, and comm with two GPUs)",
-    )
-    parser.add_argument("--tier", type=int, action="append", help=f"of {grid.TIERS} (default: all)")
-    parser.add_argument("--kind", action="append", default=[], help="measure only this op kind")
-    parser.add_argument("--op", action="append", default=[], metavar="KEY",
-                        help="measure this op, as errors name it, not the grid")  # fmt: skip
-    parser.add_argument("--keys", type=Path, help="measure the ops of this file, one a line")
-    parser.add_argument("--base", metavar="PROFILE", help="add the rows to this profile")
-    parser.add_argument("--missing", action="store_true",
-                        help="of the ops, only those that --base has no row of")  # fmt: skip
-    parser.add_argument("--budget-seconds", type=float, default=1e9, help="for each part")
-    parser.add_argument("--op-budget-ms", type=float, default=OP_BUDGET_NS / 1e6)
-    parser.add_argument("--compile-workers", type=int, default=0, help="compile kernels beforehand")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
-    parser.add_argument("--tiny", action="store_true", help="tiny shapes: does it run at all?")
-    parser.add_argument("--merge", nargs="+", type=Path, metavar="PART",
-                        help="measure nothing, merge these parts: ops, then comm")  # fmt: skip
-    parser.add_argument("--check-block", metavar="MODEL", action="append", default=[],
-                        help="then time a whole block of MODEL")  # fmt: skip
-    return parser
 
 
 def _check_block(name: str, out: Path, op_budget_ns: int) -> None:
@@ -95,9 +59,11 @@ def _named_keys(args: argparse.Namespace) -> list[OpKey] | None:
     return found if args.op or args.keys else None
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, program: str = "python -m mhcplan.profiles.capture") -> int:
     """Run the command; 0 done, 2 bad input or a machine that cannot be measured."""
-    args = _parser().parse_args(argv)
+    args = parser(program).parse_args(argv)
+    from mhcplan.profiles.capture.measure import measure, write_merged  # needs torch
+
     budget_ns = round(args.op_budget_ms * 1e6)
     try:
         if args.merge:

@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 from pydantic import NonNegativeInt, ValidationError
@@ -24,7 +24,8 @@ from pydantic import NonNegativeInt, ValidationError
 from mhcplan.profiles.capture import grid, machine
 from mhcplan.profiles.capture.block import allocator_margin_percent
 from mhcplan.profiles.capture.comm import SIZES, launched, measure_transfers
-from mhcplan.profiles.capture.ops import OP_BUDGET_NS, Log, Session, groups, measure_ops
+from mhcplan.profiles.capture.ops import Log, Session, groups, measure_ops
+from mhcplan.profiles.capture.options import OP_BUDGET_NS, PARTS, Part
 from mhcplan.profiles.capture.overlap_parts import (
     logs_beside,
     measure_contention_part,
@@ -52,9 +53,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mhcplan.profiles.vocabulary import OpKey
-
-Part = Literal["ops", "comm", "contention", "priority", "power"]
-PARTS: tuple[Part, ...] = get_args(Part)
 
 
 class OpsPart(Spec):

@@ -18,6 +18,7 @@ import torch
 
 from mhcplan.kernels.layers import Case, Env, storage_bytes
 from mhcplan.profiles.capture.cases import make_case
+from mhcplan.profiles.capture.options import OP_BUDGET_NS
 from mhcplan.profiles.capture.segments import Chip, Kernel, chip_of, make_segments, record_kernels
 from mhcplan.profiles.capture.timing import GpuTimer, HostTimer, make_timer
 from mhcplan.profiles.schema import OpTiming, Segment
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 _SET_LIMIT = 12
 _SETS_MEMORY_SHARE = 0.25
-OP_BUDGET_NS = 50_000_000
 _NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 _DTYPES = {"gemm_fp8": "fp8"}  # of kinds that have their own
 

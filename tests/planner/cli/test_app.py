@@ -335,6 +335,13 @@ def test_measuring_without_torch_names_the_extra() -> None:
     assert done.stderr == "mhcplan: torch is not installed: pip install 'mhcplan[gpu]'\n"
 
 
+def test_help_of_measuring_needs_no_torch() -> None:
+    done = spawn("sys.modules['torch'] = None", "profile", "measure", "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: mhcplan profile measure ")
+    assert "--from-trace" in done.stdout
+
+
 # -- export, init, profile -------------------------------------------------------------------------
 
 
