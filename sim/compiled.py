@@ -147,7 +147,10 @@ def _physics(program: Program, costs: CostTable, room: _Room) -> Physics:
         device_sms.Gpu(
             number, priority, cost, waits, ctas, burden, out_link, in_link, *tables_of(costs)
         ),
-        device_sms.State(*_rows(len(device_sms.State._fields), num_places)),
+        device_sms.State(
+            *_rows(len(device_sms.State._fields) - 1, num_places),
+            known=np.full(2 * device_sms.KNOWN, NEVER),
+        ),
         *members,
     )
 

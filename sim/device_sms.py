@@ -115,10 +115,11 @@ class Gpu(NamedTuple):
 # Places in ``Gpu.machine``.
 _SMS, _COMPUTE_SMS, _COMPUTE_DELAY, _CROWDING, _LEAST_LIFE, _TOGETHER = range(6)
 _HAS_SMS, _BESIDE = 1, 0  # ``State.placed`` of a compute op
+KNOWN = 1 << 12  # more than any step was seen to ask
 
 
 class State(NamedTuple):
-    """What an engine knows of each op; ``placed`` and ``placed_ns`` are kept by the physics.
+    """What an engine knows of each op; from ``placed`` on it is kept by the physics.
 
     Attributes:
         start_ns: when it has begun, a transfer to move; or a negative number.
@@ -127,6 +128,7 @@ class State(NamedTuple):
         placed, placed_ns: SMs that it holds there, and since when; negative before. Of a compute op
             ``placed`` is 1 while the SMs are its, 0 or less while it waits or goes on beside.
         spread: of a compute op, SMs that it had when a kernel of it was last seen to begin.
+        known: KNOWN slots of two, a question and its answer: a step asks few things many times.
     """
 
     start_ns: Ints
@@ -137,6 +139,7 @@ class State(NamedTuple):
     placed: Ints
     placed_ns: Ints
     spread: Ints
+    known: Ints
 
 
 # -- the rank
@@ -159,7 +162,7 @@ def share_gpu(
         watch: filled likewise with the instant at which to call again, or FAR.
     """
     chosen, current = -1, -1
-    held = 0
+    held = transfers = 0
     waits = False
     for i in range(begin, end):
         op = running[i]
@@ -167,6 +170,7 @@ def share_gpu(
         if gpu.ctas[op] >= 0:
             held += max(state.placed[op], 0)
             waits |= state.placed[op] < gpu.ctas[op]
+            transfers += 1
             continue
         if state.rate[op] > 0 and state.placed[op] == _HAS_SMS:
             current = i
@@ -187,13 +191,17 @@ def share_gpu(
         until, wake, held = _place_all(
             begin, end, running, now, gpu, state, chosen, kernel, left, until, held
         )
-    burden = _rate_transfers(begin, end, running, gpu, state, chosen, rate)
+    burden = 0
+    if transfers:
+        burden = _rate_transfers(begin, end, running, gpu, state, chosen, rate)
     if chosen < 0:
         return
     op = running[chosen]
     state.placed[op] = _HAS_SMS
     rate[chosen] = _rate_on(op, kernel, left, held, burden, gpu, state)
-    beside = _next_to(begin, end, running, chosen, gpu, state)
+    beside = -1
+    if end - begin - transfers > 1:
+        beside = _next_to(begin, end, running, chosen, gpu, state)
     if beside >= 0 and gpu.priority[running[beside]] >= gpu.priority[op]:
         op = running[beside]
         kernel_beside, left_beside = _kernel_at(op, now, gpu, state), _left(op, now, state)
@@ -292,26 +300,26 @@ def _place_all(
     for i in range(begin, end):
         blocked |= i != chosen and gpu.ctas[running[i]] < 0 and state.start_ns[running[i]] >= 0
     wake, before, before_priority = FAR, -1, -FAR
-    for _ in range(begin, end):
+    while True:
         member = -1
         for i in range(begin, end):
             op = running[i]
-            number = gpu.number[op]
-            later = gpu.priority[op] > before_priority or (
-                gpu.priority[op] == before_priority and number > before
+            if gpu.ctas[op] < 0 or state.placed[op] == gpu.ctas[op]:
+                continue
+            number, priority = gpu.number[op], gpu.priority[op]
+            is_later = priority > before_priority or (
+                priority == before_priority and number > before
             )
-            first = member < 0 or (
-                gpu.priority[op] < gpu.priority[member]
-                or (gpu.priority[op] == gpu.priority[member] and number < gpu.number[member])
-            )
-            if gpu.ctas[op] >= 0 and later and first:
+            if is_later and (
+                member < 0
+                or priority < gpu.priority[member]
+                or (priority == gpu.priority[member] and number < gpu.number[member])
+            ):
                 member = op
         if member < 0:
             break
         before, before_priority = gpu.number[member], gpu.priority[member]
         lacks = gpu.ctas[member] - max(state.placed[member], 0)
-        if lacks == 0 and state.placed[member] >= 0:
-            continue
         in_use = 0
         if chosen >= 0:
             in_use = _in_use(member, now, running[chosen], kernel, left, blocked, gpu, state)
@@ -472,31 +480,43 @@ def _rate_on(
     """Rate of an op whose SMs, if its kernel begins, are those that transfers do not hold."""
     if _begins(kernel, op, left, gpu):
         state.spread[op] = gpu.machine[_SMS] - held
-    return _compute_rate(kernel, op, left, held, burden, gpu)
+    return _compute_rate(kernel, op, left, held, burden, gpu, state)
 
 
 @usable_in_compiled
-def _compute_rate(kernel: int, op: int, left: int, held: int, burden: int, gpu: Gpu) -> int:
+def _compute_rate(
+    kernel: int, op: int, left: int, held: int, burden: int, gpu: Gpu, state: State
+) -> int:
     """Mean rate of an op over what is left of it, while traffic goes on as it does now."""
     sms = max(min(gpu.machine[_COMPUTE_SMS], gpu.machine[_SMS] - held), 1)
     if sms == gpu.machine[_SMS] and burden == 0:
         return FULL_RATE
     last = gpu.begin[gpu.cost[op] + 1] - 1
-    time, rest = 0, left
-    for k in range(kernel, last + 1):
-        after = gpu.end[last] - gpu.end[k]
-        part = rest - after
-        is_placed = k == kernel and part <= gpu.tail[k]
-        is_placed &= gpu.idle[k] < 0 or held <= gpu.idle[k]
-        slow = SHARE if is_placed else _more_waves(k, sms, gpu)
-        time += part // SHARE * _slowdown(k, slow, sms, burden, gpu)
-        rest = after
+    rest = gpu.end[last] - gpu.end[kernel]
+    part = left - rest
+    is_placed = part <= gpu.tail[kernel] and (gpu.idle[kernel] < 0 or held <= gpu.idle[kernel])
+    time = part // SHARE * _slowdown(kernel, is_placed, sms, burden, gpu, state)
+    for k in range(kernel + 1, last + 1):
+        part = gpu.end[k] - gpu.end[k - 1]
+        time += part // SHARE * _slowdown(k, False, sms, burden, gpu, state)
     return max(min(FULL_RATE * (left >> 8) // max(time >> 8, 1), FULL_RATE), 1)  # no overflow
 
 
 @usable_in_compiled
-def _slowdown(kernel: int, waves: int, sms: int, burden: int, gpu: Gpu) -> int:
-    """Time of a kernel that takes ``waves`` as many waves on ``sms`` SMs, over its time alone."""
+def _slowdown(kernel: int, is_placed: bool, sms: int, burden: int, gpu: Gpu, state: State) -> int:
+    """Time of a kernel on ``sms`` SMs over its time alone; its CTAs may all be placed already."""
+    question = ((2 * kernel + is_placed) * (gpu.machine[_SMS] + 1) + sms) * SHARE + burden
+    slot = 2 * ((97 * kernel + 31 * sms + burden) % KNOWN)
+    if state.known[slot] != question:
+        waves = SHARE if is_placed else _more_waves(kernel, sms, gpu)
+        state.known[slot] = question
+        state.known[slot + 1] = _slowdown_in(waves, kernel, sms, burden, gpu)
+    return state.known[slot + 1]
+
+
+@usable_in_compiled
+def _slowdown_in(waves: int, kernel: int, sms: int, burden: int, gpu: Gpu) -> int:
+    """The same where it takes ``waves`` as many waves."""
     bound = gpu.bound[kernel]
     by_sm = waves * (SHARE + gpu.machine[_COMPUTE_DELAY] * burden // SHARE) // SHARE
     share = max(SHARE * sms // gpu.machine[_SMS], gpu.machine[_LEAST_LIFE])
@@ -522,7 +542,8 @@ def _more_waves(kernel: int, sms: int, gpu: Gpu) -> int:
 def waves_of(count: int, at_once: int, lone: int) -> int:
     """Time of ``count`` CTAs, of which ``at_once`` run at a time, in lives of a CTA; times SHARE.
 
-    Those of a last wave that is not full live shorter, down to ``lone / SHARE``.
+    Those of a last wave that is not full live shorter, down to ``lone / SHARE``: what they waited
+    for the memory that the others used.
     """
     full = (count - 1) // at_once
     rest = count - full * at_once

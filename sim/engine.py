@@ -148,6 +148,7 @@ class _Step:
             [NEVER] * n,
             self.placed,
             [0] * n,
+            [NEVER] * (2 * device_sms.KNOWN),
         )
         self._watch = [device_sms.FAR] * n  # when the op's rank is to be looked at again
         self._running: list[list[int]] = [[] for _ in range(self.program.num_ranks)]
