@@ -3,8 +3,8 @@
     python benchmarks/kernels_page.py [--write]
 
 Prints the tables, or writes them into the page between its marks. ``kernels_h100.json`` holds
-``rows``, one run of ``benchmarks/kernels.py``; ``later``, what ``kernels_tune.py`` timed of kernels
-that changed after it; ``before``, the rows of a run before any tuning; and ``counters`` of Nsight
+``rows``, one run of ``benchmarks/kernels.py``; ``beside_peers``, a run with peers beside ours;
+``elsewhere``, public peers measured side by side on another H100; and ``counters`` of Nsight
 Compute.
 """
 
@@ -22,30 +22,14 @@ BEGIN, END = "<!-- tables: benchmarks/kernels_page.py -->", "<!-- end of tables 
 
 Row = dict[str, Any]
 
-# Microseconds of the best public forward of a site, DeepGEMM's projection with TileKernels' two
-# other kernels as in vLLM, by (T, C): another run on an H100 SXM (2026-11-22), where a copy ran at
-# 3084 GB/s; and of the best public forward and backward, as % of that copy on the same 46C.
-PEER_COPY = 3084e9
-PEER_FORWARD_US = {
-    (4096, 2560): 132.5, (16384, 2560): 515.0, (4096, 4096): 208.9, (16384, 4096): 817.2,
-    (4096, 7168): 364.0, (16384, 7168): 1445.8,
-}  # fmt: skip
-PEER_BOTH_PERCENT = {
-    (4096, 2560): 38, (16384, 2560): 42, (4096, 4096): 47, (16384, 4096): 50,
-    (4096, 7168): 57, (16384, 7168): 58,
-}  # fmt: skip
 ERROR_BARS = {"dx": 2.4e-3, "df": 1.7e-3, "dphi": 2.2e-4, "db": 1.3e-4, "dalpha": 8.5e-4}
-PEER_PEAK_MIB = 203  # TileKernels, at 4096 x 2560
-
-# Sites with a kernel that changed after the run: {site: kernel}.
-CHANGED = {
-    "site forward + backward": "pre backward (I + W)",
-    "site forward, cross-site": "post_res + project",
-}
+LEANEST = "TileKernels"  # the peer whose peak memory is the bar
+FORWARD, BOTH = 18, 46  # C elements a token that have to move
 WARPS = {
-    "long_sb": "device memory", "barrier": "a barrier", "short_sb": "shared memory",
-    "lg": "a full load queue", "mio": "the shared-memory queue", "wait": "the instruction before",
-    "selected": "nothing, they issue", "not_selected": "their turn",
+    "long_scoreboard": "device memory", "short_scoreboard": "shared memory",
+    "barrier": "a barrier", "lg_throttle": "a full load queue",
+    "mio_throttle": "the shared-memory queue", "wait": "the instruction before",
+    "selected": "nothing, they issue", "not_selected": "their turn", "drain": "stores to drain",
 }  # fmt: skip
 
 
@@ -60,68 +44,68 @@ def shape(row: Row) -> tuple[int, int]:
     return row["T"], row["C"]
 
 
-def later(run: dict[str, Any]) -> dict[tuple[str, int, int], Row]:
-    """What was timed of changed kernels, by kernel, T and C."""
-    return {(row["kernel"], row["T"], row["C"]): row for row in run["later"]["kernels"]}
+def percent(elements: int, at: tuple[int, int], us: float, copy: float) -> float:
+    """% of a copy that moves ``elements`` C elements of 2 bytes a token, in ``us``."""
+    tokens, channels = at
+    return 100 * elements * channels * 2 * tokens / copy * 1e6 / us
 
 
-def with_later(run: dict[str, Any], row: Row, site: str) -> float:
-    """Microseconds of ``site`` with its changed kernel's time in place of the one it ran with."""
-    kernel = CHANGED[site]
-    now = later(run)[kernel, row["T"], row["C"]]["us"]
-    return row[site]["us"] - row[kernel]["us"] + now
+def best_peers(run: dict[str, Any], key: str) -> dict[tuple[int, int], float]:
+    """Microseconds of the fastest public peer that computes mHC, elsewhere, by (T, C)."""
+    best: dict[tuple[int, int], float] = {}
+    for peer in run["elsewhere"]["peers"]:
+        if peer[key] is not None and peer["same_function"]:
+            best[shape(peer)] = min(best.get(shape(peer), float("inf")), peer[key])
+    return best
+
+
+def slashed(values: list[float], digits: int = 1) -> str:
+    """Figures of several widths in one cell."""
+    return " / ".join(f"{value:.{digits}f}" for value in values)
 
 
 def bars(run: dict[str, Any]) -> str:
-    """What is asked for, what the run reached, and what it comes to with the later kernels."""
+    """What is asked for, and what the run reached."""
     rows = ordered(run)
     long = [row for row in rows if row["T"] == 16384]
     short = [row for row in rows if row["T"] == 4096]
     small = next(row for row in rows if shape(row) == (4096, 2560))
-    both, cross = CHANGED
-    scale = PEER_COPY / run["copy_bytes_per_second"]
+    forward, both = (best_peers(run, key) for key in ("forward_us", "both_us"))
+    there, here = run["elsewhere"]["copy_bytes_per_second"], run["copy_bytes_per_second"]
 
-    def slashed(values: list[float], digits: int = 1) -> str:
-        return " / ".join(f"{value:.{digits}f}" for value in values)
+    def best(elements: int, us: dict[tuple[int, int], float], chosen: list[Row]) -> str:
+        return slashed([percent(elements, shape(row), us[shape(row)], there) for row in chosen], 0)
 
-    def both_lines(chosen: list[Row]) -> list[str]:
-        ran = [row[both] for row in chosen]
-        now = [
-            site["percent"] * site["us"] / with_later(run, row, both)
-            for row, site in zip(chosen, ran, strict=True)
-        ]
-        best = " / ".join(str(PEER_BOTH_PERCENT[shape(row)]) for row in chosen)
-        return [best, slashed([site["percent"] for site in ran]), slashed(now)]
+    def ran(site: str, chosen: list[Row]) -> str:
+        return slashed([row[site]["percent"] for row in chosen])
 
-    def times_faster(by: float, worked_out: bool) -> str:
-        return slashed([
-            by * PEER_FORWARD_US[shape(row)]
-            / (with_later(run, row, cross) if worked_out else row[cross]["us"])
-            for row in long
-        ], 3)  # fmt: skip
-
-    long_best, long_ran, long_now = both_lines(long)
-    short_best, short_ran, short_now = both_lines(short)
+    faster = [forward[shape(row)] / row["site forward, cross-site"]["us"] for row in long]
+    lean = next(
+        peer["peak_mib"] for peer in run["elsewhere"]["peers"]
+        if peer["peer"] == LEANEST and shape(peer) == shape(small)
+    )  # fmt: skip
     return table(
-        ["C = 2560 / 4096 / 7168", "best peer", "bar", "the run", "with later kernels"],
+        ["C = 2560 / 4096 / 7168", "best peer", "bar", "the run"],
         [
-            ["forward + backward, T = 16384, % of a copy on 46C", long_best, "80",
-             long_ran, long_now],
-            ["forward + backward, T = 4096, % on 46C", short_best, "70", short_ran, short_now],
-            ["forward alone, T = 16384, % on 18C", "95 / 96 / 95", "95",
-             slashed([row["site forward"]["percent"] for row in long]), ""],
+            ["forward + backward, T = 16384, % of a copy on 46C", best(BOTH, both, long), "80",
+             ran("site forward + backward", long)],
+            ["the same at T = 4096", best(BOTH, both, short), "70",
+             ran("site forward + backward", short)],
+            ["forward alone, T = 16384, % on 18C", best(FORWARD, forward, long), "95",
+             ran("site forward", long)],
             ["cross-site form, T = 16384, times as fast as the best peer's forward", "", "1.15",
-             times_faster(1, False), times_faster(1, True)],
+             slashed(faster, 3)],
             ["the same, each against the copy of its own run", "", "",
-             times_faster(scale, False), times_faster(scale, True)],
+             slashed([ratio * there / here for ratio in faster], 3)],
             ["recompute of 8 sites, 4096 x 2560, %", "77", "90",
-             slashed([small["recompute 8 sites"]["percent"]]), ""],
-            ["peak memory of forward + backward, 4096 x 2560, MiB", str(PEER_PEAK_MIB),
-             str(PEER_PEAK_MIB), f"{mib(small):.0f}", ""],
+             slashed([small["recompute 8 sites"]["percent"]])],
+            ["peak memory of forward + backward, 4096 x 2560, MiB", f"{lean:.1f}",
+             f"{lean:.1f}", f"{mib(small):.1f} (missed)" if mib(small) > lean else
+             f"{mib(small):.1f}"],
             *[[f"error of {name} against float64, 4096 x 2560", f"{bar:.1e}", f"{bar:.1e}",
-               f"{small['errors'][name]:.1e}", ""] for name, bar in ERROR_BARS.items()],
+               f"{small['errors'][name]:.1e}"] for name, bar in ERROR_BARS.items()],
             ["bitwise equal run to run", "some", "yes",
-             "yes" if all(row["repeats"] for row in rows) else "no", ""],
+             "yes" if all(row["repeats"] for row in rows) else "no"],
         ],
     )  # fmt: skip
 
@@ -152,26 +136,39 @@ def kernels(rows: list[Row]) -> str:
         [name, *(f"{row[name]['us']:.0f} ({row[name]['percent']:.0f})" for row in rows)]
         for name in lines(rows)
     ]
-    host = ["host, eager", *(f"{row['host_us']:.0f}" for row in rows)]
     peak = ["peak memory, MiB", *(f"{mib(row):.0f}" for row in rows)]
-    return table(head, [*cells, host, peak])
+    return table(head, [*cells, peak])
 
 
-def changes(run: dict[str, Any]) -> str:
-    """Percent of a copy of every kernel before tuning, in the run, and later."""
-    rows = ordered(run)
-    old = {shape(row): row for row in run["before"]["rows"]}
-    new = later(run)
-    cells: list[list[str]] = []
-    for name in lines(rows):
-        steps: list[str] = []
-        for row in rows:
-            figures = [old[shape(row)][name]["percent"], row[name]["percent"]]
-            if (name, *shape(row)) in new:
-                figures.append(new[name, *shape(row)]["percent"])
-            steps.append(" → ".join(f"{figure:.0f}" for figure in figures))
-        cells.append([name, *steps])
-    return table(["% of a copy", *(f"{row['T']} x {row['C']}" for row in rows)], cells)
+def peers(run: dict[str, Any]) -> str:
+    """Public ways to run a site of 4096 tokens x 2560, each against the copy of its own run."""
+    beside, elsewhere = run["beside_peers"], run["elsewhere"]
+    at = shape(beside)
+
+    def line(name: str, row: Row, copy: float, where: str) -> list[str]:
+        def cell(elements: int, us: float | None) -> str:
+            return "" if us is None else f"{us:.0f} ({percent(elements, at, us, copy):.0f})"
+
+        peak = row.get("peak_mib")
+        return [
+            name, cell(FORWARD, row["forward_us"]), cell(BOTH, row["both_us"]),
+            "" if peak is None else f"{peak:.0f}", where,
+        ]  # fmt: skip
+
+    here = [
+        line(name, row, beside["copy_bytes_per_second"], "beside")
+        for name, row in beside.items()
+        if isinstance(row, dict)
+    ]
+    there = [
+        line(row["peer"], row, elsewhere["copy_bytes_per_second"], "elsewhere")
+        for row in sorted(elsewhere["peers"], key=lambda row: row["both_us"] or 0)
+        if shape(row) == at
+    ]
+    return table(
+        ["4096 x 2560, us (% of a copy)", "forward", "forward + backward", "peak, MiB", "run"],
+        here + there,
+    )
 
 
 def counters(run: dict[str, Any]) -> str:
@@ -193,14 +190,13 @@ def counters(run: dict[str, Any]) -> str:
 
 def tables(run: dict[str, Any]) -> str:
     """Everything between the page's marks."""
-    copies = [run["copy_bytes_per_second"], run["later"]["copy_bytes_per_second"]]
-    copy = " and ".join(f"{copy / 1e9:.0f}" for copy in copies)
+    copy = run["copy_bytes_per_second"]
     return "\n\n".join([
-        f"{run['device']}, torch {run['torch']}, triton {run['triton']}; a copy ran at {copy} GB/s "
-        "in the run and in the later one.",
+        f"{run['device']}, torch {run['torch']}, triton {run['triton']}; a copy ran at "
+        f"{copy / 1e9:.0f} GB/s.",
         "### Bars", bars(run),
-        "### Times of the run", kernels(ordered(run)),
-        "### Before tuning → the run → later", changes(run),
+        "### Times", kernels(ordered(run)),
+        "### Peers", peers(run),
         "### Counters", counters(run),
     ])  # fmt: skip
 

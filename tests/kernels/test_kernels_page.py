@@ -20,24 +20,37 @@ def test_the_page_holds_the_tables_of_the_measurements(run: dict[str, Any]) -> N
     assert kept == page.written(kept, run), "python benchmarks/kernels_page.py --write"
 
 
-def test_a_site_with_a_later_kernel_trades_that_kernel_alone(run: dict[str, Any]) -> None:
-    row = page.ordered(run)[0]
-    for site, kernel in page.CHANGED.items():
-        now = page.later(run)[kernel, row["T"], row["C"]]["us"]
-        assert page.with_later(run, row, site) - now == pytest.approx(
-            row[site]["us"] - row[kernel]["us"]
-        )
-
-
 def test_percents_are_floor_over_time(run: dict[str, Any]) -> None:
-    """Of the run and of what was timed later, from bytes, time and the copy of its own run."""
-    row = page.ordered(run)[0]
-    elements = {"project": 4, "site forward": 18, "site forward + backward": 46}
-    for name, c_elements in elements.items():
-        floor_us = c_elements * row["C"] * 2 * row["T"] / row["copy_bytes_per_second"] * 1e6
-        assert row[name]["percent"] == pytest.approx(100 * floor_us / row[name]["us"], rel=1e-2)
-    copy = run["later"]["copy_bytes_per_second"]
-    elements = {"pre backward (I + W)": 13, "post_res + project": 9}
-    for (kernel, tokens, channels), later in page.later(run).items():
-        floor_us = elements[kernel] * channels * 2 * tokens / copy * 1e6
-        assert later["percent"] == pytest.approx(100 * floor_us / later["us"], rel=1e-2)
+    """From bytes, time and the copy of the run; and as peers' percents are worked out."""
+    elements = {
+        "project": 4, "pre backward (I + W)": 13, "post_res + project": 9,
+        "site forward": page.FORWARD, "site forward + backward": page.BOTH,
+    }  # fmt: skip
+    copy = run["copy_bytes_per_second"]
+    for row in page.ordered(run):
+        for name, c_elements in elements.items():
+            us, percent = row[name]["us"], row[name]["percent"]
+            floor_us = c_elements * row["C"] * 2 * row["T"] / copy * 1e6
+            assert percent == pytest.approx(100 * floor_us / us, rel=1e-2)
+            again = page.percent(c_elements, page.shape(row), us, copy)
+            assert percent == pytest.approx(again, rel=1e-2)
+
+
+def test_the_best_peer_is_the_fastest_that_computes_mhc(run: dict[str, Any]) -> None:
+    at = (16384, 2560)
+    here = [peer for peer in run["elsewhere"]["peers"] if page.shape(peer) == at]
+    fastest = min(peer["both_us"] for peer in here if peer["both_us"])
+    best = page.best_peers(run, "both_us")[at]
+    assert fastest < best  # flash-mHC's mHC-lite does less
+    assert best == next(p["both_us"] for p in here if p["peer"] == "TransformerEngine")
+
+
+def test_what_a_peak_is_made_of_sums_to_it(run: dict[str, Any]) -> None:
+    """The page's account: what is returned, coefficients, and 8 slots of dphi's partial sums."""
+    tokens, channels, n, m = 4096, 2560, 4, 24
+    row = next(r for r in page.ordered(run) if page.shape(r) == (tokens, channels))
+    state, dphi = tokens * n * channels * 2, m * n * channels * 4
+    returned = 2 * state + 2 * state // n + dphi
+    # mix, dmix, projection with 1 / r, dp in two parts of 32 columns of bf16, s
+    coefficients = tokens * (4 * m + 4 * m + 4 * (m + 1) + 2 * 2 * 32 + 4)
+    assert (returned + coefficients + 8 * dphi) / 2**20 == pytest.approx(page.mib(row), abs=0.1)
