@@ -15,12 +15,11 @@ from mhcplan.profiles.loads import LoadModel
 from mhcplan.profiles.op_costs import (
     OpCosts,
     deferred_bytes,
-    is_aligned,
     measure_command,
     saved_bytes,
     scale_segments,
 )
-from mhcplan.profiles.op_fit import Roofline
+from mhcplan.profiles.op_fit import ALIKE, Roofline
 from mhcplan.profiles.transfer_costs import TransferCosts
 from mhcplan.profiles.vocabulary import VOCABULARY, OpKey, TransferKey, op_key, parse_key
 
@@ -86,7 +85,7 @@ class CostModel:
             key = row.key
             rows[key.kind, key.pass_].append((key, row))
         self._rows = dict(rows)
-        self._tables: dict[tuple[str, str, bool], OpCosts] = {}
+        self._tables: dict[tuple[str, str], OpCosts] = {}
         self._transfers = TransferCosts(profile)
         self._loads = LoadModel(profile)
         self._cache: dict[OpKey | TransferKey, Cost] = {}
@@ -158,14 +157,15 @@ class CostModel:
         )
 
     def _table(self, key: OpKey) -> OpCosts | None:
-        """Rows of the key's kind and pass: those of equal alignment, if there are any."""
-        name = key.kind, key.pass_, is_aligned(key)
+        """Rows of the key's kind and pass, if there are any."""
+        name = key.kind, key.pass_
         if name not in self._tables:
-            rows = self._rows.get(name[:2])
+            rows = self._rows.get(name)
             if rows is None:
                 return None
-            alike = [row for row in rows if is_aligned(row[0]) == name[2]]
-            self._tables[name] = OpCosts(alike or rows, self._roofline, self.profile.name)
+            kinds = ALIKE.get(key.kind, (key.kind,))
+            alike = [row for kind in kinds for row in self._rows.get((kind, key.pass_), ())]
+            self._tables[name] = OpCosts(rows, alike, self._roofline, self.profile.name)
         return self._tables[name]
 
     def _stand_in(self, key: OpKey) -> Cost:

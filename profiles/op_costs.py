@@ -26,12 +26,11 @@ if TYPE_CHECKING:
     from mhcplan.profiles.op_fit import Roofline
     from mhcplan.profiles.schema import OpTiming, Segment
 
+    Rows = list[tuple[OpKey, OpTiming]]
+
 # Elementwise ops over one long array: a longer one is a train of measured ones, a shorter one takes
 # no longer than the shortest measured. So no length of these is too far.
 _TRAIN_AXES = frozenset({"parameters"})
-# Kernels over such an array load and store 16 bytes at a time only where its length is a multiple
-# of this (Triton specialises on it; torch falls back to single elements): 20 % apart on an H100.
-_ALIGNMENT = 16
 
 
 def measure_command(key: OpKey) -> str:
@@ -39,19 +38,17 @@ def measure_command(key: OpKey) -> str:
     return f"measure it: mhcplan profile measure --op '{key}'"
 
 
-def is_aligned(key: OpKey) -> bool:
-    """Whether kernels of the op may use their widest loads and stores."""
-    return all(value % _ALIGNMENT == 0 for axis, value in key.shape if axis in _TRAIN_AXES)
-
-
 class OpCosts:
     """The measured rows of one kind and pass."""
 
-    def __init__(
-        self, rows: list[tuple[OpKey, OpTiming]], roofline: Roofline, profile_name: str
-    ) -> None:
-        """Keep ``rows``, all of one kind and pass; errors name the profile."""
+    def __init__(self, rows: Rows, alike: Rows, roofline: Roofline, profile_name: str) -> None:
+        """Keep ``rows``, all of one kind and pass; errors name the profile.
+
+        The form is fitted to ``alike``: those rows and, if there are any, those of kinds that run
+        the same kernels (:data:`mhcplan.profiles.op_fit.ALIKE`).
+        """
         self._name = profile_name
+        self._alike = alike
         self._exact = dict(rows)
         self._keys = [key for key, _ in rows]
         self._rows = [row for _, row in rows]
@@ -66,9 +63,8 @@ class OpCosts:
         if row is not None:
             return _as_measured(key, row)
         if self._grid is None or self._form is None:
-            self._form = FittedTime(
-                self._keys, [row.duration_ns for row in self._rows], self._roofline
-            )
+            times_ns = [row.duration_ns for _, row in self._alike]
+            self._form = FittedTime([k for k, _ in self._alike], times_ns, self._roofline)
             axes = [axis for axis, _ in key.shape]
             self._grid = Grid(axes, [[v for _, v in k.shape] for k in self._keys])
         target = [value for _, value in key.shape]

@@ -1,12 +1,15 @@
 """How long the kernels of one kind take, by physical form: launch, arithmetic and bytes.
 
-    time = a + b flops / GEMM rate + c bytes / copy rate,    a, b, c >= 0,
+    time = a + b products + c scores + d bytes + e longer of products and bytes + f splits,
 
-with the vocabulary's flops and bytes and the profile's own rates. The three numbers are the least
-squares of the relative error over the measured shapes: a is what every launch of the kind pays, b
-and c are by how much it misses the two rates. Different expansion rates n run different kernels,
-so each n with enough shapes has its own three. What the form leaves over is small and varies
-slowly from shape to shape; :mod:`mhcplan.profiles.op_costs` interpolates it.
+a .. f >= 0; work is in the time that it takes at the profile's own rates. The numbers are the least
+squares of the relative error over the measured shapes: a is what every launch of the kind pays,
+b .. d are by how much it misses the rates, e is for kernels that compute and move bytes at once,
+and f is what one more split costs where few tokens are to fill the chip. The vocabulary counts the
+work; of grouped products whole tiles are counted. Kinds that run the same kernels share a fit
+(:data:`ALIKE`); different expansion rates n run different ones, so each n with enough shapes has
+its own. What the form leaves over is small and varies slowly from shape to shape;
+:mod:`mhcplan.profiles.op_costs` interpolates it.
 """
 
 from __future__ import annotations
@@ -29,8 +32,42 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-_ENOUGH = 4  # shapes: one more than there are terms
-_TERMS = 3
+_TERMS = 6
+
+# Kinds that run the same kernels at other sizes: what one teaches holds for the other.
+_FAMILIES = (("attention_gqa", "attention_mla"), ("experts", "experts_skewed"))
+ALIKE = {kind: family for family in _FAMILIES for kind in family}
+
+# A grouped product gives each expert whole tiles of rows: torch's runs two CTAs of 128 rows side by
+# side (on an H100, 72 experts of 341 rows take as long as if they had 512). W sums over rows.
+_TILE_ROWS = 256
+
+# F's projection sums over channels. Tiles of so many tokens fill the chip that many times over: the
+# fewer they are, the more splits each sum is cut into, and the next kernel adds these one by one.
+_PROJECTING = ("mhc_pre", "hc_pre", "mhc_collapse")
+SPLIT_TOKENS, _SPLITS_PER_SM = 64, 2
+
+
+def whole_tiles(key: OpKey) -> float:
+    """Rows that the grouped products of the op compute, over the rows that experts have; else 1."""
+    shape = dict(key.shape)
+    if key.pass_ == "W" or key.kind not in ALIKE["experts"]:
+        return 1.0
+    rows, experts, tiles = shape["rows"], shape["experts"], 0
+    if "largest" in shape:  # of one expert, in percent; the others share what is left
+        tiles = -(-(first := rows * shape["largest"] // 100) // _TILE_ROWS)
+        rows, experts = rows - first, experts - 1
+    share, more = divmod(rows, max(experts, 1))
+    tiles += more * -(-(share + 1) // _TILE_ROWS) + (experts - more) * -(-share // _TILE_ROWS)
+    return tiles * _TILE_ROWS / max(shape["rows"], 1)
+
+
+def splits(key: OpKey, num_sms: int) -> int:
+    """Partial sums that the projection of the op is cut into on so many SMs; 0: it has none."""
+    if key.pass_ != "F" or key.kind not in _PROJECTING:
+        return 0
+    tiles = -(-dict(key.shape)["tokens"] // SPLIT_TOKENS)
+    return max(num_sms * _SPLITS_PER_SM // max(tiles, 1), 1)
 
 
 class Roofline:
@@ -48,6 +85,7 @@ class Roofline:
                 raise ProfileError(f"profile {profile.name}: rates: {name} is missing")
         self._flops, self._bytes = rates["gemm_bf16_flops"], rates["copy_bytes"]
         self._launch_ns = profile.overheads.launch_ns
+        self.num_sms = profile.hardware.num_sms
 
     def work_ns(self, key: OpKey) -> tuple[float, float]:
         """Time of the op's arithmetic and of its bytes, each at the full rate."""
@@ -62,12 +100,12 @@ class Roofline:
 
 
 class FittedTime:
-    """The form, fitted to the measured shapes of one kind and pass; else the roofline."""
+    """The form, fitted to the measured shapes of a family in one pass; else the roofline."""
 
     def __init__(
         self, keys: Sequence[OpKey], durations_ns: Sequence[int], roofline: Roofline
     ) -> None:
-        """Fit; where fewer than four shapes were measured, the roofline is all there is."""
+        """Fit; where the terms are not fewer than the shapes, the roofline is all there is."""
         self._roofline = roofline
         self._fits: dict[int | None, Floats] = {}
         shapes: dict[int | None, list[tuple[OpKey, int]]] = {}
@@ -77,10 +115,11 @@ class FittedTime:
             if (n := _rows_of_state(key)) is not None:
                 shapes.setdefault(n, []).append((key, duration_ns))
         for n, measured in shapes.items():
-            if len(measured) >= _ENOUGH:
-                terms = np.array([self._terms(key) for key, _ in measured])
+            terms = np.array([self._terms(key) for key, _ in measured])
+            used = _independent(terms)
+            if len(used) < len(measured):
                 durations = np.array([duration_ns for _, duration_ns in measured], float)
-                self._fits[n] = _least_squares(terms / durations[:, None])
+                self._fits[n] = _least_squares(terms / durations[:, None], used)
 
     def __call__(self, key: OpKey) -> float:
         """Time of ``key`` in ns, at least 1."""
@@ -90,22 +129,38 @@ class FittedTime:
         return max(float(fit @ self._terms(key)), 1.0)
 
     def _terms(self, key: OpKey) -> Floats:
-        return np.array([1.0, *self._roofline.work_ns(key)])
+        kind, shape = OP_KINDS[key.kind], dict(key.shape)
+        flops_ns, bytes_ns = self._roofline.work_ns(key)
+        scores_ns = flops_ns * kind.scores(shape, key.pass_) / max(kind.flops(shape, key.pass_), 1)
+        products_ns = (flops_ns - scores_ns) * whole_tiles(key)
+        num_splits = splits(key, self._roofline.num_sms)
+        longer_ns = max(products_ns, bytes_ns)
+        return np.array([1.0, products_ns, scores_ns, bytes_ns, longer_ns, num_splits])
 
 
 def _rows_of_state(key: OpKey) -> int | None:
     return dict(key.shape).get("n")
 
 
-def _least_squares(terms: Floats) -> Floats:
+def _independent(terms: Floats) -> list[int]:
+    """Columns that are not 0, each of equal ones once (all shapes may be bound by memory)."""
+    kept: list[int] = []
+    for i in range(_TERMS):
+        if terms[:, i].any() and not any((terms[:, i] == terms[:, j]).all() for j in kept):
+            kept.append(i)
+    return kept
+
+
+def _least_squares(terms: Floats, present: list[int]) -> Floats:
     """Non-negative x that makes ``terms @ x`` nearest to 1, by trying which of the x are 0.
 
     Args:
         terms: [shape, term], each row over the duration that was measured.
+        present: columns to use; x is 0 elsewhere.
     """
     best, least = np.zeros(_TERMS), float(len(terms))
-    for count in range(1, _TERMS + 1):
-        for used in map(list, combinations(range(_TERMS), count)):
+    for count in range(1, len(present) + 1):
+        for used in map(list, combinations(present, count)):
             found = np.linalg.lstsq(terms[:, used], np.ones(len(terms)), rcond=None)[0]
             if (found < 0).any():
                 continue

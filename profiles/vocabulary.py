@@ -66,6 +66,7 @@ class OpKind:
         passes: letters among F, I, W, B, R, O.
         category: class of time in the report: ``compute``, ``mhc`` or ``optimizer``.
         flops, bytes: least work of (shape, pass): floating-point operations, bytes of HBM.
+        scores: those of the flops that are attention's scores: other kernels than the products'.
         saved: bytes that F keeps for I beyond the op's own inputs and outputs.
         deferred: bytes that I leaves for W (inputs and output gradients of its linears).
     """
@@ -75,6 +76,7 @@ class OpKind:
     category: str
     flops: Callable[[Shape, str], int]
     bytes: Callable[[Shape, str], int]
+    scores: Callable[[Shape, str], int]
     saved: Callable[[Shape], int]
     deferred: Callable[[Shape], int]
 
@@ -90,10 +92,11 @@ def _kind(
     *,
     flops: Callable[[Shape, str], int],
     bytes: Callable[[Shape, str], int],
+    scores: Callable[[Shape, str], int] = lambda _s, _p: 0,
     saved: Callable[[Shape], int] = _none,
     deferred: Callable[[Shape], int] = _none,
 ) -> OpKind:
-    return OpKind(tuple(axes.split()), passes, category, flops, bytes, saved, deferred)
+    return OpKind(tuple(axes.split()), passes, category, flops, bytes, scores, saved, deferred)
 
 
 # -- mHC (paper section 4.3.1 and Table 2; bytes of F as fused: reference "I/O after fusion") ----
@@ -215,10 +218,13 @@ def _score_flops(tokens: int, seq: int, heads: int, qk: int, v: int, p: str) -> 
     return {"F": forward, "I": 5 * forward // 2, "W": 0}[p]
 
 
-def _mla_flops(s: Shape, p: str) -> int:
-    linears = 2 * s["tokens"] * _mla_weights(s)
+def _mla_scores(s: Shape, p: str) -> int:
     qk = s["nope"] + s["rope"]
-    return linears + _score_flops(s["tokens"], s["seq"], s["heads"], qk, s["v"], p)
+    return _score_flops(s["tokens"], s["seq"], s["heads"], qk, s["v"], p)
+
+
+def _mla_flops(s: Shape, p: str) -> int:
+    return 2 * s["tokens"] * _mla_weights(s) + _mla_scores(s, p)
 
 
 def _mla_widths(s: Shape) -> int:
@@ -252,11 +258,13 @@ def _gqa_weights(s: Shape) -> int:
     return s["hidden"] * s["head_dim"] * 2 * (s["heads"] + s["kv_heads"])
 
 
-def _gqa_flops(s: Shape, p: str) -> int:
+def _gqa_scores(s: Shape, p: str) -> int:
     d = s["head_dim"]
-    return 2 * s["tokens"] * _gqa_weights(s) + _score_flops(
-        s["tokens"], s["seq"], s["heads"], d, d, p
-    )
+    return _score_flops(s["tokens"], s["seq"], s["heads"], d, d, p)
+
+
+def _gqa_flops(s: Shape, p: str) -> int:
+    return 2 * s["tokens"] * _gqa_weights(s) + _gqa_scores(s, p)
 
 
 def _gqa_widths(s: Shape) -> int:
@@ -372,11 +380,13 @@ VOCABULARY: dict[str, OpKind] = {
     ),
     "attention_mla": _kind(
         _MLA, "FIW", "compute",
-        flops=_mla_flops, bytes=_mla_bytes, saved=_mla_saved, deferred=_mla_deferred,
+        flops=_mla_flops, bytes=_mla_bytes, scores=_mla_scores,
+        saved=_mla_saved, deferred=_mla_deferred,
     ),
     "attention_gqa": _kind(
         _GQA, "FIW", "compute",
-        flops=_gqa_flops, bytes=_gqa_bytes, saved=_gqa_saved, deferred=_gqa_deferred,
+        flops=_gqa_flops, bytes=_gqa_bytes, scores=_gqa_scores,
+        saved=_gqa_saved, deferred=_gqa_deferred,
     ),
     "dense_ffn": _kind(
         "tokens hidden ffn", "FIW", "compute",

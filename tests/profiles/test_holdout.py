@@ -46,7 +46,8 @@ def test_at_least_a_fifth_of_every_family_is_left_out_of_the_shipped_profile() -
         assert found[family].missing == 0
     # what design.md and docs/profiling.md promise of a shipped profile
     assert not found["all ops"].misses
-    assert found["adamw"].p90_percent < 5  # counts of equal alignment speak for each other
+    for family in ("attention_gqa", "experts", "experts_skewed", "mhc_pre"):
+        assert not found[family].misses, found[family]
 
 
 def test_bars_that_are_missed_are_named_with_their_figures() -> None:

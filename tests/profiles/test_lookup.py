@@ -248,21 +248,6 @@ def test_any_length_of_an_optimizer_step_has_a_cost(costs: CostModel, parameters
     assert cost.duration_ns == pytest.approx(synthetic_ns(key), rel=1e-3)
 
 
-def test_lengths_of_equal_alignment_speak_for_each_other(profile: Profile) -> None:
-    """Kernels take narrower loads where the length is no multiple of 16."""
-    counts = [10**6 * factor for factor in (1, 10, 100, 1000)]
-    fast = [timing(op_key("adamw", "O", parameters=count)) for count in counts]
-    slow = [timing(op_key("adamw", "O", parameters=count + 1)) for count in counts]
-    slow = [row.model_copy(update={"duration_ns": 2 * row.duration_ns}) for row in slow]
-    others = tuple(row for row in profile.ops if row.kind != "adamw")
-    both = CostModel(profile.model_copy(update={"ops": (*others, *fast, *slow)}))
-    alone = CostModel(profile.model_copy(update={"ops": (*others, *fast)}))
-    even = op_key("adamw", "O", parameters=32 * 10**6)
-    odd = op_key("adamw", "O", parameters=32 * 10**6 + 8)
-    assert both.op(even).duration_ns == pytest.approx(alone.op(even).duration_ns)
-    assert both.op(odd).duration_ns == pytest.approx(2 * alone.op(odd).duration_ns, rel=1e-3)
-
-
 def test_hc_without_mhc_is_refused(profile: Profile) -> None:
     model = without(profile, lambda row: row.kind in ("hc_post", "mhc_post"))
     with pytest.raises(CostMissing, match=r"mhc_post\.F was not measured"):
