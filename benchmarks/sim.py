@@ -130,7 +130,7 @@ def what_if(repeats: int) -> Section:
     for engine in ("compiled", "simpy"):
         rounds = repeats if engine == "compiled" else 1
         _, engines[engine] = timed(
-            lambda engine=engine: [simulate(s.program, s.table, engine) for s in steps], rounds
+            lambda engine=engine: [simulate(s.played, s.table, engine) for s in steps], rounds
         )
         section.rows.append(
             (

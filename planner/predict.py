@@ -44,12 +44,14 @@ class Step:
 
     Attributes:
         costs: what each of the program's cost keys costs, with source and spread.
-        table: the same as arrays, which the engine plays; arithmetic takes ``clock`` times as long
-            as in ``costs``, because of the power limit.
+        played, table: the program and its costs as the engine played them. Because of the power
+            limit arithmetic takes longer than in ``costs``, on each rank by its own clock: ranks
+            have cost keys of their own. Up to ``clock`` times, on the slowest.
     """
 
     program: Program
     costs: tuple[Cost, ...]
+    played: Program
     table: CostTable
     timeline: Timeline
     memory: Memory
@@ -120,31 +122,33 @@ def play(plan: PlanSpec, model: CostModel, recompute_block: int | None) -> Step:
     costs, table = (
         model.costs(program.cost_keys, plan.gpu), model.table(program.cost_keys, plan.gpu)
     )  # fmt: skip
-    table, timeline, clock = settle(plan, program, table, model.profile)
+    played, table, timeline, clock = settle(plan, program, table, model.profile)
     return Step(
-        program, costs, table, timeline, memory_of(program, table), breakdown(program, timeline),
-        clock,
+        program, costs, played, table, timeline, memory_of(program, table),
+        breakdown(program, timeline), clock,
     )  # fmt: skip
 
 
 def settle(
     plan: PlanSpec, program: Program, table: CostTable, profile: Profile
-) -> tuple[CostTable, Timeline, float]:
-    """Play a step at the clock that the power limit leaves it.
+) -> tuple[Program, CostTable, Timeline, float]:
+    """Play a step at the clocks that the power limit leaves its GPUs.
 
     The step is played at the full clock first, which says what it would draw.
 
     Returns:
-        The table that was played, its Timeline, and how many times as long arithmetic takes.
+        The program and the table that were played, their Timeline, and how many times as long
+        arithmetic takes on the rank that is slowed most.
     """
     timeline = simulate(program, table, plan.engine)
     if plan.power == "unlimited" or profile.power_model is None:
-        return table, timeline, 1.0
-    clock, arithmetic = slowdown(program, table, timeline, profile.power_model)
-    if clock == 1.0:
-        return table, timeline, clock
-    table = slowed(table, arithmetic, clock)
-    return table, simulate(program, table, plan.engine), clock
+        return program, table, timeline, 1.0
+    factor, arithmetic = slowdown(program, table, timeline, profile.power_model)
+    clock = float(factor.max(initial=1.0))
+    if clock > 1.0:
+        program, table = slowed(program, table, arithmetic, factor)
+        timeline = simulate(program, table, plan.engine)
+    return program, table, timeline, clock
 
 
 def simulate(program: Program, costs: CostTable, engine: Engine) -> Timeline:

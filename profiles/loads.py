@@ -12,7 +12,7 @@ assumed, and :func:`assumptions` says so:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Literal
 
 from mhcplan.profiles.costs import worst
@@ -24,7 +24,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from mhcplan.profiles.costs import Cost
-    from mhcplan.profiles.schema import KernelTrait, Profile, Segment, TrafficTrait
+    from mhcplan.profiles.schema import (
+        ContentionModel,
+        KernelTrait,
+        Profile,
+        Segment,
+        TrafficTrait,
+    )
 
 Attention = Literal["persistent", "preemptible"]
 
@@ -36,6 +42,9 @@ _STREAMING_SHARE = 0.9  # of the bandwidth, that they take
 # launch. The same library launches others whose tiles are dealt to CTAs at the start: beside NCCL
 # they take up to twice as long (docs/accuracy.md), and no clearing goes before them.
 _CLEARING = "Memset"
+# A piece of attention's work is so many queries of a head: the flash kernel that has a CTA for each
+# launches 512 for 4096 queries of 16 heads, and the persistent ones are taken to deal as many.
+_QUERIES_A_PIECE = 128
 
 
 @dataclass(frozen=True)
@@ -63,9 +72,7 @@ class LoadModel:
         self._model = profile.contention_model
         if self._model is None:
             return
-        values = dict(self._model.parameters)
-        num_sms = round(values.pop("num_sms"))
-        self._parameters = Parameters(num_sms=num_sms, **values)
+        self._parameters = fitted_parameters(self._model)
         self._traffic_traits = {(row.pattern, row.medium): row for row in self._model.traffic}
         self._link_bytes_per_ns = _link_bytes_per_ns(profile)
         self._kernels: dict[tuple[OpKey, Attention], tuple[Kernel, ...]] = {}
@@ -119,7 +126,7 @@ class LoadModel:
             kept = [segments[i] for i in at]
             moved = _bytes_of(kept, sum(s.hbm_bytes for s in segments), self._parameters)
             found = self._kernels[key, attention] = tuple(
-                _kernel(segments[i], size, self._traits_at(segments, i), attention)
+                _kernel(key, segments[i], size, self._traits_at(segments, i), attention)
                 for i, size in zip(at, moved, strict=True)
             )
         return found
@@ -173,8 +180,21 @@ def assumptions(profile: Profile, settings: GpuSettings) -> Iterator[str]:
         yield "attention's CTAs end one by one, at the speed that was measured of persistent ones"
 
 
+def fitted_parameters(model: ContentionModel) -> Parameters:
+    """What was fitted to the machine of a profile. What only models before this one had is left
+    out."""
+    known = {field.name for field in fields(Parameters)}
+    values = {name: value for name, value in model.parameters.items() if name in known}
+    num_sms = round(values.pop("num_sms"))
+    return Parameters(num_sms=num_sms, **values)
+
+
 def _kernel(
-    segment: Segment, hbm_bytes: int, traits: Sequence[KernelTrait], attention: Attention
+    key: OpKey,
+    segment: Segment,
+    hbm_bytes: int,
+    traits: Sequence[KernelTrait],
+    attention: Attention,
 ) -> Kernel:
     kernel = Kernel(
         segment.duration_ns, segment.ctas, segment.ctas_per_sm, hbm_bytes, segment.persistent
@@ -182,10 +202,14 @@ def _kernel(
     trait = next((trait for trait in traits if trait.name in segment.name), None)
     if trait is None:
         return kernel
+    pieces = trait.pieces
+    if trait.is_attention and pieces:
+        shape = dict(key.shape)
+        pieces = -(-shape["tokens"] * shape["heads"] // _QUERIES_A_PIECE)
     if attention == "preemptible" and trait.is_attention and segment.persistent:
-        ctas = max(trait.pieces, segment.ctas)
+        ctas = max(pieces, segment.ctas)
         return replace(kernel, persistent=False, ctas=ctas, tail_share=trait.tail_share)
-    return replace(kernel, pieces=trait.pieces, dealt=trait.dealt, tail_share=trait.tail_share)
+    return replace(kernel, pieces=pieces, dealt=trait.dealt, tail_share=trait.tail_share)
 
 
 def _bytes_of(segments: Sequence[Segment], total: int, p: Parameters) -> list[int]:

@@ -20,7 +20,7 @@ from mhcplan.profiles.contention import Message
 from mhcplan.profiles.contention_fit import BUFFER_BYTES, TRAITS, Pair, Pairs, errors, kernels_of
 from mhcplan.profiles.contention_replay import play
 from mhcplan.profiles.costs import worst
-from mhcplan.profiles.loads import GpuSettings
+from mhcplan.profiles.loads import GpuSettings, fitted_parameters
 from mhcplan.profiles.lookup import cost_model_of
 from mhcplan.profiles.schema import Pattern, ProfileError
 from mhcplan.profiles.vocabulary import TransferKey
@@ -350,8 +350,7 @@ def parameters_of(profile: Profile) -> Parameters:
         raise ProfileError(
             f"profile {profile.name} has no contention_model: overlap was not measured on it"
         )
-    values = dict(profile.contention_model.parameters)
-    return Parameters(num_sms=round(values.pop("num_sms")), **values)
+    return fitted_parameters(profile.contention_model)
 
 
 def parse_traffic(text: str) -> TransferKey:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 _BOUND_SHARE = 0.5
 _FULL_CLOCK = 0.995  # of the highest clock seen: below it the limit is at work
 _TERA = 1e12
+_CLOCK_DIGITS = 4  # slowdowns that are equal to so many digits are one
 
 
 def stretched(watts: float | Floats, model: PowerModel) -> Floats:
@@ -72,12 +73,13 @@ def _flops(key: OpKey) -> float:
 
 def slowdown(
     program: Program, costs: CostTable, timeline: Timeline, model: PowerModel
-) -> tuple[float, Arithmetic]:
-    """How many times as long arithmetic takes in this step, run over and over, and what computes.
+) -> tuple[Floats, Arithmetic]:
+    """How many times as long arithmetic takes on each rank in this step, run over and over, and
+    what computes.
 
     The step is cut into windows as long as the clock takes to follow the load; the slowdown is the
-    mean over a rank's arithmetic. All ranks get that of the rank with the most: the others wait
-    for it.
+    mean over a rank's arithmetic. Every GPU has a clock of its own: in a measured DualPipeV the one
+    of rank 0 ran at 1853 MHz and that of rank 1, which waits more, at 1964 MHz.
     """
     found = arithmetic_of(program.cost_keys, costs.duration_ns, model)
     windows = max(1, round(timeline.step_ns / (model.window_ms * 1e6)))
@@ -96,8 +98,7 @@ def slowdown(
     )
     flops = flops.reshape(-1, windows)
     weighted = (stretched(watts, model).reshape(-1, windows) * flops).sum(1)
-    of_rank = weighted / np.maximum(flops.sum(1), 1.0)
-    return max(1.0, float(of_rank.max(initial=1.0))), found
+    return np.maximum(weighted / np.maximum(flops.sum(1), 1.0), 1.0), found
 
 
 def steady_ns(cost_keys: Sequence[str], durations_ns: Sequence[int], model: PowerModel) -> float:
@@ -109,10 +110,30 @@ def steady_ns(cost_keys: Sequence[str], durations_ns: Sequence[int], model: Powe
     return float((durations * (1 + found.share * (longer - 1))).sum())
 
 
-def slowed(costs: CostTable, arithmetic: Arithmetic, factor: float) -> CostTable:
-    """The costs where arithmetic takes ``factor`` times as long."""
-    longer = 1 + arithmetic.share * (factor - 1)
-    return replace(costs, duration_ns=np.round(costs.duration_ns * longer).astype(np.int64))
+def slowed(
+    program: Program, costs: CostTable, arithmetic: Arithmetic, factor: Floats
+) -> tuple[Program, CostTable]:
+    """A Program and its costs where arithmetic takes ``factor`` [rank] times as long.
+
+    Ranks whose clocks differ have costs of their own: the cost keys follow each other once for
+    every clock. Equal clocks share them.
+    """
+    clocks, of_rank = np.unique(np.round(factor, _CLOCK_DIGITS), return_inverse=True)
+    count = len(clocks)
+    longer = 1 + arithmetic.share * (clocks[:, None] - 1)
+    cost = program.cost + len(program.cost_keys) * of_rank[program.rank]
+    loads = costs.loads and replace(
+        costs.loads, kernels=costs.loads.kernels * count, traffic=costs.loads.traffic * count
+    )
+    return program.renumbered(
+        cost=cost.astype(program.cost.dtype), cost_keys=program.cost_keys * count
+    ), replace(
+        costs,
+        duration_ns=np.round(costs.duration_ns * longer).astype(np.int64).ravel(),
+        host_ns=np.tile(costs.host_ns, count),
+        workspace_bytes=np.tile(costs.workspace_bytes, count),
+        loads=loads,
+    )
 
 
 class Row(NamedTuple):

@@ -64,8 +64,8 @@ class Traffic:
 class Parameters:
     """What is measured or fitted once for a machine; the rest of the model is counted.
 
-    The defaults were fitted to pairs measured on H100s (benchmarks/contention.py); ``lone_life``
-    and ``together`` were read off traced steps (docs/accuracy.md).
+    The defaults were fitted to pairs measured on H100s (benchmarks/contention.py); ``together`` was
+    read off traced steps (docs/accuracy.md).
 
     Attributes:
         num_sms: of the GPU.
@@ -84,9 +84,6 @@ class Parameters:
             where several CTAs share one and end at different times.
         bound_from: share of the memory bandwidth from which a kernel begins to be bound by it.
         least_life: shortest life of a memory-bound CTA, as a share of its life beside all others.
-        lone_life: life of a CTA that finds an SM only when the others have ended, as a share of
-            their life: clock, caches and power are then its own. Of persistent kernels and of those
-            of several waves.
         together: rate of an op beside one of a more urgent stream, if one of them is bound by
             memory and the other is not, as a share of its rate alone. 0: nothing is gained.
     """
@@ -102,7 +99,6 @@ class Parameters:
     drain_lives: float = 4.0
     bound_from: float = 0.7
     least_life: float = 0.5
-    lone_life: float = 0.7
     together: float = 0.0
 
 

@@ -142,12 +142,13 @@ def _row(kernel: Kernel, duration_ns: float, p: Parameters, sms: int) -> tuple[i
     if not kernel.ctas:
         return (1, 0, 0, sms, 0, 1, 1, SHARE, SHARE, bound, 1, 0)
     count, fit = units(kernel), kernel.ctas_per_sm
-    # pieces of unknown number, or dealt anew to a grid that was made for fewer SMs
-    is_fluid = (not kernel.dealt and not kernel.pieces) or (kernel.persistent and sms < kernel.ctas)
     usual = min(fit, -(-kernel.ctas // p.num_sms))
+    # pieces of unknown number, or dealt anew to a grid that was made for fewer SMs
+    is_fluid = not kernel.dealt and not kernel.pieces
+    is_fluid |= kernel.persistent and usual * sms < kernel.ctas
     waves = -(-count // (usual * sms))
-    # of several waves the CTAs end at different times; of one they all meet the second wave
-    lone = _share(p.lone_life) if kernel.persistent or waves > 1 else SHARE
+    # a CTA that finds an SM when all others have ended waits for memory no more
+    lone = max(SHARE - _share(share), 1)
     wave = work / waves
     tail, idle = _tail(kernel, usual, sms, wave, work, p)
     stays = kernel.persistent or waves == 1

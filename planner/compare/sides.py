@@ -191,7 +191,7 @@ def _step_of(name: str, trace: Trace) -> Step:
         memory, parts = memory_of(program, table), breakdown(program, trace.timeline)
     except ValueError as error:
         raise SpecError(f"{name}: {error}") from None
-    return Step(program, (), table, trace.timeline, memory, parts)
+    return Step(program, (), program, table, trace.timeline, memory, parts)
 
 
 def _plan_of_trace(name: str, meta: dict[str, Any]) -> PlanSpec | None:

@@ -93,7 +93,7 @@ def _other_costs(prediction: Prediction) -> Iterator[Counterfactual]:
     )
     for name, kind, ops, change in cases:
         if ops.any():
-            timeline = simulate(*changed_costs(program, step.table, ops, change), plan.engine)
+            timeline = simulate(*changed_costs(step.played, step.table, ops, change), plan.engine)
             yield Counterfactual(
                 name, kind, timeline.step_ns, plan.tokens_per_step, device_bytes(step)
             )

@@ -190,7 +190,7 @@ def _slowed_ns(step: Step, piece: PathStep) -> int:
     program = step.program
     if piece.op < 0 or program.group[piece.op] >= 0:
         return 0
-    alone_ns = int(step.table.duration_ns[program.cost[piece.op]])
+    alone_ns = int(step.table.duration_ns[step.played.cost[piece.op]])
     return max(piece.end_ns - piece.start_ns - alone_ns, 0)
 
 

@@ -106,7 +106,7 @@ def _captured(step: Step, plan: PlanSpec, model: CostModel) -> Timeline:
     """The step as a CUDA graph: no op takes time of the host."""
     table = model.table(step.program.cost_keys, plan.gpu)
     table = replace(table, host_ns=np.zeros_like(table.host_ns))
-    return settle(plan, step.program, table, model.profile)[1]
+    return settle(plan, step.program, table, model.profile)[2]
 
 
 def _step_claim(lines: Lines) -> StepClaim:

@@ -128,8 +128,8 @@ class PlanReport(Spec):
         NonNegativeFloat | None,
         Field(
             description="how much longer arithmetic takes at the clock that the GPU's power limit"
-            " leaves it, on all ranks; null: at the full clock, as the plan says, or as the profile"
-            " says nothing of the limit"
+            " leaves it, on the rank that is slowed most; null: at the full clock, as the plan"
+            " says, or as the profile says nothing of the limit"
         ),
     ] = None
     baseline_power_slowdown_percent: Annotated[

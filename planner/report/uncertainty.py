@@ -131,7 +131,7 @@ def step_ratios(step: Step, common: Floats, draws: np.random.Generator) -> Float
     _, first, member = np.unique(meeting[is_transfer], return_index=True, return_inverse=True)
     own[is_transfer] = np.flatnonzero(is_transfer)[first][member]
     spread = np.array([cost.spread_percent for cost in step.costs]) / 100 / _SPREAD_SIGMAS
-    duration = table.duration_ns[program.cost]
+    duration = table.duration_ns[step.played.cost]
     sigma_ns = duration * spread[program.cost]
     common_ns = np.sqrt(COMMON_SHARE) * np.stack(
         [np.where(is_transfer, 0, sigma_ns), np.where(is_transfer, sigma_ns, 0)]

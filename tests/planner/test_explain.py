@@ -71,7 +71,7 @@ def test_kernels_that_nothing_delays_are_not_slowed() -> None:
     plan = make_plan(PLAN | {"priority": "none", "contention": "off"})
     assert explain(predict(plan, synthetic_profile())).slowed_ns == 0
     step = small().step
-    alone_ns = step.table.duration_ns[step.program.cost]
+    alone_ns = step.table.duration_ns[step.played.cost]
     by_hand = sum(
         max(piece.end_ns - piece.start_ns - int(alone_ns[piece.op]), 0)
         for piece in critical_path(step.timeline)
@@ -108,8 +108,8 @@ def test_changed_costs_touch_the_chosen_ops_only() -> None:
     norms = np.flatnonzero([step.program.kinds[k] == "norm" for k in step.program.kind])
     chosen = np.zeros(step.program.num_ops, np.bool_)
     chosen[norms[::2]] = True
-    program, table = changed_costs(step.program, step.table, chosen, FREE)
-    duration, before = table.duration_ns[program.cost], step.table.duration_ns[step.program.cost]
+    program, table = changed_costs(step.played, step.table, chosen, FREE)
+    duration, before = table.duration_ns[program.cost], step.table.duration_ns[step.played.cost]
     assert (duration[chosen] == 0).all()
     assert (duration[~chosen] == before[~chosen]).all()
     assert (before[norms] > 0).all()
@@ -119,9 +119,9 @@ def test_nothing_changed_and_everything_free_are_the_step_and_nothing() -> None:
     prediction = small()
     everything = np.ones(prediction.step.program.num_ops, np.bool_)
     step = prediction.step
-    same = changed_costs(step.program, step.table, everything, Change())
+    same = changed_costs(step.played, step.table, everything, Change())
     assert simulate(*same, "compiled").step_ns == prediction.step.timeline.step_ns
-    free = changed_costs(step.program, step.table, everything, FREE)
+    free = changed_costs(step.played, step.table, everything, FREE)
     assert simulate(*free, "compiled").step_ns == 0
 
 

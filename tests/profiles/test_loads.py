@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from mhcplan.profiles.loads import GpuSettings, LoadModel, assumptions
+from mhcplan.profiles.loads import GpuSettings, LoadModel, assumptions, fitted_parameters
 from mhcplan.profiles.lookup import CostModel
 from mhcplan.profiles.store import find_profile
 from mhcplan.profiles.vocabulary import TransferKey
@@ -78,6 +78,23 @@ def test_attention_can_be_asked_to_end_its_ctas_one_by_one() -> None:
     assert [k for i, k in enumerate(staying) if i != at] == [
         k for i, k in enumerate(ending) if i != at
     ]
+
+
+def test_pieces_of_attention_are_those_of_the_ops_own_shape() -> None:
+    rows = [r for r in h100().profile.ops if r.kind == "attention_mla" and r.pass_ == "I"]
+    loads = loads_of([str(row.key) for row in rows])
+    for row, kernels in zip(rows, loads.kernels, strict=True):
+        found = {kernel.pieces for kernel in kernels if kernel.tail_share}
+        assert found <= {row.shape["tokens"] * row.shape["heads"] // 128}, row.key
+    assert any(kernel.tail_share for kernels in loads.kernels for kernel in kernels)
+
+
+def test_a_parameter_that_the_model_no_longer_has_is_left_out() -> None:
+    model = h100().profile.contention_model
+    assert model is not None
+    more = model.model_copy(update={"parameters": {**model.parameters, "gone": 1.0}})
+    assert fitted_parameters(more) == fitted_parameters(model)
+    assert fitted_parameters(model).num_sms == 132
 
 
 def test_traffic_is_as_it_was_overlapped_or_assumed_and_said_so() -> None:

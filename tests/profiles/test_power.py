@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -114,14 +113,17 @@ def test_a_step_is_played_at_the_clock_that_its_load_leaves() -> None:
     step = play(PLAN, model, None)
     assert profile.power_model is not None
     factor, arithmetic = slowdown(cold.program, cold.table, cold.timeline, profile.power_model)
-    assert step.clock == pytest.approx(factor)
+    assert step.clock == pytest.approx(factor.max())
     assert step.clock > 1.01
     assert cold.clock == 1
-    longer = step.table.duration_ns / np.maximum(cold.table.duration_ns, 1)
-    assert longer.max() == pytest.approx(factor, rel=1e-3)
-    moves = (arithmetic.flops == 0) & (cold.table.duration_ns > 0)
+    cost = cold.program.cost
+    longer = step.table.duration_ns[step.played.cost] / np.maximum(cold.table.duration_ns[cost], 1)
+    for rank in range(2):  # each by the clock of its own GPU
+        own = cold.program.rank == rank
+        assert longer[own].max() == pytest.approx(factor[rank], rel=1e-3)
+    moves = (arithmetic.flops[cost] == 0) & (cold.table.duration_ns[cost] > 0)
     assert longer[moves] == pytest.approx(1)
-    assert 1 < step.timeline.step_ns / cold.timeline.step_ns < factor + 1e-3
+    assert 1 < step.timeline.step_ns / cold.timeline.step_ns < factor.max() + 1e-3
 
 
 def test_a_cooler_machine_is_not_slowed() -> None:
@@ -142,11 +144,27 @@ def test_costs_are_stretched_by_their_arithmetic() -> None:
     model = cost_model_of(find_profile("h100-sxm"))
     step = play(PLAN.model_copy(update={"power": "unlimited"}), model, None)
     assert model.profile.power_model is not None
+    program, cold = step.program, step.table
+    _, found = slowdown(program, cold, step.timeline, model.profile.power_model)
+    played, table = slowed(program, cold, found, np.array([1.5, 1.0]))
+    longer = np.where(program.rank == 0, 1 + 0.5 * found.share[program.cost], 1)
+    expected = cold.duration_ns[program.cost] * longer
+    assert table.duration_ns[played.cost] == pytest.approx(expected, abs=1)
+    assert [played.cost_keys[k] for k in played.cost] == [
+        program.cost_keys[k] for k in program.cost
+    ]
+    assert cold.loads is not None
+    assert table.loads is not None
+    assert len(table.loads.kernels) == len(table.loads.traffic) == len(played.cost_keys)
+
+
+def test_ranks_of_equal_clocks_share_their_costs() -> None:
+    model = cost_model_of(find_profile("h100-sxm"))
+    step = play(PLAN.model_copy(update={"power": "unlimited"}), model, None)
+    assert model.profile.power_model is not None
     _, found = slowdown(step.program, step.table, step.timeline, model.profile.power_model)
-    table = slowed(step.table, found, 1.5)
-    share = found.share
-    assert table.duration_ns == pytest.approx(step.table.duration_ns * (1 + share * 0.5), abs=1)
-    assert replace(table, duration_ns=step.table.duration_ns).loads is step.table.loads
+    played, _ = slowed(step.program, step.table, found, np.array([1.1, 1.1 + 1e-9]))
+    assert played.cost_keys == step.program.cost_keys
 
 
 @pytest.mark.parametrize(

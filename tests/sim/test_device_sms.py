@@ -30,7 +30,7 @@ COLUMNS = ("issue_ns", "start_ns", "end_ns", "cause", "reason")
 # nothing but SMs counts: every figure below can be worked out by hand
 BARE = Parameters(
     num_sms=100, hbm_bytes_per_ns=1e9, busy_delay=0.0, memory_delay=0.0, link_delay=0.0,
-    compute_delay=0.0, crowding=1.0, lone_life=1.0,
+    compute_delay=0.0, crowding=1.0,
 )  # fmt: skip
 TILES = Kernel(1000, 500, 1)  # five waves of 200 ns
 WAVE = Kernel(1000, 100, 1)
@@ -206,6 +206,30 @@ def test_a_peer_that_is_late_makes_its_partner_hold_sms() -> None:
     assert REASONS[line.reason[index[here]]] == "peer"
     # 500 ns at half speed, the time for which 20 SMs were held
     assert line.end_ns[index[busy]] == pytest.approx(1250, abs=2)
+
+
+@pytest.mark.parametrize(("share", "last_ns"), [(0.0, 1000), (0.2, 850), (0.6, 550)])
+def test_ctas_of_a_last_wave_wait_for_memory_only_as_far_as_others_use_it(
+    share: float, last_ns: int
+) -> None:
+    """20 of 100 CTAs find no SM at first, and then run where 80 could: of their waits for memory
+    a quarter is left."""
+    maker = Maker()
+    pair = maker.group("pair", 0, size=2)
+    held = maker.transfer(0, pair, 10_000)
+    op = maker.op(0, 1000)
+    kernel = replace(PERSISTENT, hbm_bytes=round(share * 1000 * BARE.hbm_bytes_per_ns))
+    line = played(maker, {held: Traffic(20), op: kernel})
+    assert line.end_ns[maker.index_of[op]] == pytest.approx(1000 + last_ns, rel=1e-3)
+
+
+def test_a_persistent_grid_of_two_ctas_an_sm_is_no_fluid() -> None:
+    maker = Maker()
+    pair = maker.group("pair", 0, size=2)
+    held = maker.transfer(0, pair, 10_000)
+    op = maker.op(0, 1000)
+    line = played(maker, {held: Traffic(20), op: Kernel(1000, 200, 2, persistent=True)})
+    assert line.end_ns[maker.index_of[op]] == pytest.approx(2000, rel=1e-3)
 
 
 def test_transfers_that_want_more_than_a_link_carries_share_it() -> None:

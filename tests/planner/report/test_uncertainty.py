@@ -75,7 +75,7 @@ def test_jitter_of_a_chain_adds_up_as_variances_do() -> None:
          "residual": {"kind": "plain"}}
     )  # fmt: skip
     step = spread(predict(plan, synthetic_profile()).step, 10 * 1.2816)
-    ns = step.table.duration_ns[step.program.cost].astype(float)
+    ns = step.table.duration_ns[step.played.cost].astype(float)
     expected = 0.1 * np.sqrt(0.5 * (ns**2).sum()) / ns.sum()
     found = step_ratios(step, np.zeros((300, 2)), np.random.default_rng(1))
     assert found.std() == pytest.approx(expected, rel=0.2)
