@@ -187,12 +187,20 @@ def _gain_alarms(recording: Recording, direction: str) -> Iterator[Alarm]:
     site = int(gains[-1].argmax())
     largest = gains.max(1)
     where: dict[str, Any] = {"step": int(recording.steps[-1]), "site": recording.sites[site]}
-    limit = THRESHOLDS["gain"].value
+    limit, peak = THRESHOLDS["gain"].value, int(largest.argmax())
     if largest[-1] > limit:
         yield Alarm(
             name="gain",
             message=f"the composite {direction} gain is {largest[-1]:.4g}, above {limit:g}",
             **where,
+        )
+    elif largest[peak] > limit:
+        yield Alarm(
+            name="gain",
+            message=f"the composite {direction} gain was {largest[peak]:.4g}, above {limit:g}; it"
+            f" ended at {largest[-1]:.4g}",
+            step=int(recording.steps[peak]),
+            site=recording.sites[int(gains[peak].argmax())],
         )
     quarter = len(largest) // 4
     if quarter == 0:

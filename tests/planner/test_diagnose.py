@@ -171,6 +171,14 @@ def test_a_large_gain_sounds(direction: str) -> None:
     assert alarm.site == "b"
 
 
+def test_a_large_gain_that_passed_sounds_where_it_was() -> None:
+    records = calm_records()
+    records["composite_backward_gain"][7, 1, 0] = 26.0
+    (alarm,) = judge(recording(records, kind="hc")).alarms
+    assert (alarm.name, alarm.step, alarm.site) == ("gain", records["step"][7], "b")
+    assert "was 26, above 10; it ended at 1" in alarm.message
+
+
 def test_a_growing_gain_sounds_and_one_that_settled_does_not() -> None:
     records = calm_records()
     growing = np.geomspace(1, 9, RECORDS)[:, None]
