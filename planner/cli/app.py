@@ -12,7 +12,7 @@ import errno
 import gc
 import os
 import sys
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import mhcplan
 from mhcplan.planner.cli.examples import EXAMPLES
@@ -87,6 +87,11 @@ _COMMANDS = {
     ),
     "init": ("mhcplan.planner.cli.predict:init", "Write a plan file with comments, to be edited."),
 }
+_GROUPS = {  # in the order of the help, as are their commands
+    "Ask": ("predict", "explain", "compare", "sweep", "plan", "web"),
+    "Plans and programs": ("init", "export", "check"),
+    "On GPUs": ("profile", "run", "diagnose"),
+}
 _PROFILE_COMMANDS = {
     "list": ("mhcplan.planner.cli.profile:list_", "List the shipped profiles."),
     "show": ("mhcplan.planner.cli.profile:show", "Show what a profile measured, and how."),
@@ -107,7 +112,7 @@ _PROFILE_COMMANDS = {
 
 def build_app() -> App:
     """The command tree; nothing behind it is imported yet."""
-    from cyclopts import App
+    from cyclopts import App, Group, Parameter
 
     app = App(
         name="mhcplan",
@@ -115,11 +120,22 @@ def build_app() -> App:
         help_format="markdown",
         version=mhcplan.__version__,
         suppress_keyboard_interrupt=False,
+        default_parameter=Parameter(show_default=_default),
     )
-    profile = App(name="profile", help="Measured times: list, show, check and compare them.")
-    for group, commands in ((app, _COMMANDS), (profile, _PROFILE_COMMANDS)):
+    groups = {name: Group(name, sort_key=i) for i, name in enumerate(_GROUPS)}
+    places: dict[str, dict[str, Any]] = {
+        name: {"group": groups[group], "sort_key": i}
+        for group, names in _GROUPS.items()
+        for i, name in enumerate(names)
+    }
+    profile = App(
+        name="profile", help="Measured times: list, show, check and compare them.",
+        **places["profile"],
+    )  # fmt: skip
+    for parent, commands in ((app, _COMMANDS), (profile, _PROFILE_COMMANDS)):
         for name, (home, text) in commands.items():
-            group.command(home, name=name, help=text, help_epilogue=_examples(name))
+            place = places[name] if parent is app else {}
+            parent.command(home, name=name, help=text, help_epilogue=_examples(name), **place)
     # the capture parses its own options, so that it also runs without the command line's packages
     profile.command(
         "mhcplan.planner.cli.profile:measure",
@@ -132,7 +148,15 @@ def build_app() -> App:
     app.register_install_completion_command(  # pyright: ignore[reportUnknownMemberType]
         help="Complete commands and options in your shell."
     )
+    options = Group("Options", sort_key=len(_GROUPS))
+    for name in ("--help", "--version", "--install-completion"):
+        app[name].group = options
     return app
+
+
+def _default(value: object) -> str | None:
+    """A default as help shows it: not where it says nothing."""
+    return None if value in (None, False, []) else str(value)
 
 
 def _examples(command: str) -> str | None:

@@ -5,18 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 
 from mhcplan.planner.cli.flags import GLOBAL_BATCH_HELP, field_of
 from mhcplan.planner.plan.file import FLAG_FIELDS
 from mhcplan.planner.sweep.axes import GLOBAL_BATCH, Axis, axes_of
 
+VALUES_HELP = "A list (1,2,4), a range with both ends and a step (16..64..16), or both."
+
 
 def _values(name: str) -> Parameter:
-    return Parameter(help=f"{field_of(name).description}: values to visit", show_default=False)
+    return Parameter(help=field_of(name).description, show_default=False)
 
 
-@Parameter(name="*")
+@Parameter(name="*", group=Group("Values to visit", help=VALUES_HELP))
 @dataclass(frozen=True, kw_only=True)
 class AxisFlags:
     """Which values of which fields: a list (1,2,4), a range with its ends (16..64..16), or both."""
@@ -28,9 +30,7 @@ class AxisFlags:
     ep: Annotated[str | None, _values("ep")] = None
     dp: Annotated[str | None, _values("dp")] = None
     microbatches: Annotated[str | None, _values("microbatches")] = None
-    global_batch: Annotated[str | None, Parameter(help=f"{GLOBAL_BATCH_HELP}: values to visit")] = (
-        None
-    )
+    global_batch: Annotated[str | None, Parameter(help=GLOBAL_BATCH_HELP)] = None
     micro_batch_size: Annotated[str | None, _values("micro_batch_size")] = None
     seq_len: Annotated[str | None, _values("seq_len")] = None
     schedule: Annotated[str | None, _values("schedule")] = None
@@ -42,7 +42,8 @@ class AxisFlags:
         Parameter(
             name="--set",
             negative=(),
-            help="field=values: any other field of a plan, by its dotted path; may be repeated",
+            help="field=values: any other field of a plan, by its dotted path (mhcplan init lists"
+            " them); may be repeated",
         ),
     ] = field(default_factory=list[str])
 

@@ -57,7 +57,7 @@ def _flag(name: str) -> Parameter:
     return Parameter(help=info.description, show_default=default, converter=unrounded)
 
 
-@Parameter(name="*")
+@Parameter(name="*", group="Plan")
 @dataclass(frozen=True, kw_only=True)
 class PlanFlags:
     """What to change in a preset or a plan file."""
@@ -86,7 +86,8 @@ class PlanFlags:
         Parameter(
             name="--set",
             negative=(),
-            help="field=value: any other field of a plan, by its dotted path; may be repeated",
+            help="field=value: any other field of a plan, by its dotted path (mhcplan init lists"
+            " them); may be repeated",
         ),
     ] = field(default_factory=list[str])
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mhcplan.planner.cli import build_app, main
+from mhcplan.planner.cli.app import _GROUPS
 from mhcplan.planner.cli.examples import EXAMPLES
 
 ROOT = Path(__file__).parents[3]
@@ -40,6 +41,27 @@ def test_help_ends_with_examples(command: str, capsys: pytest.CaptureFixture[str
     assert exit_.value.code == 0
     tail = " ".join(out.split("Examples:")[1].split())
     assert tail == " ".join(EXAMPLES[command])
+
+
+def test_help_begins_with_what_one_asks_first(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    out = capsys.readouterr().out
+    places = [out.index(f"│ {name} ") for name in ("predict", "explain", "init", "run", "--help")]
+    assert places == sorted(places)
+    assert set(build_app()) == {name for names in _GROUPS.values() for name in names} | {
+        "--help", "-h", "--version", "--install-completion"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["predict", "sweep", "plan", "run"])
+def test_defaults_that_say_nothing_are_not_shown(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert not any(f"[default: {value}]" in out for value in ("False", "None", "[]"))
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -82,6 +104,7 @@ def test_commands_are_listed_where_no_extra_is_installed() -> None:
 import sys
 sys.modules.update(dict.fromkeys({extras}))
 from mhcplan.planner.cli import build_app, main
+from mhcplan.planner.cli.app import _GROUPS
 assert "--schedule" in build_app().generate_completion(shell="bash")
 main(["forecast"])
 """
