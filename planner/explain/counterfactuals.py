@@ -17,9 +17,10 @@ import numpy as np
 from mhcplan.planner.lowering.recompute import resolve_recompute_block
 from mhcplan.planner.plan.file import changed_plan
 from mhcplan.planner.plan.spec import PlanSpec, SpecError
-from mhcplan.planner.predict import play, simulate
+from mhcplan.planner.predict import play, settle
 from mhcplan.profiles.costs import CostMissing
 from mhcplan.profiles.lookup import cost_model_of
+from mhcplan.profiles.vocabulary import NO_COST
 from mhcplan.sim.memory import memory_report
 
 if TYPE_CHECKING:
@@ -81,6 +82,9 @@ def _other_costs(prediction: Prediction) -> Iterator[Counterfactual]:
     program = step.program
     transfers = program.group >= 0
     everything = np.ones(program.num_ops, np.bool_)
+    # what is otherwise also decides which clock the power limit leaves
+    model = cost_model_of(prediction.profile)
+    full_clock = model.table(program.cost_keys, plan.gpu)
     cases: tuple[tuple[str, Kind, Mask, Change], ...] = (
         ("mHC kernels free", "free", _of_category(program, "mhc"), FREE),
         ("recompute free", "free", _of_category(program, "recompute"), FREE),
@@ -93,13 +97,14 @@ def _other_costs(prediction: Prediction) -> Iterator[Counterfactual]:
     )
     for name, kind, ops, change in cases:
         if ops.any():
-            timeline = simulate(*changed_costs(step.played, step.table, ops, change), plan.engine)
+            changed = changed_costs(program, full_clock, ops, change)
+            timeline = settle(plan, *changed, prediction.profile)[2]
             yield Counterfactual(
                 name, kind, timeline.step_ns, plan.tokens_per_step, device_bytes(step)
             )
     if step.clock > 1:
         cold = plan.model_copy(update={"power": "unlimited"})
-        cool = play(cold, cost_model_of(prediction.profile), prediction.recompute_block)
+        cool = play(cold, model, prediction.recompute_block)
         yield Counterfactual(
             "no power limit", "free", cool.timeline.step_ns, plan.tokens_per_step,
             device_bytes(step),
@@ -111,14 +116,16 @@ def changed_costs(
 ) -> tuple[Program, CostTable]:
     """The program and its costs with ``change`` made to the cost of ``ops`` and of no others.
 
-    Ops of different classes may share a cost, so those in ``ops`` get cost keys of their own.
+    Ops of different classes may share a cost, so those in ``ops`` get costs of their own; what is
+    free computes nothing, which its key says.
     """
     affected = np.unique(program.cost[ops])
     renumbered = np.arange(len(program.cost_keys))
     renumbered[affected] = len(program.cost_keys) + np.arange(len(affected))
     cost = np.where(ops, renumbered[program.cost], program.cost).astype(program.cost.dtype)
     numbers: list[int] = affected.tolist()
-    keys = (*program.cost_keys, *(f"{program.cost_keys[i]} changed" for i in numbers))
+    same = (program.cost_keys[i] if change.time else NO_COST for i in numbers)
+    keys = (*program.cost_keys, *same)
     duration, host = table.duration_ns, table.host_ns
     more = replace(
         table,

@@ -46,7 +46,7 @@ _REASONS = {
 
 
 def sentences(explanation: Explanation) -> Iterator[str]:
-    """The explanation in words: the path, its phases, and what would help most."""
+    """The explanation in words: the path, what would help most, and the phases."""
     yield (
         f"The step takes {ms(explanation.step_time_ns)} ms: its critical path has"
         f" {explanation.path_pieces:,} pieces and changes rank {explanation.rank_changes} times;"
@@ -58,10 +58,10 @@ def sentences(explanation: Explanation) -> Iterator[str]:
             f"{slowed_percent:.2f} % of the step is what kernels on it take longer than alone:"
             " beside traffic, or held up by more urgent ones."
         )
+    yield from _help(explanation)
     for phase in explanation.phases:
         if phase.end_ns > phase.begin_ns:
             yield _phase(phase)
-    yield from _help(explanation)
 
 
 def _phase(phase: Phase) -> str:

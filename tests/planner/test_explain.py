@@ -19,8 +19,9 @@ from mhcplan.planner.explain.counterfactuals import FREE, TWICE_AS_FAST, Change,
 from mhcplan.planner.explain.explanation import Explanation, explain, phase_ends_ns
 from mhcplan.planner.explain.text import sections, sentences
 from mhcplan.planner.plan.spec import make_plan
-from mhcplan.planner.predict import Prediction, predict, simulate
+from mhcplan.planner.predict import Prediction, predict, settle, simulate
 from mhcplan.planner.report.schema import json_schema, overhead_percent
+from mhcplan.profiles.lookup import cost_model_of
 from mhcplan.profiles.schema import profile_text
 from mhcplan.sim.timeline import critical_path
 from tests.support.loads import loads, with_loads
@@ -123,6 +124,23 @@ def test_nothing_changed_and_everything_free_are_the_step_and_nothing() -> None:
     assert simulate(*same, "compiled").step_ns == prediction.step.timeline.step_ns
     free = changed_costs(step.played, step.table, everything, FREE)
     assert simulate(*free, "compiled").step_ns == 0
+
+
+def test_what_is_otherwise_decides_the_clock_anew() -> None:
+    prediction = predict(make_plan(PLAN | {"microbatches": 8}))  # of a GPU with a power limit
+    plan, step, profile = prediction.plan, prediction.step, prediction.profile
+    full_clock = cost_model_of(profile).table(step.program.cost_keys, plan.gpu)
+    everything, nothing = np.ones((2, step.program.num_ops), np.bool_) * [[True], [False]]
+    for ops in (everything, nothing):
+        *_, timeline, clock = settle(
+            plan, *changed_costs(step.program, full_clock, ops, Change()), profile
+        )
+        assert (timeline.step_ns, clock) == (step.timeline.step_ns, step.clock)
+    mhc = np.array([name == "mhc" for name in step.program.categories])[step.program.category]
+    *_, timeline, clock = settle(plan, *changed_costs(step.program, full_clock, mhc, FREE), profile)
+    assert clock > step.clock > 1  # more arithmetic in less time
+    found = {what.name: what.step_time_ns for what in explain(prediction).what_ifs}
+    assert found["mHC kernels free"] == timeline.step_ns
 
 
 @settings(max_examples=25)
