@@ -117,6 +117,7 @@ def tiny(schedule: str, n: int, *, blocks: int = 4, **options: Any) -> Fields:  
     return row(schedule, n, 2 if n > 1 else "none", tokens=64, **options) | small
 
 
+DRY2 = {"dry-zb1p": tiny("zb1p", 2, microbatches=4)}
 DRY4 = {
     "dry-1f1b": tiny("1f1b", 2, pp=4, microbatches=4),
     "dry-pp2-ep2": tiny("dualpipe", 2, ep=2, microbatches=4),
@@ -129,7 +130,11 @@ DRY8 = {
 
 SETS: dict[str, dict[str, Fields]] = {
     "pp2": PP2, "ep2": EP2, "ablation": ABLATION, "four": PP4, "eight": PP8,
-    "dry4": DRY4, "dry8": DRY8,
+    "dry2": DRY2, "dry4": DRY4, "dry8": DRY8,
 }  # fmt: skip
-GPUS = {"pp2": 2, "ep2": 2, "ablation": 2, "four": 4, "eight": 8, "dry4": 4, "dry8": 8}
+GPUS = {
+    "pp2": 2, "ep2": 2, "ablation": 2, "four": 4, "eight": 8, "dry2": 2, "dry4": 4, "dry8": 8,
+}  # fmt: skip
+ALONE = ("ablation", "dry2")  # sets whose rows are compared with each other and not with a baseline
+HUNG = ("zb1p-n2-L4", "dualpipe-n2-L1-eager")  # once: on streams that NCCL ran on
 BLIND = ("pp2", "ep2", "four", "eight")  # sets whose rows judge the model

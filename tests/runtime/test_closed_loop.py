@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import sys
 from contextlib import redirect_stdout
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
 
 from benchmarks import closed_loop, closed_loop_predict
-from benchmarks.closed_loop_rows import DRY4
+from benchmarks.closed_loop_rows import DRY4, HUNG
 from mhcplan.profiles.accuracy import Claim, Measurement, joined, read_lines
 from mhcplan.profiles.schema import profile_text
 from mhcplan.profiles.store import find_profile
@@ -106,3 +107,29 @@ def test_a_prediction_of_another_program_is_refused(dry_run: Path, tmp_path: Pat
     (tmp_path / "measured.jsonl").write_bytes((dry_run / "measured.jsonl").read_bytes())
     said = run(tmp_path)
     assert "dry-1f1b: its prediction is of another program; predict it again" in said
+
+
+def test_a_row_that_outlasts_its_time_is_ended_and_told_and_given_up(tmp_path: Path) -> None:
+    tiny_profile(tmp_path / "tiny.json", ["dry2"])
+    call(
+        closed_loop_predict, "--set", "dry2", "--profile", tmp_path / "tiny.json",
+        "--out", tmp_path / "predictions.jsonl",
+    )  # fmt: skip
+    said = call(
+        closed_loop, "--device", "cpu", "--gpus", 2, "--set", "dry2", "--out", tmp_path,
+        "--predictions", tmp_path / "predictions.jsonl", "--row-seconds", 0.01,
+    )  # fmt: skip
+    assert said.count("dry-zb1p failed while issued") == 2
+    assert "0 of 1 rows done; left: dry-zb1p" in said
+
+
+def test_rows_that_once_hung_run_last_and_ablations_alone() -> None:
+    options = SimpleNamespace(
+        set=None, only=None, gpus=2, predictions=closed_loop_predict.PREDICTIONS
+    )
+    rows = [claim.row for claim in closed_loop.wanted_claims(options)]
+    assert len(rows) == 16
+    assert rows[-2:] == list(HUNG)
+    assert rows[:3] == ["1f1b-n1", "1f1b-n4-L2", "1f1b-n4-L2-none"]
+    options.only = ["ep2-n4-post-high", "zb1p-n2-L4", "1f1b-n1"]
+    assert [claim.row for claim in closed_loop.wanted_claims(options)] == options.only
