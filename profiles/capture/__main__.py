@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 from mhcplan.profiles.capture import grid
-from mhcplan.profiles.capture.options import parser
+from mhcplan.profiles.capture.options import Options, parser
 from mhcplan.profiles.schema import ProfileError
 from mhcplan.profiles.store import find_profile
 from mhcplan.profiles.vocabulary import OpKey, parse_key
@@ -69,15 +69,15 @@ def main(argv: list[str] | None = None, program: str = "python -m mhcplan.profil
         if args.merge:
             write_merged(args.out, args.merge[0], args.merge[1:], args.hardware, args.name)
             return 0
-        sizes = {"sizes": (64, 4096)} if args.tiny else {}
         is_first = os.environ.get("RANK", "0") == "0"  # of torchrun's: the others write nothing
         base = find_profile(args.base) if args.base and is_first else None
-        for path in measure(
+        options = Options(
             args.out, hardware=args.hardware, name=args.name, parts=args.part,
-            tiers=args.tier or grid.TIERS, kinds=args.kind, budget_seconds=args.budget_seconds,
-            op_budget_ns=budget_ns, device_type=args.device, workers=args.compile_workers,
-            keys=_keys(args, base), base=base, tiny=args.tiny, **sizes,
-        ):  # fmt: skip
+            tiers=args.tier or grid.TIERS, kinds=args.kind, keys=_keys(args, base), base=base,
+            budget_seconds=args.budget_seconds, op_budget_ns=budget_ns, device_type=args.device,
+            workers=args.compile_workers, tiny=args.tiny,
+        )  # fmt: skip
+        for path in measure(options):
             print(path)
         for model in args.check_block:
             _check_block(model, args.out, budget_ns)

@@ -15,7 +15,6 @@ import multiprocessing
 import os
 import sys
 import time
-from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
@@ -25,7 +24,13 @@ from mhcplan.profiles.capture import grid, machine
 from mhcplan.profiles.capture.block import allocator_margin_percent
 from mhcplan.profiles.capture.comm import SIZES, launched, measure_transfers
 from mhcplan.profiles.capture.ops import Log, Session, groups, measure_ops
-from mhcplan.profiles.capture.options import OP_BUDGET_NS, PARTS, Part
+from mhcplan.profiles.capture.options import (
+    OP_BUDGET_NS,
+    PARTS,
+    Options,
+    Part,
+    share_seconds,
+)
 from mhcplan.profiles.capture.overlap_parts import (
     logs_beside,
     measure_contention_part,
@@ -49,7 +54,7 @@ from mhcplan.profiles.specs import HardwareSpec, Spec
 from mhcplan.profiles.vocabulary import MEASURABLE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from mhcplan.profiles.vocabulary import OpKey
@@ -79,6 +84,8 @@ class CommPart(Spec):
     communicator_bytes: NonNegativeInt
     transfers: tuple[TransferTiming, ...]
 
+
+_TINY_SIZES = (64, 4096)
 
 SomePart = TypeVar("SomePart", OpsPart, CommPart)
 
@@ -173,11 +180,13 @@ def measure_ops_part(
     code = machine.code_sha256()
     gpu = device.type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
-    if gpu and workers:
-        _progress(f"compiling kernels in {workers} processes")
-        warm_compilers(keys, workers)
     session = Session(device, dtype, code, machine.device_name(device), op_budget_ns)
     store = Log(log, session)
+    todo = [key for key in keys if str(key) not in store.rows]
+    if gpu and workers and todo:
+        begin = time.monotonic()
+        warm_compilers(todo, workers)
+        _progress(f"compiled in {workers} processes, {time.monotonic() - begin:.0f} s")
     rates: list[Rate] = []
     host, context, margin = machine.HostCosts(0, 0, 0), 0, 0.0
     load = session.timer if isinstance(session.timer, GpuTimer) else None
@@ -287,34 +296,12 @@ def extend(base: Profile, ops: OpsPart | None, comms: Sequence[CommPart]) -> Pro
     )
 
 
-def measure(
-    out: Path, *, hardware: str = "h100-sxm", name: str | None = None,
-    parts: Iterable[Part] | None = None, tiers: Iterable[int] = grid.TIERS,
-    kinds: Iterable[str] = (), budget_seconds: float = 1e9, op_budget_ns: int = OP_BUDGET_NS,
-    device_type: str | None = None, workers: int = 0, sizes: Sequence[int] = SIZES,
-    keys: Sequence[OpKey] | None = None, base: Profile | None = None, tiny: bool = False,
-) -> list[Path]:  # fmt: skip
+def measure(options: Options) -> list[Path]:
     """Measure this machine and write what came of it.
 
-    Writes ``OUT.ops.json`` and ``OUT.comm.json`` (parts; logs beside them, ``.jsonl``), then
-    ``OUT`` itself once the ops are there: a profile, with the transfers if they are there too.
-    Every file is written whole or not at all.
-
-    Args:
-        out: the profile's path.
-        hardware: preset that describes the machine (:data:`mhcplan.profiles.presets.HARDWARE`).
-        name: the profile's name; None: the preset's.
-        parts: which to measure; None: ops, and comm where there are two devices.
-        tiers: tiers of the grid.
-        kinds: only these op kinds; empty: all.
-        budget_seconds: for each part, start nothing new after this.
-        op_budget_ns: stream time of one pass of one op.
-        device_type: ``cuda`` or ``cpu``; None: cuda if there is one.
-        workers: processes that compile kernels beforehand; 0: none.
-        sizes: of transfers, bytes.
-        keys: op keys instead of the grid's.
-        base: write this profile with the rows added, instead of a new one.
-        tiny: of contention, the fewest pairs.
+    Writes ``OUT.ops.json`` and ``OUT.comm.json`` (parts; logs beside them, ``.jsonl``) as they are
+    done, and ``OUT`` itself once the ops are there: a profile, with the other parts as far as they
+    are there too. Every file is written whole or not at all.
 
     Under torchrun only transfers are measured, between its processes, and rank 0 writes.
 
@@ -326,67 +313,92 @@ def measure(
         ValueError: unknown tier, part, kind or preset; or comm with one device.
         RuntimeError: a worker process failed.
     """
-    _hardware(hardware)
-    if unknown := sorted(set(kinds) - set(MEASURABLE)):
-        raise ValueError(f"kind={unknown[0]!r} must be one of {sorted(MEASURABLE)}")
-    kind_of_device = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
-    devices = torch.cuda.device_count() if kind_of_device == "cuda" else 2
-    wanted: Sequence[Part] = PARTS[: 1 + (devices > 1)] if parts is None else tuple(parts)
+    _hardware(options.hardware)
+    keys = _chosen(options)
+    device_type = options.device_type or ("cuda" if torch.cuda.is_available() else "cpu")
+    devices = torch.cuda.device_count() if device_type == "cuda" else 2
+    wanted: Sequence[Part] = PARTS[: 1 + (devices > 1)]
     if (started := launched()) is not None:
         devices = started.world
         wanted = ("comm",)
-    chosen = [
-        k for k in (grid.keys(tiers) if keys is None else keys) if not kinds or k.kind in kinds
-    ]
-    ops_path, comm_path = (out.with_name(f"{out.name}.{part}.json") for part in ("ops", "comm"))
-    written = []
+    elif options.parts is not None:
+        wanted = [part for part in PARTS if part in options.parts]
+    out = options.out
     out.parent.mkdir(parents=True, exist_ok=True)
-    if "ops" in wanted:
-        found = measure_ops_part(
-            ops_path.with_suffix(".jsonl"), chosen, torch.device(kind_of_device),
-            budget_seconds=budget_seconds, op_budget_ns=op_budget_ns, workers=workers,
-        )  # fmt: skip
-        write_whole(ops_path, found.model_dump_json(by_alias=True, exclude_none=True) + "\n")
-        written.append(ops_path)
-    if "comm" in wanted:
-        comm = measure_comm_part(
-            comm_path.with_suffix(".jsonl"), kind_of_device, devices, sizes=sizes,
-            budget_seconds=budget_seconds,
-        )  # fmt: skip
-        if started is not None and started.rank:
-            return []  # rank 0 has the rows
-        write_whole(comm_path, comm.model_dump_json(by_alias=True, exclude_none=True) + "\n")
-        written.append(comm_path)
-    written += _measure_logged(out, wanted, kind_of_device, budget_seconds, tiny=tiny)
-    if base is not None:
-        ops = read_part(ops_path, OpsPart) if "ops" in wanted else None
-        comms = [read_part(comm_path, CommPart)] if "comm" in wanted else []
-        profile = extend(base, ops, comms)
-    elif ops_path.exists():
-        comm_paths = [comm_path] if comm_path.exists() else []
-        profile = _merged(ops_path, comm_paths, hardware, name)
-    else:
+    paths = _paths(out)
+    end = time.monotonic() + options.budget_seconds
+
+    def measure_part(part: Part, seconds: float) -> None:
+        if part == "ops":
+            ops = measure_ops_part(
+                _log(paths[part]), keys, torch.device(device_type), budget_seconds=seconds,
+                op_budget_ns=options.op_budget_ns, workers=options.workers,
+            )  # fmt: skip
+            _write_part(paths[part], ops)
+        elif part == "comm":
+            comm = measure_comm_part(
+                _log(paths[part]), device_type, devices, budget_seconds=seconds,
+                sizes=_TINY_SIZES if options.tiny else SIZES,
+            )  # fmt: skip
+            if started is None or started.rank == 0:  # who has the rows
+                _write_part(paths[part], comm)
+        elif part == "contention":
+            measure_contention_part(paths[part], device_type, seconds, tiny=options.tiny)
+        elif part == "priority":
+            measure_priority_part(paths[part], device_type, seconds)
+        else:
+            measure_power_part(paths[part], device_type, seconds)
+
+    for part in wanted:
+        measure_part(part, share_seconds(part, wanted, end - time.monotonic()))
+    if started is not None and started.rank:
+        return []
+    written = [paths[part] for part in wanted]
+    profile = _profile(options, wanted, paths)
+    if profile is None:
         return written
     _write_profile(out, profile)
     return [*written, out]
 
 
-def _measure_logged(
-    out: Path, wanted: Sequence[Part], device_type: str, budget_seconds: float, *, tiny: bool
-) -> list[Path]:
-    """Measure those of the parts that are logs beside the profile; the logs written."""
+def _chosen(options: Options) -> list[OpKey]:
+    if unknown := sorted(set(options.kinds) - set(MEASURABLE)):
+        raise ValueError(f"kind={unknown[0]!r} must be one of {sorted(MEASURABLE)}")
+    keys = grid.keys(options.tiers) if options.keys is None else options.keys
+    return [key for key in keys if not options.kinds or key.kind in options.kinds]
+
+
+def _paths(out: Path) -> dict[Part, Path]:
+    """The file of each part of the profile ``out``; logs of lines but for the first two."""
     contention_log, priority_log = logs_beside(out)
-    logged: dict[Part, tuple[Path, Callable[[Path, str, float], None]]] = {
-        "contention": (contention_log, partial(measure_contention_part, tiny=tiny)),
-        "priority": (priority_log, measure_priority_part),
-        "power": (_power_log(out), measure_power_part),
+    return {
+        "ops": out.with_name(f"{out.name}.ops.json"),
+        "comm": out.with_name(f"{out.name}.comm.json"),
+        "contention": contention_log,
+        "priority": priority_log,
+        "power": _power_log(out),
     }
-    written: list[Path] = []
-    for part, (log, measure_part) in logged.items():
-        if part in wanted:
-            measure_part(log, device_type, budget_seconds)
-            written.append(log)
-    return written
+
+
+def _log(part: Path) -> Path:
+    return part.with_suffix(".jsonl")
+
+
+def _write_part(path: Path, part: OpsPart | CommPart) -> None:
+    write_whole(path, part.model_dump_json(by_alias=True, exclude_none=True) + "\n")
+
+
+def _profile(options: Options, wanted: Sequence[Part], paths: dict[Part, Path]) -> Profile | None:
+    """What the parts make together; None without ops."""
+    ops_path, comm_path = paths["ops"], paths["comm"]
+    if options.base is not None:
+        ops = read_part(ops_path, OpsPart) if "ops" in wanted else None
+        comms = [read_part(comm_path, CommPart)] if "comm" in wanted else []
+        return extend(options.base, ops, comms)
+    if not ops_path.exists():
+        return None
+    comm_paths = [comm_path] if comm_path.exists() else []
+    return _merged(ops_path, comm_paths, options.hardware, options.name)
 
 
 def write_merged(

@@ -348,7 +348,12 @@ def measure_priority(
         ]  # fmt: skip
         environment = {**os.environ, "CUDA_DEVICE_MAX_CONNECTIONS": str(connections)}
         left = max(10.0, end - time.monotonic())
-        if subprocess.run(command, env=environment, timeout=left, check=False).returncode:
+        try:
+            failed = subprocess.run(command, env=environment, timeout=left, check=False).returncode
+        except subprocess.TimeoutExpired:  # its rows so far are in the log
+            _say(f"connections={connections}: out of time; run again to go on")
+            break
+        if failed:
             raise RuntimeError(f"measuring with {connections} connections failed")
         _append(log, {**stamp, "connections": connections}, ["done"])  # type: ignore[list-item]
 

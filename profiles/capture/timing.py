@@ -3,7 +3,10 @@
 On a GPU a *burst* is a run of back-to-back calls between two events; its length is such that the
 events cost little. Bursts are enqueued behind matrix products that keep the chip at its working
 temperature and power for longer than the host needs to enqueue them, so that a burst takes what the
-stream takes and not what Python takes. On a CPU a call is timed by the clock; that serves tests.
+stream takes and not what Python takes. Trains of bursts are short, and longer ops rest in between:
+after some 20 ms of matrix products on end a chip is at its power limit and lowers its clock, which
+is the step's doing (:mod:`mhcplan.profiles.power`) and not the op's. On a CPU a call is timed by
+the clock; that serves tests.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import itertools
 import statistics
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -21,8 +24,9 @@ if TYPE_CHECKING:
 
 _BURST_NS = 150_000  # an event pair costs about 1 us of stream time
 _MAX_QUEUED = 600  # kernels: the driver's queue holds 1024, and a full queue stops the host
-_MIN_SAMPLES = 12
+_MIN_SAMPLES = 8
 _MAX_SAMPLES = 60
+_TRAIN_NS = 10_000_000  # H100: products of 13 x 1.6 ms ran at full clock, of 13 x 2.8 ms 9 % slower
 _FILLER_SIZE = 8192
 _REHEAT_SECONDS = 0.08
 COPY_SHARE = 0.55
@@ -56,6 +60,29 @@ def summarise(durations: Sequence[float], host: Sequence[float]) -> Sample:
     )
 
 
+class Plan(NamedTuple):
+    """How bursts are run: calls of a burst, bursts to time, bursts of a train, the rest before one.
+
+    The first burst of a train is not timed: it pays for the filler's state.
+    """
+
+    length: int
+    bursts: int
+    train: int
+    rest_ns: float
+
+
+def plan_bursts(call_ns: float, budget_ns: int, kernels: int) -> Plan:
+    """For calls of about ``call_ns`` that launch so many kernels; ``budget_ns`` of stream time."""
+    length = max(1, min(round(_BURST_NS / call_ns), _MAX_QUEUED // (4 * kernels)))
+    burst_ns = length * call_ns
+    bursts = max(_MIN_SAMPLES, min(_MAX_SAMPLES, round(budget_ns / burst_ns)))
+    train = min(_MAX_QUEUED // (length * kernels), 1 + int(_TRAIN_NS / burst_ns), bursts + 1)
+    train = max(2, train)
+    rest_ns = train * burst_ns if bursts * burst_ns > _TRAIN_NS else 0.0
+    return Plan(length, bursts, train, rest_ns)
+
+
 class HostTimer:
     """Times calls by the clock; for devices without events."""
 
@@ -77,10 +104,9 @@ class HostTimer:
 class GpuTimer:
     """Times calls on the current stream of a CUDA device; see the module's docstring.
 
-    What keeps the chip hot is a matrix product and a copy in turn. An H100 runs into its power
-    limit under such load and lowers its clock by a fifth, which compute-bound ops feel; it takes
-    tens of milliseconds to get there and the same to recover, so every measurement starts with
-    ``_REHEAT_SECONDS`` of it.
+    What keeps the chip hot is a matrix product and a copy in turn, so mixed that an H100 keeps its
+    full clock (a profile's provenance has the clock under it). It takes tens of milliseconds to get
+    there, so every measurement starts with ``_REHEAT_SECONDS`` of it.
     """
 
     def __init__(self, device: torch.device, copy_share: float = COPY_SHARE) -> None:
@@ -142,15 +168,13 @@ class GpuTimer:
         torch.cuda.synchronize(self.device)
         self.heat(_REHEAT_SECONDS)
         guess, host_guess = self._probe(calls, kept)
-        length = max(1, min(round(_BURST_NS / guess), _MAX_QUEUED // (4 * kernels)))
-        bursts = round(budget_ns / (length * guess))
-        bursts = max(_MIN_SAMPLES, min(_MAX_SAMPLES, bursts))
-        per_batch = max(2, _MAX_QUEUED // (length * kernels))
+        plan = plan_bursts(guess, budget_ns, kernels)
         durations: list[float] = []
         host: list[int] = []
-        while len(durations) < bursts:
-            count = min(per_batch, bursts - len(durations) + 1)
-            found = self._batch(calls, kept, count, length, host_guess, host)
+        while len(durations) < plan.bursts:
+            time.sleep(plan.rest_ns / 1e9)
+            count = min(plan.train, plan.bursts - len(durations) + 1)
+            found = self._batch(calls, kept, count, plan.length, host_guess, host)
             if found is None and host_guess < 1e8:
                 host_guess *= 2  # the stream ran dry: hide more of the host's time
             durations += found or []

@@ -20,8 +20,9 @@ from mhcplan.profiles.capture import grid, machine, measure
 from mhcplan.profiles.capture.__main__ import main
 from mhcplan.profiles.capture.comm import launched, uneven_splits, without_starved
 from mhcplan.profiles.capture.ops import Log, Session, append_line, groups, measure_ops
+from mhcplan.profiles.capture.options import PARTS, Part, share_seconds
 from mhcplan.profiles.capture.segments import Chip, Kernel, ctas_per_sm, make_segments
-from mhcplan.profiles.capture.timing import HostTimer, spread_percent
+from mhcplan.profiles.capture.timing import HostTimer, plan_bursts, spread_percent
 from mhcplan.profiles.overlap import rows_of
 from mhcplan.profiles.presets import HARDWARE, MODELS
 from mhcplan.profiles.schema import ProfileError, TransferTiming, read_profile
@@ -292,6 +293,47 @@ def test_groups_keep_passes_of_a_shape_together() -> None:
         ("norm", ["F", "I", "R"]),
         ("residual", ["F"]),
     ]
+
+
+def test_parts_share_the_time_by_what_they_need() -> None:
+    one_gpu: list[Part] = ["ops", "priority", "power"]
+    assert share_seconds("ops", ["ops"], 540) == 540
+    assert share_seconds("ops", one_gpu, 600) == pytest.approx(
+        425
+    )  # 100 and 75 are kept for others
+    assert share_seconds("power", one_gpu, 300) == 300  # the last gets what is left
+    assert share_seconds("priority", one_gpu, -5) == 0
+
+
+@given(
+    st.lists(st.sampled_from(PARTS), min_size=1, unique=True),
+    st.floats(0, 5000),
+    st.lists(st.floats(0, 1), min_size=5, max_size=5),
+)
+def test_parts_never_take_more_than_is_left_and_each_gets_some(
+    wanted: list[Part], seconds: float, used: list[float]
+) -> None:
+    """Whatever share of its time each uses."""
+    left = seconds
+    for part, share in zip((p for p in PARTS if p in wanted), used, strict=False):
+        may = share_seconds(part, wanted, left)
+        assert 0 <= may <= left + 1e-6
+        assert (may > 0) == (left > 0)
+        left -= share * may
+    assert left >= -1e-6
+
+
+@given(st.floats(1_000, 2e7), st.floats(1e6, 1e8), st.integers(1, 30))
+def test_trains_of_bursts_end_before_the_power_limit_is_felt(
+    call_ns: float, budget_ns: float, kernels: int
+) -> None:
+    plan = plan_bursts(call_ns, budget_ns, kernels)
+    train_ns = plan.train * plan.length * call_ns
+    assert train_ns <= 2 * max(10e6, call_ns)  # two calls at least: the first is not timed
+    assert plan.train * plan.length * kernels <= 600 or plan.train == 2
+    assert plan.bursts >= 8
+    goes_on = plan.bursts * plan.length * call_ns > 10e6
+    assert plan.rest_ns == pytest.approx(train_ns if goes_on else 0)
 
 
 @pytest.mark.parametrize(
