@@ -37,13 +37,19 @@ def _keys(args: argparse.Namespace, base: Profile | None) -> list[OpKey] | None:
         ValueError: a text is no op key, or what is missing is asked for without a base.
     """
     keys = _named_keys(args)
-    if not args.missing:
+    if not args.missing and args.spread_above is None:
         return keys
     if base is None:
-        raise ValueError("missing: --base PROFILE says what is there")
-    there = {row.key for row in base.ops}
-    wanted = grid.keys(args.tier or grid.TIERS) if keys is None else keys
-    return [key for key in wanted if key not in there]
+        raise ValueError("missing, spread-above: --base PROFILE says what is there")
+    there = {row.key: row.spread_percent for row in base.ops}
+    found: list[OpKey] = []
+    if args.missing:
+        wanted = grid.keys(args.tier or grid.TIERS) if keys is None else keys
+        found += [key for key in wanted if key not in there]
+    if args.spread_above is not None:
+        wanted = there if keys is None else keys
+        found += [key for key in wanted if there.get(key, 0.0) > args.spread_above]
+    return found
 
 
 def _named_keys(args: argparse.Namespace) -> list[OpKey] | None:

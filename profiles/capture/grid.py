@@ -28,14 +28,18 @@ LARGE_EXPERT_PARALLEL = (64, 32, 8)  # all experts on one GPU do not fit with th
 SEQ = 4096
 WIDTHS = (1280, 1920, 2560, 4096, 7168)
 ENDS = (1024, SEQ, 16384)  # tokens
-# 1 Mi to 1 Gi parameters, and lengths that forbid the widest loads
-OPTIMIZER_SIZES = tuple(2**power + odd for odd in (0, 4) for power in (20, 24, 27, 30))
+OPTIMIZER_SIZES = tuple(2**power for power in (20, 22, 24, 27, 30))  # parameters of a shard
 GEMMS = tuple(  # m, n, k: linears of the 27B model and of DeepSeek-V3, and a square
     (m, n, k)
     for n, k in ((6144, 2560), (2560, 3072), (36864, 7168), (7168, 18432), (8192, 8192))
     for m in (SEQ, 1024)
 )
-SKEWED_EXPERTS = ((9, (25, 50, 75)), (72, (5, 25)))  # of a rank of the 27B model; percent of one
+SKEWED_EXPERTS = (  # of a rank of the 27B model: how many, and percent of the rows that one has
+    (9, (15, 25, 50, 75)),
+    (18, (10, 50)),
+    (36, (5, 25)),
+    (72, (5, 15, 25, 50)),
+)
 TIERS = (1, 2, 3)
 
 TINY: dict[str, dict[str, int]] = {
@@ -197,6 +201,10 @@ def _third_tier() -> Iterator[OpKey]:
         yield from _all_passes("gemm_fp8", m=m, n=n, k=k)
     for name in ("llama-3-8b", "qwen3-30b-a3b"):
         yield from _model_keys(name, 2048, 2048)
+        for tokens in (1024, 8192):
+            here = {"tokens": tokens, "hidden": MODELS[name].hidden_size}
+            yield from _attention_keys(MODELS[name].attention, seq=min(tokens, SEQ), **here)
+        yield from end_keys(MODELS[name], 1024)
     yield from _model_keys("deepseek-v3", 2048, 2048, LARGE_EXPERT_PARALLEL)
 
 

@@ -103,6 +103,8 @@ def parser(program: str) -> argparse.ArgumentParser:
     parser.add_argument("--base", metavar="PROFILE", help="add the rows to this profile")
     parser.add_argument("--missing", action="store_true",
                         help="of the ops, only those that --base has no row of")  # fmt: skip
+    parser.add_argument("--spread-above", type=float, metavar="PERCENT",
+                        help="also ops whose rows in --base spread more, again")  # fmt: skip
     parser.add_argument("--budget-seconds", type=float, default=BUDGET_SECONDS,
                         help="for all parts together (default: %(default)g), most wanted rows"
                         " first; the same command, given again, goes on")  # fmt: skip

@@ -9,7 +9,7 @@ import pytest
 from mhcplan.profiles.capture import grid
 from mhcplan.profiles.capture.__main__ import main
 from mhcplan.profiles.capture.measure import CommPart, OpsPart, extend, read_part
-from mhcplan.profiles.schema import ProfileError, read_profile
+from mhcplan.profiles.schema import ProfileError, profile_text, read_profile
 from mhcplan.profiles.vocabulary import op_key
 
 if TYPE_CHECKING:
@@ -51,6 +51,20 @@ def test_only_what_a_profile_lacks_is_measured(
     assert {row.key for row in read_profile(second).ops} == set(NORM)
     assert main([*asked, "--missing", "--out", str(second)]) == 2
     assert "--base" in capsys.readouterr().err
+
+
+def test_rows_that_spread_are_measured_again(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    keys = [*NORM, RESIDUAL]
+    assert main([*QUICK, *(w for k in keys for w in ("--op", str(k))), "--out", str(first)]) == 0
+    base = read_profile(first)
+    rows = [row.model_copy(update={"spread_percent": 5.0 * i}) for i, row in enumerate(base.ops)]
+    first.write_text(profile_text(base.model_copy(update={"ops": tuple(rows)})), encoding="utf-8")
+    words = [*QUICK, "--base", str(first), "--spread-above", "5", "--out", str(second)]
+    assert main(words) == 0
+    measured = read_part(second.with_name("second.json.ops.json"), OpsPart).ops
+    assert [row.key for row in measured] == [base.ops[2].key]
+    assert read_profile(second).ops == (*rows[:2], *measured)
 
 
 def test_transfers_of_larger_groups_are_added(tmp_path: Path) -> None:
