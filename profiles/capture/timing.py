@@ -28,7 +28,7 @@ _MIN_SAMPLES = 8
 _MAX_SAMPLES = 60
 _TRAIN_NS = 10_000_000  # H100: products of 13 x 1.6 ms ran at full clock, of 13 x 2.8 ms 9 % slower
 _FILLER_SIZE = 8192
-_REHEAT_SECONDS = 0.08
+_REHEAT_SECONDS = 0.08  # at most; a chip that rested for less is warm again after twice its rest
 COPY_SHARE = 0.55
 
 
@@ -106,7 +106,7 @@ class GpuTimer:
 
     What keeps the chip hot is a matrix product and a copy in turn, so mixed that an H100 keeps its
     full clock (a profile's provenance has the clock under it). It takes tens of milliseconds to get
-    there, so every measurement starts with ``_REHEAT_SECONDS`` of it.
+    there, so a measurement starts with up to ``_REHEAT_SECONDS`` of it.
     """
 
     def __init__(self, device: torch.device, copy_share: float = COPY_SHARE) -> None:
@@ -121,6 +121,7 @@ class GpuTimer:
         )
         self._from, self._to = self._c[:0], self._c[:0]
         self._filler_ns = 1_500_000.0
+        self._busy_until = 0.0
         self._filler_ns = self._time_filler()
         # a gigabyte (512 MiB read and written) takes about 0.36 ms
         copied = int(copy_share / (1 - copy_share) * self._filler_ns / 360_000 * 2**28)
@@ -166,7 +167,7 @@ class GpuTimer:
         for i, call in enumerate(calls):  # compile, load and allocate
             kept[i] = call()
         torch.cuda.synchronize(self.device)
-        self.heat(_REHEAT_SECONDS)
+        self.heat(min(_REHEAT_SECONDS, 2 * (time.perf_counter() - self._busy_until)))
         guess, host_guess = self._probe(calls, kept)
         plan = plan_bursts(guess, budget_ns, kernels)
         durations: list[float] = []
@@ -178,6 +179,7 @@ class GpuTimer:
             if found is None and host_guess < 1e8:
                 host_guess *= 2  # the stream ran dry: hide more of the host's time
             durations += found or []
+        self._busy_until = time.perf_counter()
         return summarise(durations, host)
 
     def _probe(
