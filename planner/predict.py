@@ -119,6 +119,7 @@ _baselines: Kept[Step] = Kept(1 << 17, lambda step: step.program.num_ops)
 def play(plan: PlanSpec, model: CostModel, recompute_block: int | None) -> Step:
     """Lower, price and simulate one plan."""
     program = lower(plan, recompute_block)
+    model = model.with_network(plan.network_speed)
     costs, table = (
         model.costs(program.cost_keys, plan.gpu), model.table(program.cost_keys, plan.gpu)
     )  # fmt: skip

@@ -21,6 +21,8 @@ from mhcplan.profiles.op_fit import Roofline
 from mhcplan.profiles.presets import HARDWARE
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
     from mhcplan.profiles.schema import OpTiming, PowerModel, Profile, Rate, TransferTiming
     from mhcplan.profiles.specs import HardwareSpec
 
@@ -70,6 +72,51 @@ def derive(profile: Profile, name: str) -> Profile:
     )
 
 
+def with_network(profile: Profile, speed: float) -> Profile:
+    """The profile where the network between nodes has ``speed`` times the bandwidth.
+
+    A transfer keeps the time of the shortest message of its kind, its latency. What was measured is
+    no longer: all of it is ``assumed``.
+    """
+    said = f"at {speed:g} times its bandwidth, as network_speed asks"
+    link = profile.hardware.inter_node
+    link = link.model_copy(
+        update={
+            "bytes_per_second": max(1, round(link.bytes_per_second * speed)),
+            "source": f"{link.source}; {said}",
+        }
+    )
+    assumed: dict[str, object] = {
+        "source": "assumed", "citation": f"network of profile {profile.name} {said}",
+    }  # fmt: skip
+    return profile.model_copy(
+        update={
+            "hardware": profile.hardware.model_copy(update={"inter_node": link}),
+            "transfers": tuple(
+                _at_speed(row, latency_ns, speed, assumed) if row.medium == "inter_node" else row
+                for row, latency_ns in _with_latency(profile.transfers)
+            ),
+        }
+    )
+
+
+def _with_latency(rows: Sequence[TransferTiming]) -> Iterator[tuple[TransferTiming, int]]:
+    """Each transfer and its latency: transfers of the same pattern, medium and group share one."""
+    shortest: dict[tuple[str, str, int], int] = {}
+    for row in rows:
+        curve = row.pattern, row.medium, row.group_size
+        shortest[curve] = min(shortest.get(curve, row.duration_ns), row.duration_ns)
+    for row in rows:
+        yield row, shortest[row.pattern, row.medium, row.group_size]
+
+
+def _at_speed(
+    row: TransferTiming, latency_ns: int, speed: float, assumed: Mapping[str, object]
+) -> TransferTiming:
+    duration_ns = latency_ns + round((row.duration_ns - latency_ns) / speed)
+    return row.model_copy(update={"duration_ns": duration_ns, "samples": 0, **assumed})
+
+
 class _Scale:
     """How much faster the machine is than the one that was measured, by its datasheet."""
 
@@ -85,7 +132,7 @@ class _Scale:
             "source": "assumed",
             "citation": f"profile {profile.name} scaled by datasheets: {machine.source}",
         }
-        self._assumed_link = {
+        self._assumed_link: dict[str, object] = {
             "source": "assumed",
             "citation": f"profile {profile.name} scaled by NVLink: {link.source}",
         }
@@ -118,18 +165,8 @@ class _Scale:
         return model.model_copy(update=self.assumed)
 
     def transfers(self, rows: tuple[TransferTiming, ...]) -> tuple[TransferTiming, ...]:
-        """Transfers of the same pattern, medium and group share a latency."""
-        shortest: dict[tuple[str, str, int], int] = {}
-        for row in rows:
-            curve = row.pattern, row.medium, row.group_size
-            shortest[curve] = min(shortest.get(curve, row.duration_ns), row.duration_ns)
         return tuple(
-            self._transfer(row, shortest[row.pattern, row.medium, row.group_size])
-            for row in rows
+            _at_speed(row, latency_ns, self._link, self._assumed_link)
+            for row, latency_ns in _with_latency(rows)
             if row.medium == "intra_node"
         )
-
-    def _transfer(self, row: TransferTiming, latency_ns: int) -> TransferTiming:
-        duration_ns = latency_ns + round((row.duration_ns - latency_ns) / self._link)
-        update = {"duration_ns": duration_ns, "samples": 0, **self._assumed_link}
-        return row.model_copy(update=update)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mhcplan.profiles.costs import Cost, CostMissing, cost_table
+from mhcplan.profiles.derive import with_network
 from mhcplan.profiles.loads import LoadModel
 from mhcplan.profiles.op_costs import (
     OpCosts,
@@ -89,6 +90,22 @@ class CostModel:
         self._transfers = TransferCosts(profile)
         self._loads = LoadModel(profile)
         self._cache: dict[OpKey | TransferKey, Cost] = {}
+        self._networks: dict[float, CostModel] = {}
+
+    def with_network(self, speed: float) -> CostModel:
+        """Prices where the network between nodes has ``speed`` times the bandwidth.
+
+        Those of the last few speeds are kept.
+        """
+        if speed == 1:
+            return self
+        found = self._networks.get(speed)
+        if found is None:
+            found = CostModel(with_network(self.profile, speed))
+            while len(self._networks) >= _MODELS_KEPT:
+                self._networks.pop(next(iter(self._networks)), None)
+            self._networks[speed] = found
+        return found
 
     def op(self, key: OpKey) -> Cost:
         """Cost of an op.

@@ -84,7 +84,7 @@ def _other_costs(prediction: Prediction) -> Iterator[Counterfactual]:
     everything = np.ones(program.num_ops, np.bool_)
     # what is otherwise also decides which clock the power limit leaves
     model = cost_model_of(prediction.profile)
-    full_clock = model.table(program.cost_keys, plan.gpu)
+    full_clock = model.with_network(plan.network_speed).table(program.cost_keys, plan.gpu)
     cases: tuple[tuple[str, Kind, Mask, Change], ...] = (
         ("mHC kernels free", "free", _of_category(program, "mhc"), FREE),
         ("recompute free", "free", _of_category(program, "recompute"), FREE),

@@ -104,7 +104,7 @@ def _program_claim(plan: PlanSpec, models: dict[Resource | None, CostModel]) -> 
 
 def _captured(step: Step, plan: PlanSpec, model: CostModel) -> Timeline:
     """The step as a CUDA graph: no op takes time of the host."""
-    table = model.table(step.program.cost_keys, plan.gpu)
+    table = model.with_network(plan.network_speed).table(step.program.cost_keys, plan.gpu)
     table = replace(table, host_ns=np.zeros_like(table.host_ns))
     return settle(plan, step.program, table, model.profile)[2]
 

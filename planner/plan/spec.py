@@ -174,6 +174,16 @@ class PlanSpec(Spec):
             " as far as the profile says; unlimited: the full clock"
         ),
     ] = "limited"
+    network_speed: Annotated[
+        float,
+        Field(
+            gt=0,
+            le=1000,
+            allow_inf_nan=False,
+            description="bandwidth of the network between nodes, times what the profile says of it:"
+            " 0.5 is half as fast; its latency stays",
+        ),
+    ] = 1.0
     comm_ctas: Annotated[
         Annotated[int, _count(64)] | None,
         _about("SMs that a communication kernel takes at most; without it, as many as measured"),

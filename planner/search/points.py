@@ -53,7 +53,7 @@ class FamilyBounds:
     def _bound(self, plan: PlanSpec, model: CostModel) -> Bound | Unpriced:
         program = lower(plan, None)
         try:
-            table = model.table(program.cost_keys, plan.gpu)
+            table = model.with_network(plan.network_speed).table(program.cost_keys, plan.gpu)
         except ProfileError as error:
             return Unpriced(str(error))
         return Bound(_busy_ns(plan, program, table), _kept_bytes(program, table))
@@ -75,7 +75,8 @@ class MemberBounds:
     def _bound(self, member: Member, model: CostModel) -> Bound | Unpriced:
         program = lower(member.plan, member.recompute_block)
         try:
-            table = model.table(program.cost_keys, member.plan.gpu)
+            network = model.with_network(member.plan.network_speed)
+            table = network.table(program.cost_keys, member.plan.gpu)
         except ProfileError as error:
             return Unpriced(str(error))
         device_bytes = _device_bytes(program, table)

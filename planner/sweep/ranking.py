@@ -173,7 +173,7 @@ class _Estimator:
     def _played(self, plan: PlanSpec, block: int | None) -> tuple[_Figures, Played]:
         """Work a step out op by op."""
         program = lower(plan, block)
-        table = self._model.table(program.cost_keys)
+        table = self._model.with_network(plan.network_speed).table(program.cost_keys)
         ranks = memory_report(program, table, memory_of(program, table))
         played = Played(program, *StepGraph(program).path_ns(table))
         peak, device = (
