@@ -167,8 +167,12 @@ def _wishes(fields: Fields, allowed: Values) -> list[Wish]:
 
 
 def _kind_of(reason: str) -> str:
-    """A reason without its numbers, so that equal ones are counted together."""
-    return re.sub(r"\d[\d,.]*", "N", reason)
+    """A reason without its numbers, so that equal ones are counted together.
+
+    >>> _kind_of("layout.pp=32 makes 64 stages, more than the 30 blocks of mhc-27b")
+    'layout.pp=N makes N stages, more than the N blocks of mhc-27b'
+    """
+    return re.sub(r"(?<![\w-])\d[\d,.]*", "N", reason)
 
 
 def _divisors(number: int) -> list[int]:
