@@ -198,6 +198,35 @@ def within_bar() -> tuple[int, int]:
     return sum(found), len(found)
 
 
+def fp8_gains(profile: Profile) -> list[float]:
+    """How many times as fast a product of FP8 operands is as one of bf16, shape by shape."""
+    times = {(row.kind, row.key.shape): row.duration_ns for row in profile.ops}
+    return [
+        time_ns / times["gemm_fp8", shape]
+        for (kind, shape), time_ns in times.items()
+        if kind == "gemm" and ("gemm_fp8", shape) in times
+    ]
+
+
+def uneven_losses(profile: Profile) -> dict[tuple[int, int], dict[str, float]]:
+    """How many times as long experts take where one of so many has so many percent of the rows: F,
+    I, W and all of them, against an even share."""
+    costs = CostModel(profile)
+    times: dict[tuple[int, int], dict[str, tuple[int, int]]] = defaultdict(dict)
+    for row in profile.ops:
+        if row.kind == "experts_skewed":
+            shape = dict(row.shape)
+            uneven = shape.pop("experts"), shape.pop("largest")
+            even = costs.op(op_key("experts", row.pass_, **shape, experts=uneven[0])).duration_ns
+            times[uneven][row.pass_] = row.duration_ns, even
+    found: dict[tuple[int, int], dict[str, float]] = {}
+    for uneven, by_pass in sorted(times.items()):
+        sums = [sum(column) for column in zip(*by_pass.values(), strict=True)]
+        found[uneven] = {p: long / even for p, (long, even) in by_pass.items()}
+        found[uneven]["all"] = sums[0] / sums[1]
+    return found
+
+
 FIGURES = {
     "times": draw_times, "holdout": draw_holdout, "pairs": draw_pairs, "priority": draw_priority
 }  # fmt: skip
@@ -212,6 +241,12 @@ def numbers(profile: Profile) -> None:
     for name, levels in latencies().items():
         said = (f"{levels[level][0]:.0f} ({levels[level][1]:.0f})" for level in ("equal", "high"))
         print(f"| {RESIDENTS.get(name, name)} | {' | '.join(said)} |")
+    gains = fp8_gains(profile)
+    print(f"FP8 against bf16 products: {min(gains):.2f} to {max(gains):.2f} times as fast,"
+          f" median {statistics.median(gains):.2f}, {len(gains)} shapes")  # fmt: skip
+    for (experts, largest), times in uneven_losses(profile).items():
+        said = " ".join(f"{p} {ratio:.2f}" for p, ratio in sorted(times.items()))
+        print(f"{experts} experts, {largest} % of the rows for one: {said} times as long")
     print("latencies within the larger of 20 % and 10 us: {} of {} cases".format(*within_bar()))
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mhcplan.profiles.capture.timing import GpuTimer
+    from mhcplan.profiles.specs import HardwareSpec
 
 _ENVIRONMENT = ("NCCL_", "CUDA_", "TORCH_NCCL_", "PYTORCH_", "TRITON_", "NVIDIA_TF32")
 _MEASURING = ("cases", "comm", "machine", "ops", "segments", "timing")  # of this folder
@@ -48,6 +49,16 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu {platform.machine()}"
+
+
+def unlike(hardware: HardwareSpec, name: str, num_sms: int, memory_bytes: int) -> str | None:
+    """What a device and the preset that is to describe it differ in, as a line; None: nothing."""
+    if num_sms == hardware.num_sms and 0.8 < memory_bytes / hardware.memory_bytes < 1.25:
+        return None
+    return (
+        f"{name} has {num_sms} SMs and {memory_bytes / 1e9:.0f} GB, --hardware {hardware.name}"
+        f" {hardware.num_sms} and {hardware.memory_bytes / 1e9:.0f} GB: name the machine that it is"
+    )
 
 
 def _query(fields: str, load: GpuTimer | None) -> list[str]:

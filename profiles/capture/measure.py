@@ -313,10 +313,16 @@ def measure(options: Options) -> list[Path]:
         ValueError: unknown tier, part, kind or preset; or comm with one device.
         RuntimeError: a worker process failed.
     """
-    _hardware(options.hardware)
+    hardware = _hardware(options.hardware)
     keys = _chosen(options)
     device_type = options.device_type or ("cuda" if torch.cuda.is_available() else "cpu")
-    devices = torch.cuda.device_count() if device_type == "cuda" else 2
+    devices = 2
+    if device_type == "cuda":
+        devices, found = torch.cuda.device_count(), torch.cuda.get_device_properties(0)
+        if doubt := machine.unlike(
+            hardware, found.name, found.multi_processor_count, found.total_memory
+        ):
+            _progress(doubt)
     wanted: Sequence[Part] = PARTS[: 1 + (devices > 1)]
     if (started := launched()) is not None:
         devices = started.world

@@ -407,6 +407,16 @@ def test_a_command_names_no_folder_of_this_machine() -> None:
     assert machine._command(["--out", "/a/b/p.json", "--tiny"]).endswith("--out p.json --tiny")
 
 
+def test_a_device_that_is_not_the_preset_is_noticed() -> None:
+    h100 = HARDWARE["h100-sxm"]
+    assert machine.unlike(h100, "NVIDIA H100 80GB HBM3", 132, 84_940_000_000) is None
+    said = machine.unlike(h100, "NVIDIA H200", 132, 150_000_000_000)
+    assert said is not None
+    assert "NVIDIA H200 has 132 SMs and 150 GB, --hardware h100-sxm 132 and 80 GB" in said
+    assert machine.unlike(h100, "NVIDIA H100 PCIe", 114, 84_940_000_000) is not None
+    assert machine.unlike(HARDWARE["h200"], "NVIDIA H200", 132, 150_000_000_000) is None
+
+
 def test_merge_from_the_command_line(tmp_path: Path) -> None:
     ops, out = tmp_path / "ops.json", tmp_path / "p.json"
     ops.write_text(ops_part(tmp_path).model_dump_json(by_alias=True, exclude_none=True))
