@@ -75,8 +75,9 @@ def check_state(name: str, x: Tensor) -> tuple[int, int, int]:
 def check_site(x: Tensor, **others: Tensor | None) -> None:
     """Check a state and any tensors that go with it, told apart by their names.
 
-    ``y`` may be ``None``. Names: ``y dy`` states; ``u f du df`` ``[T, C]``; ``phi phi_next``,
-    ``bias``, ``alpha``, ``coefficients dmix``, ``projection`` as in :mod:`mhcplan.kernels.mhc`.
+    ``y`` may be ``None``. Names: ``y dy`` states; ``u f du df`` ``[T, C]``; ``phi``, ``bias``,
+    ``alpha``, ``coefficients dmix``, ``projection`` as in :mod:`mhcplan.kernels.mhc`; HC's
+    ``theta``.
 
     Raises:
         TypeError: a tensor has the wrong dtype.
@@ -97,6 +98,7 @@ def check_site(x: Tensor, **others: Tensor | None) -> None:
         else:
             shape = {
                 "phi": (m, n * channels),
+                "theta": (n + 2, channels),
                 "bias": (m,),
                 "alpha": (3,),
                 "coefficients": (tokens, m),
@@ -135,5 +137,14 @@ def check_steps(steps: int, norm_eps: float) -> None:
     """
     if steps < 1:
         raise ValueError(f"steps={steps} must be at least 1")
+    check_norm_eps(norm_eps)
+
+
+def check_norm_eps(norm_eps: float) -> None:
+    """Check what is added to a mean square.
+
+    Raises:
+        ValueError: it is negative.
+    """
     if norm_eps < 0:
         raise ValueError(f"norm_eps={norm_eps} must not be negative")

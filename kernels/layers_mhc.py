@@ -1,21 +1,20 @@
 """The residual's own ops (mHC, HC, entry and exit) in the shape of :mod:`mhcplan.kernels.layers`.
 
-Thin: the work is in :mod:`mhcplan.kernels.mhc`. T = tokens, n = expansion rate, C = hidden size,
-M = n^2 + 2n coefficients. Parameters of the residual are fp32, and so are their gradients.
-
-HC's coefficients (``HcPre``) have no Triton kernels yet: they run the eager reference and its
-autograd on any device, correct but slow.
+Thin: the work is in :mod:`mhcplan.kernels.mhc` and :mod:`mhcplan.kernels.hc`. T = tokens,
+n = expansion rate, C = hidden size, M = n^2 + 2n coefficients. Parameters of the residual are fp32,
+and so are their gradients.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from mhcplan.kernels import mhc, reference
+from mhcplan.kernels import hc, mhc, reference
 from mhcplan.kernels.layers_base import (
     Env,
     Gradients,
@@ -28,7 +27,7 @@ from mhcplan.kernels.layers_base import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 _STATES = 7  # salt of random states, apart from those of f and of gradients
 
@@ -51,22 +50,25 @@ def _coefficients(shape: Mapping[str, int], env: Env, salt: int = 0) -> Tensor:
     return reference.Coefficients(pre.sigmoid(), 2 * post.sigmoid(), res.softmax(-1)).pack()
 
 
-class MhcPre(Op):
+class _PreKernels(NamedTuple):
+    """The parts of a site's F_pre, as :mod:`mhcplan.kernels.mhc` has them."""
+
+    forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    backward_input: Callable[..., tuple[Tensor, ...]]
+    backward_weight: Callable[..., Tensor]
+    backward: Callable[..., tuple[Tensor, ...]]
+
+
+class _Pre(Op):
     """F_pre of a site: coefficients and the sublayer's input.
 
-    Weights (fp32): ``phi`` [M, n C], ``bias`` [M], ``alpha`` [3]. The gradients of bias and alpha
-    fall out of I, so W has only phi's.
+    Weights (fp32): the projection, ``bias`` [M], ``alpha`` [3]. The gradients of bias and alpha
+    fall out of I, so W has only the projection's. A subclass says which kernels and which numbers
+    they are given; what is saved is x, the coefficients and what these were made of.
     """
 
-    kind = "mhc_pre"
-
-    def __init__(
-        self, phi: Weight, bias: Weight, alpha: Weight,
-        *, steps: int = reference.DEFAULT_SINKHORN_STEPS,
-    ) -> None:  # fmt: skip
-        """Bind parameters; ``steps`` is t_max of the Sinkhorn normalisation."""
-        super().__init__(phi=phi, bias=bias, alpha=alpha)
-        self.steps = steps
+    _kernels: ClassVar[_PreKernels]
+    _numbers: Mapping[str, int] = MappingProxyType({})
 
     def _parameters(self) -> Tensors:
         return tuple(w.data for w in self.weights.values())
@@ -75,34 +77,36 @@ class MhcPre(Op):
         self, x: Tensor, *, out: tuple[Tensor, Tensor, Tensor] | None = None
     ) -> tuple[Tensors, Tensors]:
         """x [T, n, C]: u [T, C] and coefficients [T, M]; ``out`` for u and what is saved."""
-        u, mix, projection = mhc.mhc_pre_forward(x, *self._parameters(), steps=self.steps, out=out)
+        u, mix, projection = self._kernels.forward(x, *self._parameters(), out=out, **self._numbers)
         return (u, mix), (x, mix, projection)
 
     def backward_input(  # type: ignore[override]
         self, saved: Tensors, dy: Tensor, du: Tensor, dmix: Tensor
     ) -> tuple[Gradients, Tensors]:
-        """dy [T, n, C] (of the whole site), du [T, C], dmix [T, M] (mhc_post's): dx [T, n, C]."""
+        """dy [T, n, C] (of the whole site), du [T, C], dmix [T, M] (post's): dx [T, n, C]."""
         x, mix, projection = saved
-        dx, dp, dbias, dalpha = mhc.mhc_pre_backward_input(
-            dy, x, du, mix, projection, dmix, *self._parameters(), steps=self.steps
+        dx, dp, *small = self._kernels.backward_input(
+            dy, x, du, mix, projection, dmix, *self._parameters(), **self._numbers
         )
-        self._add_small(dbias, dalpha)
+        self._add_small(*small)
         return (dx,), (x, dp)
 
     def backward_weight(self, deferred: Tensors) -> None:
-        """phi."""
-        self.weights["phi"].main_grad.add_(mhc.mhc_pre_backward_weight(*deferred))
+        """The projection."""
+        projection, *_ = self.weights.values()
+        projection.main_grad.add_(self._kernels.backward_weight(*deferred))
 
     def backward(  # type: ignore[override]
         self, saved: Tensors, dy: Tensor, du: Tensor, dmix: Tensor, *, out: Tensor | None = None
     ) -> Gradients:
         """I and W with one pass less over the state; ``out`` for dx."""
         x, mix, projection = saved
-        dx, dphi, dbias, dalpha = mhc.mhc_pre_backward(
-            dy, x, du, mix, projection, dmix, *self._parameters(), steps=self.steps, out=out
+        dx, weight_grad, *small = self._kernels.backward(
+            dy, x, du, mix, projection, dmix, *self._parameters(), out=out, **self._numbers
         )
-        self.weights["phi"].main_grad.add_(dphi)
-        self._add_small(dbias, dalpha)
+        weight, *_ = self.weights.values()
+        weight.main_grad.add_(weight_grad)
+        self._add_small(*small)
         return (dx,)
 
     def _add_small(self, dbias: Tensor, dalpha: Tensor) -> None:
@@ -117,6 +121,31 @@ class MhcPre(Op):
             random_like(outputs[1], env, 502),
         )
 
+    @staticmethod
+    def example_inputs(shape: Mapping[str, int], env: Env) -> Tensors:
+        """A random state."""
+        return (_state(shape, env),)
+
+
+class MhcPre(_Pre):
+    """mHC's F_pre; the projection is ``phi`` [M, n C]."""
+
+    kind = "mhc_pre"
+    _kernels = _PreKernels(
+        mhc.mhc_pre_forward,
+        mhc.mhc_pre_backward_input,
+        mhc.mhc_pre_backward_weight,
+        mhc.mhc_pre_backward,
+    )
+
+    def __init__(
+        self, phi: Weight, bias: Weight, alpha: Weight,
+        *, steps: int = reference.DEFAULT_SINKHORN_STEPS,
+    ) -> None:  # fmt: skip
+        """Bind parameters; ``steps`` is t_max of the Sinkhorn normalisation."""
+        super().__init__(phi=phi, bias=bias, alpha=alpha)
+        self._numbers = {"steps": steps}
+
     @classmethod
     def build(cls, shape: Mapping[str, int], env: Env) -> MhcPre:
         """An op of the vocabulary's shape; phi Xavier-like, b zero, alpha 0.01 (table 5)."""
@@ -127,10 +156,28 @@ class MhcPre(Op):
         phi = _fp32(env, m, n * hidden, std=(n * hidden) ** -0.5, salt=1)
         return cls(phi, bias, alpha, steps=shape["steps"])
 
-    @staticmethod
-    def example_inputs(shape: Mapping[str, int], env: Env) -> Tensors:
-        """A random state."""
-        return (_state(shape, env),)
+
+class HcPre(_Pre):
+    """HC's F_pre (eq. 5); the projection is ``theta`` [n + 2, C], of every row alike."""
+
+    kind = "hc_pre"
+    _kernels = _PreKernels(
+        hc.hc_pre_forward, hc.hc_pre_backward_input, hc.hc_pre_backward_weight, hc.hc_pre_backward
+    )
+
+    def __init__(self, theta: Weight, bias: Weight, alpha: Weight) -> None:
+        """Bind parameters."""
+        super().__init__(theta=theta, bias=bias, alpha=alpha)
+
+    @classmethod
+    def build(cls, shape: Mapping[str, int], env: Env) -> HcPre:
+        """An op of the vocabulary's shape with random parameters."""
+        n, hidden = shape["n"], shape["hidden"]
+        return cls(
+            theta=_fp32(env, n + 2, hidden, std=hidden**-0.5, salt=1),
+            bias=_fp32(env, n * n + 2 * n, std=0.1, salt=2),
+            alpha=_fp32(env, 3, std=0.01, salt=3),
+        )
 
 
 class MhcPost(Op):
@@ -279,83 +326,6 @@ class Collapse(Op):
             phi=_fp32(env, n, n * hidden, std=(n * hidden) ** -0.5, salt=1),
             bias=_fp32(env, n, std=0.1, salt=2),
             alpha=_fp32(env, 1, std=0.01, salt=3),
-        )
-
-    @staticmethod
-    def example_inputs(shape: Mapping[str, int], env: Env) -> Tensors:
-        """A random state."""
-        return (_state(shape, env),)
-
-
-class HcPre(Op):
-    """HC's first half of a site: coefficients (eq. 5) and the sublayer's input.
-
-    Weights (fp32): ``theta`` [n + 2, C], ``bias`` [M], ``alpha`` [3]. Eager: see the module.
-    """
-
-    kind = "hc_pre"
-
-    def __init__(self, theta: Weight, bias: Weight, alpha: Weight) -> None:
-        """Bind parameters."""
-        super().__init__(theta=theta, bias=bias, alpha=alpha)
-
-    def forward(  # type: ignore[override]
-        self, x: Tensor, *, out: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensors, Tensors]:
-        """x [T, n, C]: u [T, C] and coefficients [T, M]; ``out`` for both."""
-        theta, bias, alpha = (w.data for w in self.weights.values())
-        made = reference.hc_pre(x, theta, bias, alpha)
-        u, mix = mhc.placed(made, out)
-        return (u, mix), (x, mix)
-
-    def _gradients(self, x: Tensor, grads: Tensors) -> Tensors:
-        """Gradients of x and of the parameters, by autograd of the reference."""
-        with torch.enable_grad():
-            parameters = (w.data for w in self.weights.values())
-            leaves = [t.detach().requires_grad_() for t in (x, *parameters)]
-            state, theta, bias, alpha = leaves
-            return torch.autograd.grad(reference.hc_pre(state, theta, bias, alpha), leaves, grads)
-
-    def backward_input(  # type: ignore[override]
-        self, saved: Tensors, dy: Tensor, du: Tensor, dmix: Tensor
-    ) -> tuple[Gradients, Tensors]:
-        """dy [T, n, C] (of the whole site), du [T, C], dmix [T, M] (hc_post's): dx [T, n, C]."""
-        x, mix = saved
-        n = x.shape[1]
-        # the first n columns of dmix are not written; du brings H_pre's gradient
-        dmix = torch.cat([torch.zeros_like(dmix[:, :n]), dmix[:, n:]], 1)
-        dx = self._gradients(x, (du, dmix))[0]
-        res = reference.Coefficients.split(mix, n).res
-        dx = dx + torch.einsum("toi,toc->tic", res, dy.to(res.dtype)).to(x.dtype)
-        return (dx,), (x, du, dmix)
-
-    def backward(  # type: ignore[override]
-        self, saved: Tensors, dy: Tensor, du: Tensor, dmix: Tensor, *, out: Tensor | None = None
-    ) -> Gradients:
-        """I, then W; ``out`` for dx."""
-        (dx,), deferred = self.backward_input(saved, dy, du, dmix)
-        self.backward_weight(deferred)
-        return (dx if out is None or dx is None else out.copy_(dx),)
-
-    def backward_weight(self, deferred: Tensors) -> None:
-        """Every parameter."""
-        x, *grads = deferred
-        _, *found = self._gradients(x, tuple(grads))
-        for weight, grad in zip(self.weights.values(), found, strict=True):
-            weight.main_grad.add_(grad)
-
-    def example_grads(self, inputs: Tensors, outputs: Tensors, env: Env) -> Tensors:
-        """dy of the site, du, and gradients of the coefficients."""
-        return random_like(inputs[0], env, 500), *super().example_grads(inputs, outputs, env)
-
-    @classmethod
-    def build(cls, shape: Mapping[str, int], env: Env) -> HcPre:
-        """An op of the vocabulary's shape with random parameters."""
-        n, hidden = shape["n"], shape["hidden"]
-        return cls(
-            theta=_fp32(env, n + 2, hidden, std=hidden**-0.5, salt=1),
-            bias=_fp32(env, n * n + 2 * n, std=0.1, salt=2),
-            alpha=_fp32(env, 3, std=0.01, salt=3),
         )
 
     @staticmethod

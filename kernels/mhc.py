@@ -82,7 +82,8 @@ def projection_gradient_width(n: int, dtype: torch.dtype) -> int:
     return residual_parts(dtype) * padded_coefficients(n)
 
 
-def _on_kernels(x: Tensor) -> bool:
+def on_kernels(x: Tensor) -> bool:
+    """Whether the Triton kernels take ``x``: on a GPU, or in the interpreter."""
     return x.is_cuda or INTERPRETED
 
 
@@ -125,7 +126,7 @@ def mhc_pre_forward(
     """
     check_site(x, phi=phi, bias=bias, alpha=alpha)
     check_steps(steps, norm_eps)
-    if not _on_kernels(x):
+    if not on_kernels(x):
         return placed(mhc_eager.pre_forward(x, phi, bias, alpha, steps, norm_eps), out)
     partial = mhc_forward.project(x, phi)
     return mhc_forward.coefficients_and_pre(x, partial, bias, alpha, steps, norm_eps, out)
@@ -141,7 +142,7 @@ def mhc_post_forward(
         ValueError: an argument has the wrong shape, device or layout.
     """
     check_site(x, f=f, coefficients=coefficients, y=out)
-    if not _on_kernels(x):
+    if not on_kernels(x):
         y = reference.post_res(x, f, coefficients)
         return y if out is None else out.copy_(y)
     return mhc_forward.post_res(x, f, coefficients, out)
@@ -169,7 +170,7 @@ def mhc_post_pre_forward(
     """
     check_site(x, f=f, coefficients=coefficients, phi=phi, bias=bias, alpha=alpha)
     check_steps(steps, norm_eps)
-    if not _on_kernels(x):
+    if not on_kernels(x):
         y = reference.post_res(x, f, coefficients)
         return y, *mhc_eager.pre_forward(y, phi, bias, alpha, steps, norm_eps)
     y, partial = mhc_forward.post_project(x, f, coefficients, phi)
@@ -190,7 +191,7 @@ def mhc_post_backward(
         ValueError: an argument has the wrong shape, device or layout.
     """
     check_site(x, dy=dy, f=f, coefficients=coefficients)
-    if not _on_kernels(x):
+    if not on_kernels(x):
         return placed(mhc_eager.post_backward(dy, x, f, coefficients), out)
     return mhc_backward.post_backward(dy, x, f, coefficients, out)
 
@@ -302,7 +303,7 @@ def mhc_pre_backward_weight(x: Tensor, dp: Tensor) -> Tensor:
     """
     tokens, n, _ = check_state("x", x)
     check_tensor("dp", dp, (tokens, projection_gradient_width(n, x.dtype)), x.dtype, x.device)
-    if not _on_kernels(x):
+    if not on_kernels(x):
         return mhc_eager.pre_backward_weight(x, dp)
     return mhc_backward.weight_backward(x, dp)
 
@@ -318,7 +319,7 @@ def _pre_backward(
         phi=phi, bias=bias, alpha=alpha, y=out,
     )  # fmt: skip
     check_steps(steps, norm_eps)
-    if _on_kernels(x):
+    if on_kernels(x):
         dp, s, dbias, dalpha = mhc_backward.coefficient_gradients(
             x, du, coefficients, projection, dmix, bias, alpha, steps
         )
@@ -355,7 +356,7 @@ def mhc_recompute(
         ValueError: there is no site, or an argument has the wrong number, shape, device or layout.
     """
     check_block(x, fs, coefficients)
-    if not _on_kernels(x):
+    if not on_kernels(x):
         us, xs = mhc_eager.recompute(x, fs, coefficients)
         made = placed((*us, *xs), out)
         return list(made[: len(us)]), list(made[len(us) :])

@@ -17,7 +17,7 @@ not fit beside the rest. From n = 8 on other kernels do this part: :mod:`mhcplan
 No atomics: results repeat bit by bit. T tokens, n rows, C channels, M = n^2 + 2n coefficients.
 """
 
-# ruff: noqa: ANN001, ANN202, RUF005  (Triton: no types for tensors, no starred tuples)
+# ruff: noqa: ANN001, ANN201, ANN202, RUF005  (Triton: no types for tensors, no starred tuples)
 
 from __future__ import annotations
 
@@ -29,22 +29,25 @@ from torch import Tensor
 from mhcplan.kernels import mhc_wide, tuning
 from mhcplan.kernels.mhc_forward import first_sinkhorn_step, normalise
 from mhcplan.kernels.mhc_partition import shares, sum_partials
-from mhcplan.kernels.reference import num_coefficients
+from mhcplan.kernels.reference import expansion_rate, num_coefficients
 from mhcplan.kernels.triton_support import (
     columns,
     dot,
     fold,
     load_mix,
     load_rows,
+    padded,
     padded_coefficients,
     parts_and_columns,
+    replaced,
     residual_parts,
     split,
     sum_parts,
 )
 
-# Most rows n with which dphi's tile fits in registers beside the rest, by bytes an element.
-FUSED_MOST_ROWS = {2: 4, 4: 2}
+# Most slices of phi (n; HC's: one) whose dphi fits in registers beside the rest, by bytes an
+# element.
+FUSED_MOST_SLICES = {2: 4, 4: 2}
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -149,6 +152,29 @@ def _sinkhorn_backward(
     tl.store(dlogits_ptr + t[:, None, None] * M + cell[None, :, :], dlogits, mask=mask3)
 
 
+@triton.jit
+def pre_gradients(
+    x_ptr, du_ptr, t, token, N: tl.constexpr, C: tl.constexpr,
+    BT: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Gradients of H_pre, du x_i, of BT tokens: a tuple of tiles whose lines are left to sum."""
+    cc = tl.arange(0, BC)
+    dpre = ()
+    for _i in tl.static_range(N):
+        dpre = dpre + (tl.zeros((BT, BC // V), tl.float32),)
+    for c0 in tl.range(0, C, BC, num_stages=STAGES):
+        c = c0 + cc
+        mask = token[:, None] & (c < C)[None, :]
+        du = tl.load(du_ptr + t[:, None] * C + c[None, :], mask=mask, other=0.0)
+        du = du.to(tl.float32)
+        x = load_rows(x_ptr, t[:, None] * (N * C) + c[None, :], mask, N, C)
+        new_dpre = ()
+        for i in tl.static_range(N):
+            new_dpre = new_dpre + (dpre[i] + fold(du * x[i].to(tl.float32), V),)
+        dpre = new_dpre
+    return dpre
+
+
 @triton.jit(do_not_specialize=["T", "sinkhorn_programs"])
 def _coefficient_gradients_kernel(
     x_ptr, du_ptr, projection_ptr, dmix_ptr, coefficients_ptr, bias_ptr, alpha_ptr,
@@ -166,20 +192,7 @@ def _coefficient_gradients_kernel(
     else:
         t = ((pid - sinkhorn_programs) * BT + tl.arange(0, BT)).to(tl.int64)
         token = t < T
-        cc = tl.arange(0, BC)
-        dpre = ()
-        for _i in tl.static_range(N):
-            dpre = dpre + (tl.zeros((BT, BC // V), tl.float32),)
-        for c0 in tl.range(0, C, BC, num_stages=STAGES):
-            c = c0 + cc
-            mask = token[:, None] & (c < C)[None, :]
-            du = tl.load(du_ptr + t[:, None] * C + c[None, :], mask=mask, other=0.0)
-            du = du.to(tl.float32)
-            x = load_rows(x_ptr, t[:, None] * (N * C) + c[None, :], mask, N, C)
-            new_dpre = ()
-            for i in tl.static_range(N):
-                new_dpre = new_dpre + (dpre[i] + fold(du * x[i].to(tl.float32), V),)
-            dpre = new_dpre
+        dpre = pre_gradients(x_ptr, du_ptr, t, token, N, C, BT, BC, V, STAGES)
         for i in tl.static_range(N):
             h = tl.load(coefficients_ptr + t * M + i, mask=token, other=0.0)
             d = tl.load(dmix_ptr + t * M + i, mask=token, other=0.0) + tl.sum(dpre[i], axis=1)
@@ -248,7 +261,8 @@ def _sum_small_kernel(
 def _pre_backward_kernel(
     dy_ptr, x_ptr, du_ptr, coefficients_ptr, dp_ptr, s_ptr, phi_ptr, dx_ptr, partial_ptr,
     T, tiles, share,
-    N: tl.constexpr, C: tl.constexpr, MP: tl.constexpr, PARTS: tl.constexpr,
+    N: tl.constexpr, C: tl.constexpr, OUTPUTS: tl.constexpr, PHIS: tl.constexpr,
+    MP: tl.constexpr, PARTS: tl.constexpr,
     WITH_W: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     # The work is a line of slices of BC channels, each of ``tiles`` tiles of BT tokens; a program
@@ -256,7 +270,10 @@ def _pre_backward_kernel(
     # every multiprocessor has the same to do for any C and T. phi is loaded once a slice.
     # dp comes as [rounded | remainder] for bf16 (PARTS = 2): dphi takes both, one after the other
     # into the same registers. dx, written in bf16 itself, takes the rounded dp and phi.
+    # mHC projects all rows of a token at once: phi is PHIS = n slices and dp one line a token. HC
+    # projects each row by itself and all alike: one slice, n lines.
     M: tl.constexpr = N * N + 2 * N
+    LINES: tl.constexpr = N // PHIS
     DT: tl.constexpr = x_ptr.dtype.element_ty
     slices: tl.constexpr = (C + BC - 1) // BC
     column = tl.arange(0, MP)
@@ -268,11 +285,11 @@ def _pre_backward_kernel(
         piece = begin // tiles
         stop = min(end, (piece + 1) * tiles)
         c = piece * BC + tl.arange(0, BC)
-        inside = (column < M)[:, None] & (c < C)[None, :]
+        inside = (column < OUTPUTS)[:, None] & (c < C)[None, :]
         dphi = ()
         phi = ()
-        for i in tl.static_range(N):
-            phi_ptrs = phi_ptr + column[:, None] * (N * C) + i * C + c[None, :]
+        for i in tl.static_range(PHIS):
+            phi_ptrs = phi_ptr + column[:, None] * (PHIS * C) + i * C + c[None, :]
             phi = phi + (tl.load(phi_ptrs, mask=inside, other=0.0).to(DT),)
             if WITH_W:
                 dphi = dphi + (tl.zeros((BC, MP), tl.float32),)
@@ -282,34 +299,39 @@ def _pre_backward_kernel(
             mask = token & (c < C)[None, :]
             offsets = t[:, None] * (N * C) + c[None, :]
             du = tl.load(du_ptr + t[:, None] * C + c[None, :], mask=mask, other=0.0)
-            s = tl.load(s_ptr + t, mask=t < T, other=0.0)
-            dp_ptrs = dp_ptr + t[:, None] * (PARTS * MP) + column[None, :]
-            dp = tl.load(dp_ptrs, mask=token, other=0.0)
-            if WITH_W and PARTS == 2:
-                remainder = tl.load(dp_ptrs + MP, mask=token, other=0.0)
+            if LINES == 1:
+                s = (tl.load(s_ptr + t, mask=t < T, other=0.0),)
+            else:
+                s = columns(tl.load(s_ptr + t[:, None] * N + gates[None, :], mask=token, other=0.0))
+            dp = ()
+            remainder = ()
+            for line in tl.static_range(LINES):
+                dp_ptrs = dp_ptr + (t * LINES + line)[:, None] * (PARTS * MP) + column[None, :]
+                dp = dp + (tl.load(dp_ptrs, mask=token, other=0.0),)
+                if WITH_W and PARTS == 2:
+                    remainder = remainder + (tl.load(dp_ptrs + MP, mask=token, other=0.0),)
             dy = load_rows(dy_ptr, offsets, mask, N, C)
             x = load_rows(x_ptr, offsets, mask, N, C)
             mix_ptrs = coefficients_ptr + t[:, None] * M
             pre = columns(tl.load(mix_ptrs + gates[None, :], mask=token, other=0.0))
             res = columns(tl.load(mix_ptrs + cells[None, :], mask=token, other=0.0))
-            new_dphi = ()
             for i in tl.static_range(N):
                 if WITH_W:
-                    gradient = dot(tl.trans(x[i]), dp, dphi[i])
+                    gradient = dot(tl.trans(x[i]), dp[i % LINES], dphi[i % PHIS])
                     if PARTS == 2:
-                        gradient = dot(tl.trans(x[i]), remainder, gradient)
-                    new_dphi = new_dphi + (gradient,)
-                dx = dot(dp, phi[i], tl.zeros((BT, BC), tl.float32))
-                dx += s[:, None] * x[i].to(tl.float32) + pre[i][:, None] * du.to(tl.float32)
+                        gradient = dot(tl.trans(x[i]), remainder[i % LINES], gradient)
+                    dphi = replaced(dphi, i % PHIS, gradient)
+                dx = dot(dp[i % LINES], phi[i % PHIS], tl.zeros((BT, BC), tl.float32))
+                of_norm = s[i % LINES][:, None] * x[i].to(tl.float32)
+                dx += of_norm + pre[i][:, None] * du.to(tl.float32)
                 for o in tl.static_range(N):
                     dx += res[o * N + i][:, None] * dy[o].to(tl.float32)
                 tl.store(dx_ptr + i * C + offsets, dx.to(DT), mask=mask)
-            if WITH_W:
-                dphi = new_dphi
         if WITH_W:
             slot = tl.program_id(0) - piece * tiles // share
-            base = partial_ptr + slot * (M * N * C) + column[:, None] * (N * C) + c[None, :]
-            for i in tl.static_range(N):
+            line = column[:, None] * (PHIS * C) + c[None, :]
+            base = partial_ptr + slot * (OUTPUTS * PHIS * C) + line
+            for i in tl.static_range(PHIS):
                 tl.store(base + i * C, tl.trans(dphi[i]), mask=inside)
         begin = stop
 
@@ -377,7 +399,7 @@ def coefficient_gradients(
     and for bf16 the remainder beside it. s is ``[T]`` fp32: dx has s x from the norm.
     """
     tokens, n, channels = x.shape
-    padded = padded_coefficients(n)
+    width = padded_coefficients(n)
     parts = residual_parts(x.dtype)
     cfg = tuning.config("pre_reduce", n, channels, x.dtype)
     dlogits = torch.empty_like(dmix)
@@ -390,40 +412,54 @@ def coefficient_gradients(
     )  # fmt: skip
     small = tuning.config("small", n, channels, x.dtype)
     programs = triton.cdiv(tokens, small.BS)
-    dp = x.new_empty((tokens, parts * padded))
+    dp = x.new_empty((tokens, parts * width))
     s = x.new_empty((tokens,), dtype=torch.float32)
-    partial = x.new_empty((programs, 2, padded), dtype=torch.float32)
+    partial = x.new_empty((programs, 2, width), dtype=torch.float32)
     _small_kernel[(programs,)](
-        projection, alpha, dlogits, dp, s, partial, tokens, N=n, C=channels, MP=padded,
+        projection, alpha, dlogits, dp, s, partial, tokens, N=n, C=channels, MP=width,
         PARTS=parts, BS=small.BS, num_warps=small.warps,
     )  # fmt: skip
-    dbias = torch.empty_like(bias)
-    dalpha = torch.empty_like(alpha)
+    return dp, s, *sum_small(partial, bias, alpha)
+
+
+def sum_small(partial: Tensor, bias: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """``(dbias, dalpha)`` from what programs left: ``[programs, 2, padded_coefficients(n)]``."""
+    programs, _, width = partial.shape
+    dbias, dalpha = torch.empty_like(bias), torch.empty_like(alpha)
     _sum_small_kernel[(1,)](
-        partial, dbias, dalpha, programs, N=n, MP=padded,
-        BLOCK=max(1, 4096 // padded), num_warps=8,
+        partial, dbias, dalpha, programs, N=expansion_rate(bias.numel()), MP=width,
+        BLOCK=max(1, 4096 // width), num_warps=8,
     )  # fmt: skip
-    return dp, s, dbias, dalpha
+    return dbias, dalpha
 
 
 def pre_backward(
     dy: Tensor, x: Tensor, du: Tensor, coefficients: Tensor, dp: Tensor, s: Tensor, phi: Tensor,
     with_weight: bool, out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """dx ``[T, n, C]``, and dphi ``[M, n C]`` if asked for in the same pass over the state."""
+    """dx ``[T, n, C]``, and dphi if asked for, in the same pass over the state where that fits.
+
+    phi is ``[M, n C]`` and dp ``[T, parts * padded(M)]``, or HC's: theta ``[n + 2, C]`` and
+    ``[T, n, parts * padded(n + 2)]``.
+    """
     tokens, n, channels = x.shape
+    outputs, slices = phi.shape[0], phi.shape[1] // channels
+    family = "" if slices == n else "hc_"
     dx = torch.empty_like(x) if out is None else out
-    fused = with_weight and n <= FUSED_MOST_ROWS[x.dtype.itemsize]
+    # of HC's dphi there is one slice, not n
+    fused = with_weight and slices <= FUSED_MOST_SLICES[x.dtype.itemsize]
     if n >= mhc_wide.LEAST_ROWS:
         mhc_wide.input_gradient(dy, x, du, coefficients, dp, s, phi, dx)
         return dx, weight_backward(x, dp) if with_weight else None
-    cfg = tuning.config("pre_backward" if fused else "pre_backward_input", n, channels, x.dtype)
+    kernel = f"{family}pre_backward" if fused else f"{family}pre_backward_input"
+    cfg = tuning.config(kernel, n, channels, x.dtype)
     shared = shares(triton.cdiv(channels, cfg.BC), tokens, cfg, x.device)
-    shape = (shared.slots, num_coefficients(n), n * channels) if fused else (1,)
+    shape = (shared.slots, *phi.shape) if fused else (1,)
     partial = x.new_empty(shape, dtype=torch.float32)
     _pre_backward_kernel[(shared.programs,)](
         dy, x, du, coefficients, dp, s, phi, dx, partial, tokens, shared.tiles, shared.share,
-        N=n, C=channels, MP=padded_coefficients(n), PARTS=residual_parts(x.dtype), WITH_W=fused,
+        N=n, C=channels, OUTPUTS=outputs, PHIS=slices, MP=padded(outputs),
+        PARTS=residual_parts(x.dtype), WITH_W=fused,
         BT=cfg.BT, BC=cfg.BC, STAGES=cfg.stages, num_warps=cfg.warps,
     )  # fmt: skip
     if fused:
@@ -432,17 +468,25 @@ def pre_backward(
 
 
 def weight_backward(x: Tensor, dp: Tensor) -> Tensor:
-    """dphi = dp^T x ``[M, n C]`` fp32."""
-    tokens, n, channels = x.shape
+    """dphi = dp^T x fp32: ``[M, n C]``, or HC's ``[n + 2, C]`` if dp has a line for every row."""
+    _, n, channels = x.shape
+    if dp.ndim == 3:
+        cfg = tuning.config("hc_weight", n, channels, x.dtype)
+        return _product(x.flatten(0, 1), dp.flatten(0, 1), n + 2, cfg)
     if n >= mhc_wide.LEAST_ROWS:
         return mhc_wide.weight_gradient(x, dp)
-    m, width = num_coefficients(n), n * channels
     cfg = tuning.config("weight", n, channels, x.dtype)
-    shared = shares(triton.cdiv(width, cfg.BC), tokens, cfg, x.device)
-    partial = x.new_empty((shared.slots, m, width), dtype=torch.float32)
+    return _product(x.flatten(1), dp, num_coefficients(n), cfg)
+
+
+def _product(x: Tensor, dp: Tensor, outputs: int, cfg: tuning.Config) -> Tensor:
+    """dp^T x ``[outputs, K]`` of x ``[R, K]`` and dp ``[R, parts * padded(outputs)]``."""
+    rows, width = x.shape
+    shared = shares(triton.cdiv(width, cfg.BC), rows, cfg, x.device)
+    partial = x.new_empty((shared.slots, outputs, width), dtype=torch.float32)
     _weight_kernel[(shared.programs,)](
-        x, dp, partial, tokens, shared.tiles, shared.share, K=width, M=m,
-        MP=padded_coefficients(n), PARTS=residual_parts(x.dtype),
+        x, dp, partial, rows, shared.tiles, shared.share, K=width, M=outputs,
+        MP=padded(outputs), PARTS=residual_parts(x.dtype),
         BT=cfg.BT, BK=cfg.BC, STAGES=cfg.stages, num_warps=cfg.warps,
     )  # fmt: skip
     return sum_partials(partial, shared, width, cfg.BC)

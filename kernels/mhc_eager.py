@@ -47,7 +47,7 @@ def pre_backward_input(
     m = num_coefficients(n)
     mix = reference.Coefficients.split(coefficients, n)
     given = reference.Coefficients.split(dmix, n)
-    wide_dy, wide_x, wide_du = (t.to(phi.dtype) for t in (dy, x, du))
+    wide_x, wide_du = x.to(phi.dtype), du.to(phi.dtype)
 
     inverse_rms = projection[:, m:]
     scaled = projection[:, :m] * inverse_rms
@@ -64,16 +64,37 @@ def pre_backward_input(
 
     dp = dlogits * scale * inverse_rms
     s = -(dp * projection[:, :m]).sum(-1) * inverse_rms[:, 0].square() / (n * channels)
-    dx = torch.einsum("toi,toc->tic", mix.res, wide_dy)
-    dx += mix.pre[:, :, None] * wide_du[:, None, :] + (dp @ phi).unflatten(-1, (n, channels))
+    dx = mixed_gradient(dy, wide_du, coefficients) + (dp @ phi).unflatten(-1, (n, channels))
     dx += s[:, None, None] * wide_x
+    return dx.to(x.dtype), rounded_parts(dp, x.dtype, width), dbias, dalpha
 
-    # The kernels' layout: rounded to the residual's dtype, then, in bf16, the remainder.
-    parts = x.new_zeros((x.shape[0], width))
-    parts[:, :m] = dp
-    if x.dtype != torch.float32:
-        parts[:, width // 2 : width // 2 + m] = dp - parts[:, :m].float()
-    return dx.to(x.dtype), parts, dbias, dalpha
+
+def mixed_gradient(dy: Tensor, du: Tensor, coefficients: Tensor) -> Tensor:
+    """What reaches x through H_res and H_pre alone, in the dtype of the coefficients."""
+    mix = reference.Coefficients.split(coefficients, dy.shape[-2])
+    dx = torch.einsum("toi,toc->tic", mix.res, dy.to(coefficients.dtype))
+    return dx + mix.pre[:, :, None] * du[:, None, :]
+
+
+def rounded_parts(dp: Tensor, dtype: torch.dtype, width: int) -> Tensor:
+    """``[..., m]`` as kernels keep it: rounded to ``dtype``, padded, then, in bf16, the remainder.
+
+    ``width`` is that of both parts together.
+    """
+    parts = dp.new_zeros((*dp.shape[:-1], width), dtype=dtype)
+    m = dp.shape[-1]
+    parts[..., :m] = dp
+    if dtype != torch.float32:
+        parts[..., width // 2 : width // 2 + m] = dp - parts[..., :m].float()
+    return parts
+
+
+def whole(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum of :func:`rounded_parts` in fp32, still padded."""
+    dp = parts.float()
+    if dtype == torch.float32:
+        return dp
+    return dp[..., : dp.shape[-1] // 2] + dp[..., dp.shape[-1] // 2 :]
 
 
 def _sinkhorn_backward(logits: Tensor, gradient: Tensor, steps: int) -> Tensor:
@@ -98,10 +119,7 @@ def _sinkhorn_backward(logits: Tensor, gradient: Tensor, steps: int) -> Tensor:
 def pre_backward_weight(x: Tensor, dp: Tensor) -> Tensor:
     """dphi ``[M, n C]``."""
     m = num_coefficients(x.shape[-2])
-    whole = dp.float()
-    if x.dtype != torch.float32:
-        whole = whole[:, : dp.shape[1] // 2] + whole[:, dp.shape[1] // 2 :]
-    return whole[:, :m].mT @ x.flatten(-2).float()
+    return whole(dp, x.dtype)[:, :m].mT @ x.flatten(-2).float()
 
 
 def recompute(

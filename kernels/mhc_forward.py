@@ -16,6 +16,8 @@ ascending order: no atomics, so results repeat bit by bit.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -30,6 +32,7 @@ from mhcplan.kernels.triton_support import (
     fold,
     load_mix,
     load_rows,
+    padded,
     padded_coefficients,
     parts_and_columns,
     residual_parts,
@@ -101,7 +104,7 @@ def _write_partial(ptr, rows, mask, products, square, M: tl.constexpr, MP: tl.co
 
 
 @triton.jit
-def _sum_splits(ptr, mask, stride, splits):
+def sum_splits(ptr, mask, stride, splits):
     """Sum ``ptr[s * stride]`` over s = 0 .. splits - 1, in that order."""
     total = tl.load(ptr, mask=mask, other=0.0)
     for s in tl.range(1, splits, loop_unroll_factor=4):  # so that the loads overlap
@@ -126,20 +129,20 @@ def _write_coefficients(
     token = t < T
     stride = tl.cast(T, tl.int64) * MP
     row = partial_ptr + t * MP
-    square = _sum_splits(row + M, token, stride, splits)
+    square = sum_splits(row + M, token, stride, splits)
     inverse_rms = 1.0 / tl.sqrt(square / (N * C) + norm_eps)
     tl.store(projection_ptr + t * (M + 1) + M, inverse_rms, mask=token)
     j = tl.arange(0, N)
     for part in tl.static_range(2):  # H_pre, H_post
         mask = token[:, None] & (j[None, :] < N)
-        p = _sum_splits(row[:, None] + (part * N + j)[None, :], mask, stride, splits)
+        p = sum_splits(row[:, None] + (part * N + j)[None, :], mask, stride, splits)
         tl.store(projection_ptr + t[:, None] * (M + 1) + (part * N + j)[None, :], p, mask=mask)
         bias = tl.load(bias_ptr + part * N + j)[None, :]
         h = _sigmoid(p, inverse_rms[:, None], tl.load(alpha_ptr + part), bias) * (1.0 + part)
         tl.store(coefficients_ptr + t[:, None] * M + (part * N + j)[None, :], h, mask=mask)
     cell = 2 * N + j[:, None] * N + j[None, :]  # [o, i]
     mask3 = token[:, None, None] & (cell < M)[None, :, :]
-    p3 = _sum_splits(row[:, None, None] + cell[None, :, :], mask3, stride, splits)
+    p3 = sum_splits(row[:, None, None] + cell[None, :, :], mask3, stride, splits)
     tl.store(projection_ptr + t[:, None, None] * (M + 1) + cell[None, :, :], p3, mask=mask3)
     logits3 = p3 * inverse_rms[:, None, None] * tl.load(alpha_ptr + 2)
     logits3 += tl.load(bias_ptr + cell)[None, :, :]
@@ -168,6 +171,21 @@ def weighted_rows(x, pre, N: tl.constexpr):
     return u
 
 
+@triton.jit
+def write_input(
+    x_ptr, u_ptr, t, token, pre, N: tl.constexpr, C: tl.constexpr, BC: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """u of the tokens t from their H_pre, a tuple of vectors."""
+    cc = tl.arange(0, BC)
+    for c in tl.range(0, C, BC, num_stages=STAGES):
+        mask = token[:, None] & (c + cc < C)[None, :]
+        x = load_rows(x_ptr, t[:, None] * (N * C) + (c + cc)[None, :], mask, N, C)
+        u = weighted_rows(x, pre, N)
+        out = u_ptr + t[:, None] * C + (c + cc)[None, :]
+        tl.store(out, u.to(u_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["T", "splits", "sinkhorn_programs"])
 def _coefficients_pre_kernel(
     x_ptr, partial_ptr, bias_ptr, alpha_ptr, u_ptr, coefficients_ptr, projection_ptr,
@@ -188,21 +206,15 @@ def _coefficients_pre_kernel(
         t = ((pid - sinkhorn_programs) * BT + tl.arange(0, BT)).to(tl.int64)
         token = t < T
         stride = tl.cast(T, tl.int64) * MP
-        square = _sum_splits(partial_ptr + t * MP + M, token, stride, splits)
+        square = sum_splits(partial_ptr + t * MP + M, token, stride, splits)
         inverse_rms = 1.0 / tl.sqrt(square / (N * C) + norm_eps)
         alpha = tl.load(alpha_ptr)
         row = partial_ptr + t[:, None] * MP + tl.arange(0, N)[None, :]
-        p = columns(_sum_splits(row, token[:, None], stride, splits))
+        p = columns(sum_splits(row, token[:, None], stride, splits))
         pre = ()
         for i in tl.static_range(N):
             pre = pre + (_sigmoid(p[i], inverse_rms, alpha, tl.load(bias_ptr + i)),)
-        cc = tl.arange(0, BC)
-        for c in tl.range(0, C, BC, num_stages=STAGES):
-            mask = token[:, None] & (c + cc < C)[None, :]
-            x = load_rows(x_ptr, t[:, None] * (N * C) + (c + cc)[None, :], mask, N, C)
-            u = weighted_rows(x, pre, N)
-            out = u_ptr + t[:, None] * C + (c + cc)[None, :]
-            tl.store(out, u.to(u_ptr.dtype.element_ty), mask=mask)
+        write_input(x_ptr, u_ptr, t, token, pre, N, C, BC, STAGES)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -290,19 +302,32 @@ def project(x: Tensor, phi: Tensor) -> Tensor:
     Returns:
         ``[splits, T, MP]`` fp32: M products, the sum of squares, padding that is never read.
     """
-    tokens, n, channels = x.shape
-    width = n * channels
+    _, n, channels = x.shape
     if n >= mhc_wide.LEAST_ROWS:
         return mhc_wide.project(x, phi)
-    padded = padded_coefficients(n)
-    cfg = tuning.config("project", n, channels, x.dtype)
-    blocks = triton.cdiv(tokens, cfg.BT)
-    splits, split_steps = channel_splits(blocks, width, cfg.BK, x.device, cfg.per_sm, least_steps=4)
-    partial = x.new_empty((splits, tokens, padded), dtype=torch.float32)
+    return project_rows(x.flatten(1), phi, tuning.config("project", n, channels, x.dtype))
+
+
+def project_rows(x: Tensor, phi: Tensor, cfg: tuning.Config) -> Tensor:
+    """:func:`project` of rows ``[R, K]``, each with a sum of squares of its own.
+
+    Args:
+        x: rows; 64 divides K.
+        phi: ``[M, K]`` fp32.
+        cfg: tile; no more of ``BK`` is used than divides K.
+
+    Returns:
+        ``[splits, R, padded(M)]`` fp32.
+    """
+    (rows, width), m = x.shape, phi.shape[0]
+    block = math.gcd(cfg.BK, width)
+    blocks = triton.cdiv(rows, cfg.BT)
+    splits, split_steps = channel_splits(blocks, width, block, x.device, cfg.per_sm, least_steps=4)
+    partial = x.new_empty((splits, rows, padded(m)), dtype=torch.float32)
     _project_kernel[(blocks, splits)](
-        x, split_phi(phi, x.dtype), partial, tokens, split_steps,
-        K=width, M=num_coefficients(n), MP=padded, PARTS=residual_parts(x.dtype),
-        BT=cfg.BT, BK=cfg.BK, STAGES=cfg.stages, num_warps=cfg.warps,
+        x, split_phi(phi, x.dtype), partial, rows, split_steps,
+        K=width, M=m, MP=padded(m), PARTS=residual_parts(x.dtype),
+        BT=cfg.BT, BK=block, STAGES=cfg.stages, num_warps=cfg.warps,
     )  # fmt: skip
     return partial
 
@@ -354,15 +379,15 @@ def post_project(
     if n >= mhc_wide.LEAST_ROWS:
         y = post_res(x, f, coefficients)
         return y, project(y, phi_next)
-    padded = padded_coefficients(n)
+    width = padded_coefficients(n)
     cfg = tuning.config("post_project", n, channels, x.dtype)
     blocks = triton.cdiv(tokens, cfg.BT)
     splits, split_steps = channel_splits(blocks, channels, cfg.BC, x.device, cfg.per_sm)
     y = torch.empty_like(x)
-    partial = x.new_empty((splits, tokens, padded), dtype=torch.float32)
+    partial = x.new_empty((splits, tokens, width), dtype=torch.float32)
     _post_project_kernel[(blocks, splits)](
         x, f, coefficients, split_phi(phi_next, x.dtype), y, partial, tokens, split_steps,
-        N=n, C=channels, MP=padded, PARTS=residual_parts(x.dtype),
+        N=n, C=channels, MP=width, PARTS=residual_parts(x.dtype),
         BT=cfg.BT, BC=cfg.BC, STAGES=cfg.stages, num_warps=cfg.warps,
     )  # fmt: skip
     return y, partial

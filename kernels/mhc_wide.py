@@ -2,7 +2,7 @@
 
 The M = 2n + n^2 coefficients are two tiles whose widths are powers of two, 2n (H_pre and H_post)
 and n^2 (H_res), so nothing is padded. phi is read from L2 for every block of tokens, in the
-residual's dtype.
+residual's dtype. HC, whose theta is small, needs of this only that dx is made row after row.
 
 T tokens of n rows of C channels, K = n C. Formulas: :mod:`mhcplan.kernels.reference`.
 """
@@ -24,6 +24,7 @@ from mhcplan.kernels.triton_support import (
     columns,
     dot,
     load_rows,
+    padded,
     padded_coefficients,
     residual_parts,
     split_phi,
@@ -69,39 +70,52 @@ def _wide_project_kernel(
 @triton.jit(do_not_specialize=["T", "tiles"])
 def _wide_input_kernel(
     dy_ptr, x_ptr, du_ptr, coefficients_ptr, dp_ptr, s_ptr, phi_ptr, dx_ptr, T, tiles,
-    N: tl.constexpr, C: tl.constexpr, MP: tl.constexpr, PARTS: tl.constexpr,
-    BT: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
+    N: tl.constexpr, C: tl.constexpr, OUTPUTS: tl.constexpr, MP: tl.constexpr,
+    PARTS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     # dY of all rows stays in registers while row after row of dx is made. Neighbouring programs
     # have neighbouring tokens, so that their slice of phi is read from memory once. dx is written
     # in the residual's dtype: the remainders of dp and phi would be rounded away.
     M: tl.constexpr = N * N + 2 * N
+    BY_ROW: tl.constexpr = OUTPUTS != M  # HC: a projection of each row alike, by the one theta
     pid = tl.program_id(0)
     t = ((pid % tiles) * BT + tl.arange(0, BT)).to(tl.int64)
     c = (pid // tiles) * BC + tl.arange(0, BC)
     token = t < T
     mask = token[:, None] & (c < C)[None, :]
     offsets = t[:, None] * (N * C) + c[None, :]
-    gates = tl.arange(0, 2 * N)
-    cells = 2 * N + tl.arange(0, N * N)
-    dp = dp_ptr + t[:, None] * (PARTS * MP)
-    dp_gates = tl.load(dp + gates[None, :], mask=token[:, None], other=0.0)
-    dp_cells = tl.load(dp + cells[None, :], mask=token[:, None], other=0.0)
+    if BY_ROW:
+        column = tl.arange(0, MP)
+        fits = (column < OUTPUTS)[:, None] & (c < C)[None, :]
+        theta = tl.load(phi_ptr + column[:, None] * C + c[None, :], mask=fits, other=0.0)
+    else:
+        gates = tl.arange(0, 2 * N)
+        cells = 2 * N + tl.arange(0, N * N)
+        dp = dp_ptr + t[:, None] * (PARTS * MP)
+        dp_gates = tl.load(dp + gates[None, :], mask=token[:, None], other=0.0)
+        dp_cells = tl.load(dp + cells[None, :], mask=token[:, None], other=0.0)
+        s = tl.load(s_ptr + t, mask=token, other=0.0)
     du = tl.load(du_ptr + t[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
-    s = tl.load(s_ptr + t, mask=token, other=0.0)
     dy = load_rows(dy_ptr, offsets, mask, N, C)
     for i in tl.range(0, N, num_stages=STAGES):  # unrolled, n^2 terms compile for minutes
-        phi = phi_ptr + i * C + c[None, :]
-        inside = (c < C)[None, :]
-        of_gates = tl.load(phi + gates[:, None] * (N * C), mask=inside, other=0.0)
-        of_cells = tl.load(phi + cells[:, None] * (N * C), mask=inside, other=0.0)
-        dx = dot(dp_gates, of_gates, tl.zeros((BT, BC), tl.float32))
-        dx = dot(dp_cells, of_cells, dx)
+        if BY_ROW:
+            line = t * N + i
+            of_row = dp_ptr + line[:, None] * (PARTS * MP) + column[None, :]
+            dp_row = tl.load(of_row, mask=token[:, None], other=0.0)
+            dx = dot(dp_row, theta, tl.zeros((BT, BC), tl.float32))
+            s = tl.load(s_ptr + line, mask=token, other=0.0)
+        else:
+            phi = phi_ptr + i * C + c[None, :]
+            inside = (c < C)[None, :]
+            of_gates = tl.load(phi + gates[:, None] * (N * C), mask=inside, other=0.0)
+            of_cells = tl.load(phi + cells[:, None] * (N * C), mask=inside, other=0.0)
+            dx = dot(dp_gates, of_gates, tl.zeros((BT, BC), tl.float32))
+            dx = dot(dp_cells, of_cells, dx)
         x = tl.load(x_ptr + i * C + offsets, mask=mask, other=0.0).to(tl.float32)
         mix = coefficients_ptr + t * M + i
         dx += s[:, None] * x + tl.load(mix, mask=token, other=0.0)[:, None] * du
-        of_row = mix[:, None] + (2 * N + tl.arange(0, N) * N)[None, :]
-        res = columns(tl.load(of_row, mask=token[:, None], other=0.0))
+        to_row = mix[:, None] + (2 * N + tl.arange(0, N) * N)[None, :]
+        res = columns(tl.load(to_row, mask=token[:, None], other=0.0))
         for o in tl.static_range(N):
             dx += res[o][:, None] * dy[o].to(tl.float32)
         tl.store(dx_ptr + i * C + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
@@ -148,13 +162,13 @@ def project(x: Tensor, phi: Tensor) -> Tensor:
     """As :func:`mhcplan.kernels.mhc_forward.project`."""
     tokens, n, channels = x.shape
     width = n * channels
-    padded = padded_coefficients(n)
+    line = padded_coefficients(n)
     cfg = tuning.config("wide_project", n, channels, x.dtype)
     blocks = triton.cdiv(tokens, cfg.BT)
     splits, split_steps = channel_splits(blocks, width, cfg.BK, x.device, cfg.per_sm, least_steps=4)
-    partial = x.new_empty((splits, tokens, padded), dtype=torch.float32)
+    partial = x.new_empty((splits, tokens, line), dtype=torch.float32)
     _wide_project_kernel[(blocks, splits)](
-        x, split_phi(phi, x.dtype), partial, tokens, split_steps, N=n, K=width, MP=padded,
+        x, split_phi(phi, x.dtype), partial, tokens, split_steps, N=n, K=width, MP=line,
         PARTS=residual_parts(x.dtype),
         BT=cfg.BT, BK=cfg.BK, STAGES=cfg.stages, num_warps=cfg.warps,
     )  # fmt: skip
@@ -167,11 +181,13 @@ def input_gradient(
 ) -> None:  # fmt: skip
     """Write dx, as :func:`mhcplan.kernels.mhc_backward.pre_backward` without dphi."""
     tokens, n, channels = x.shape
-    cfg = tuning.config("wide_input", n, channels, x.dtype)
+    outputs = phi.shape[0]
+    kernel = "wide_input" if outputs == num_coefficients(n) else "hc_wide_input"
+    cfg = tuning.config(kernel, n, channels, x.dtype)
     tiles = triton.cdiv(tokens, cfg.BT)
     _wide_input_kernel[(tiles * triton.cdiv(channels, cfg.BC),)](
         dy, x, du, coefficients, dp, s, phi.to(x.dtype), dx, tokens, max(tiles, 1),
-        N=n, C=channels, MP=padded_coefficients(n), PARTS=residual_parts(x.dtype),
+        N=n, C=channels, OUTPUTS=outputs, MP=padded(outputs), PARTS=residual_parts(x.dtype),
         BT=cfg.BT, BC=cfg.BC, STAGES=cfg.stages, num_warps=cfg.warps,
     )  # fmt: skip
 

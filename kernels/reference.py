@@ -109,7 +109,7 @@ def mhc_coefficients(
         alpha: ``[3]``: a_pre, a_post, a_res.
         steps: Sinkhorn steps t_max.
     """
-    n = _expansion_rate(bias.shape[-1])
+    n = expansion_rate(bias.shape[-1])
     scale = alpha.repeat_interleave(torch.tensor([n, n, n * n], device=alpha.device))
     logits = projection[..., -1:] * projection[..., :-1] * scale + bias
     pre, post, res = Coefficients.split(logits, n)
@@ -117,7 +117,12 @@ def mhc_coefficients(
     return parts.pack()
 
 
-def _expansion_rate(m: int) -> int:
+def expansion_rate(m: int) -> int:
+    """n of a site that has so many coefficients.
+
+    Raises:
+        ValueError: m is not n^2 + 2n for any n.
+    """
     n = int((m + 1) ** 0.5) - 1
     if num_coefficients(n) != m:
         raise ValueError(f"bias has {m} numbers, which is not n^2 + 2n for any n")
@@ -165,17 +170,33 @@ def hc_pre(
         alpha: ``[3]``.
         norm_eps: added to the mean square of each row.
     """
-    n = x.shape[-2]
+    coefficients = hc_coefficients(hc_project(x, theta, norm_eps), bias, alpha)
+    return pre_apply(x, coefficients), coefficients
+
+
+def hc_project(x: Tensor, theta: Tensor, norm_eps: float = DEFAULT_NORM_EPS) -> Tensor:
+    """The projection and the norm of every row ``[..., n, n + 3]``, in the dtype of ``theta``.
+
+    Of row i: theta x_i (n + 2 numbers), not yet divided by the row's r, then 1 / r.
+    """
     wide = x.to(theta.dtype)
     inverse_rms = torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm_eps)
-    dynamic = torch.tanh((wide @ theta.mT) * inverse_rms)  # [..., i, n + 2]
-    b = Coefficients.split(bias, n)
-    coefficients = Coefficients(
-        alpha[0] * dynamic[..., 0] + b.pre,
-        alpha[1] * dynamic[..., 1] + b.post,
-        alpha[2] * dynamic[..., 2:].mT + b.res,  # theta_res x~^T: row o, column i
-    ).pack()
-    return pre_apply(x, coefficients), coefficients
+    return torch.cat([wide @ theta.mT, inverse_rms], dim=-1)
+
+
+def hc_coefficients(projection: Tensor, bias: Tensor, alpha: Tensor) -> Tensor:
+    """Coefficients ``[..., M]`` from the projections of a token's rows ``[..., n, n + 3]``.
+
+    Number k of row i is H_pre[i] (k = 0), H_post[i] (k = 1), or H_res[k - 2, i]: always number
+    k n + i of the packed coefficients.
+    """
+    dynamic = torch.tanh(projection[..., :-1] * projection[..., -1:]).mT
+    return (hc_gates(alpha, dynamic.shape[-1])[:, None] * dynamic).flatten(-2) + bias
+
+
+def hc_gates(alpha: Tensor, n: int) -> Tensor:
+    """The gate of each number of a row's projection ``[n + 2]``: pre, post, n times res."""
+    return torch.cat([alpha[:2], alpha[2:].expand(n)])
 
 
 def identity_res(coefficients: Tensor, n: int) -> Tensor:

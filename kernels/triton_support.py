@@ -46,9 +46,14 @@ def residual_parts(dtype: torch.dtype) -> int:
     return 1 if dtype == torch.float32 else 2
 
 
+def padded(outputs: int) -> int:
+    """Width of rows that hold so many numbers and one more, for the tensor cores."""
+    return max(16, triton.next_power_of_2(outputs + 1))
+
+
 def padded_coefficients(n: int) -> int:
-    """Width of rows that hold M coefficients and one more number, for the tensor cores."""
-    return max(16, triton.next_power_of_2(n * n + 2 * n + 1))
+    """:func:`padded` for the M coefficients of a token."""
+    return padded(n * n + 2 * n)
 
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -122,6 +127,15 @@ def columns(tile):
         for j in tl.static_range(pairs):
             both = both + (evens[j], odds[j])
         return both
+
+
+@triton.jit
+def replaced(items, index: tl.constexpr, value):
+    """A tuple with another value at ``index``."""
+    new = ()
+    for j in tl.static_range(len(items)):
+        new = new + ((value if j == index else items[j]),)
+    return new
 
 
 @triton.jit

@@ -58,6 +58,13 @@ _DEFAULT: dict[str, Config] = {
     "wide_project": Config(BT=128, BK=64, warps=8, stages=3),
     "wide_input": Config(BT=32, BC=64, warps=4, stages=3),
     "wide_weight": Config(BT=64, BK=128, warps=8, stages=3),
+    "hc_project": Config(BT=64, BK=128, warps=4, stages=3),
+    "hc_pre": Config(BT=2, BC=512, warps=4, stages=3),
+    "hc_reduce": Config(BT=8, BC=256, warps=8, per_sm=4, V=8),
+    "hc_pre_backward": Config(BT=16, BC=128, warps=8, stages=3, per_sm=1),
+    "hc_pre_backward_input": Config(BT=16, BC=128, warps=8, stages=3, per_sm=1),
+    "hc_wide_input": Config(BT=32, BC=64, warps=4, stages=3),
+    "hc_weight": Config(BT=64, BC=64, warps=4, stages=4, per_sm=4),
 }
 
 # What does not fit, or not well, at other (n, bytes an element).
@@ -66,12 +73,14 @@ _OTHER: dict[tuple[int, int], dict[str, Config]] = {
         "pre_backward": Config(BT=32, BC=32, warps=4, per_sm=4),
         "pre_backward_input": Config(BT=32, BC=32, warps=4, per_sm=4),
         "project": Config(BT=64, BK=64, warps=4, stages=3),
+        "hc_project": Config(BT=64, BK=64, warps=4, stages=3),
     },
     (4, 4): {
         "project": Config(BT=64, BK=64, warps=4, stages=2),
         "post_project": Config(BT=64, BC=32, warps=8),
         "pre_backward_input": Config(BT=32, BC=32, warps=4, stages=2, per_sm=2),
         "weight": Config(BT=64, BC=64, warps=4, stages=2, per_sm=2),
+        "hc_project": Config(BT=64, BK=64, warps=4, stages=3),
     },
     (8, 2): {
         "small": Config(BS=32, warps=4),
@@ -79,8 +88,11 @@ _OTHER: dict[tuple[int, int], dict[str, Config]] = {
         "post_backward": Config(BT=4, BC=256, warps=4, stages=3, V=8),
         "pre_reduce": Config(BT=2, BC=512, warps=4, BS=64, V=8),
         "recompute": Config(BT=2, BC=256, warps=4),
+        "hc_reduce": Config(BT=4, BC=512, warps=8, per_sm=4, V=8),
     },
     (8, 4): {
+        "hc_project": Config(BT=64, BK=64, warps=4, stages=3),
+        "hc_wide_input": Config(BT=32, BC=32, warps=8),
         "small": Config(BS=32, warps=4),
         "wide_project": Config(BT=64, BK=32, warps=4, stages=3),
         "wide_input": Config(BT=32, BC=32, warps=8),
@@ -90,6 +102,8 @@ _OTHER: dict[tuple[int, int], dict[str, Config]] = {
         "recompute": Config(BT=2, BC=128, warps=4),
     },
     (16, 2): {
+        "hc_reduce": Config(BT=2, BC=512, warps=8, per_sm=4, V=8),
+        "hc_wide_input": Config(BT=32, BC=32, warps=8),
         "small": Config(BS=16, warps=8),
         "wide_project": Config(BT=64, BK=32, warps=8, stages=3, per_sm=1),
         "wide_input": Config(BT=32, BC=32, warps=8),
@@ -99,6 +113,9 @@ _OTHER: dict[tuple[int, int], dict[str, Config]] = {
         "recompute": Config(BT=2, BC=128, warps=4),
     },
     (16, 4): {
+        "hc_project": Config(BT=64, BK=32, warps=4, stages=3),
+        "hc_reduce": Config(BT=2, BC=256, warps=8, per_sm=4, V=8),
+        "hc_wide_input": Config(BT=16, BC=32, warps=8),
         "small": Config(BS=16, warps=8),
         "wide_project": Config(BT=32, BK=16, warps=8, stages=2, per_sm=1),
         "wide_input": Config(BT=16, BC=32, warps=8),

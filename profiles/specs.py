@@ -202,6 +202,11 @@ class ResidualSpec(Spec):
         return self.num_coefficients
 
     @property
+    def num_norms(self) -> int:
+        """Norms a token and site: one of the whole state, or HC's, one of every row."""
+        return 0 if self.is_plain else self.expansion_rate if self.kind == "hc" else 1
+
+    @property
     def has_sinkhorn(self) -> bool:
         """Whether Sinkhorn steps make H_res doubly stochastic."""
         return self.kind in ("mhc", "mhc-single-pass")

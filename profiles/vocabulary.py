@@ -107,12 +107,12 @@ def coefficients(n: int) -> int:
     return n * n + 2 * n
 
 
-def coefficient_bytes(coefficients: int, logits: int, tokens: int) -> int:
+def coefficient_bytes(coefficients: int, logits: int, norms: int, tokens: int) -> int:
     """fp32 that a site keeps from F to I: its coefficients, and the projection with 1/r that they
-    were made of (equations 14-15), from which the backward walks the Sinkhorn steps again.
-    Recompute reads the coefficients only.
+    were made of (equations 14-15; HC has 1/r of every row, equation 5), from which the backward
+    walks the Sinkhorn steps again. Recompute reads the coefficients only.
     """
-    return (coefficients + logits + 1) * FP32 * tokens
+    return (coefficients + logits + norms) * FP32 * tokens
 
 
 def _mhc_bytes(elements: dict[str, tuple[int, int]]) -> Callable[[Shape, str], int]:
@@ -354,8 +354,14 @@ VOCABULARY: dict[str, OpKind] = {
         _MHC,
         "FIWB",
         "mhc",
-        flops=_mhc_pre_flops,
+        # each row is projected by itself, by the n + 2 lines of one theta: n times less arithmetic
+        flops=_pre_flops(lambda n: n + 2),
         bytes=_mhc_bytes({"F": (2, 1), "I": (4, 2), "W": (1, 0), "B": (4, 2)}),
+        # the projection and 1/r of every row (equation 5)
+        saved=lambda s: s["tokens"] * s["n"] * (s["n"] + 3) * FP32,
+        deferred=lambda s: s["tokens"] * s["n"] * (
+            s["hidden"] * BF16 + max(16, 1 << (s["n"] + 2).bit_length()) * FP32
+        ),
     ),
     "hc_post": _kind(
         _MHC, "FI", "mhc", flops=_mhc_mix_flops, bytes=_mhc_bytes({"F": (2, 1), "I": (2, 2)})

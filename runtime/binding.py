@@ -4,7 +4,7 @@ A table from (op kind, pass) to a method that binds one op: it looks up the stag
 returns a callable of buffers. Buffers hold what :mod:`mhcplan.planner.lowering.chunks` says;
 bundles are
 
-* ``coef``: coefficients and projection of a site (HC: coefficients only);
+* ``coef``: coefficients and projection of a site;
 * ``keep``, ``defer``: what the sublayer's F left for I, and I for W, less its input, which W reads
   from the buffer where it lies or was recomputed;
 * ``route``: weights, slot and ends of the router's choice, then what its I needs.
@@ -205,7 +205,7 @@ class ModelBinding:
             (u, _), (_, *coefficients) = module.forward(i[0], out=out)
             return [u, tuple(coefficients)]
 
-        return Bound(run, (self._hidden, self._coefficients(op.kind)))
+        return Bound(run, (self._hidden, self._coefficients))
 
     def _pre_b(self, op: Op, _: Attachments) -> Bound:
         module = self._op(op)
@@ -228,7 +228,7 @@ class ModelBinding:
             out = None if o[0] is None else (o[0], o[1])
             return module.backward_input((x, f, coefficients[0]), dy, out=out)[0][1:]
 
-        return Bound(run, (self._hidden, self._coefficients(op.kind)[:1]))
+        return Bound(run, (self._hidden, self._coefficients[:1]))
 
     def _recompute_r(self, op: Op, _: Attachments) -> Bound:
         module = self._op(op)
@@ -242,12 +242,13 @@ class ModelBinding:
 
         return Bound(run, layouts)
 
-    def _coefficients(self, kind: str) -> Layout:
-        """Coefficients and, of mHC, the projection."""
-        tokens, m = self.spec.tokens, self.spec.residual.num_coefficients
-        wide = _wide(self.spec.dtype)
-        mix, projection = (TensorLayout((tokens, width), wide) for width in (m, m + 1))
-        return (mix,) if kind.startswith("hc_") else (mix, projection)
+    @property
+    def _coefficients(self) -> Layout:
+        """Coefficients and what they are made of."""
+        tokens, residual, wide = self.spec.tokens, self.spec.residual, _wide(self.spec.dtype)
+        m, n = residual.num_coefficients, residual.expansion_rate
+        made_of = (tokens, n, n + 3) if residual.kind == "hc" else (tokens, m + 1)
+        return TensorLayout((tokens, m), wide), TensorLayout(made_of, wide)
 
     # -- sublayers: bundles leave their input out
 

@@ -543,8 +543,8 @@ class Chunk:
 
     @property
     def _coefficient_bytes(self) -> int:
-        residual = self.work.residual
-        return coefficient_bytes(residual.num_coefficients, residual.num_logits, self.work.tokens)
+        r = self.work.residual
+        return coefficient_bytes(r.num_coefficients, r.num_logits, r.num_norms, self.work.tokens)
 
     @property
     def _has_shared(self) -> bool:

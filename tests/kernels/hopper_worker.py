@@ -1,12 +1,13 @@
-"""Compile every mHC kernel for an H100, on a machine without one; print what the compiler made.
+"""Compile a site's kernels for an H100, on a machine without one; print what the compiler made.
 
 Launches are turned into compilations for compute capability 9.0, with the launchers' own grids,
 tiles and specialisations. One JSON line a kernel: name, bytes of shared memory, bytes spilled,
 and products whose rows are fewer than their warps cover.
 
-    python tests/kernels/hopper_worker.py N bf16|fp32 C [products]
+    python tests/kernels/hopper_worker.py N bf16|fp32 C [products|hc]
 
-``products`` compiles those kernels only that multiply by phi or for it.
+``products`` compiles those kernels only that multiply by phi or for it, ``hc`` those that HC does
+not share with mHC, or in other tiles.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from mhcplan.kernels import mhc_backward, mhc_forward, mhc_recompute
+from mhcplan.kernels import hc_kernels, mhc_backward, mhc_forward, mhc_recompute
 from mhcplan.kernels.triton_support import padded_coefficients, residual_parts
 
 TOKENS = 4096
@@ -118,9 +119,22 @@ def products(n: int, channels: int, dtype: torch.dtype) -> None:
     mhc_backward.pre_backward(x, x, du, torch.empty(TOKENS, m), dp, s, phi, with_weight=True)
 
 
+def hc_site(n: int, channels: int, dtype: torch.dtype) -> None:
+    """HC's coefficients, their gradients, dx and dtheta."""
+    m = n * n + 2 * n
+    x = torch.empty(TOKENS, n, channels, dtype=dtype)
+    theta, bias, alpha = torch.empty(n + 2, channels), torch.empty(m), torch.empty(3)
+    partial = hc_kernels.project(x, theta)
+    u, mix, projection = hc_kernels.coefficients_and_pre(x, partial, bias, alpha, norm_eps=1e-6)
+    dp, s, *_ = hc_kernels.coefficient_gradients(x, u, projection, mix, bias, alpha)
+    mhc_backward.pre_backward(x, x, u, mix, dp, s, theta, with_weight=True)
+    mhc_backward.pre_backward(x, x, u, mix, dp, s, theta, with_weight=False)
+    mhc_backward.weight_backward(x, dp)
+
+
 if __name__ == "__main__":
     driver.set_active(NoDevice())
     report_instead_of_launching()
     rows, kind, width, *only = sys.argv[1:]
-    compile_all = products if only else site
+    compile_all = {"": site, "products": products, "hc": hc_site}["".join(only)]
     compile_all(int(rows), int(width), {"bf16": torch.bfloat16, "fp32": torch.float32}[kind])

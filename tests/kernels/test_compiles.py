@@ -34,7 +34,7 @@ def compiled(n: int, dtype: str, channels: int, cache: Path, *only: str) -> list
 
 def written_kernels() -> list[str]:
     folder = WORKER.parents[2] / "kernels"
-    files = [*folder.glob("mhc_*.py"), folder / "triton_support.py"]
+    files = [*folder.glob("*hc_*.py"), folder / "triton_support.py"]
     text = "".join(path.read_text() for path in files)
     return re.findall(r"^def _(\w+_kernel)\(", text, re.MULTILINE)
 
@@ -49,6 +49,7 @@ def check(kernels: list[dict[str, Any]]) -> None:
 @needs_compiler
 def test_every_kernel_of_a_site_compiles_for_an_h100(tmp_path: Path) -> None:
     made = [kernel for n in (4, 8) for kernel in compiled(n, "bf16", 2560, tmp_path)]
+    made += compiled(4, "bf16", 2560, tmp_path, "hc")
     assert {kernel["name"] for kernel in made} == set(written_kernels())
     check(made)
 
@@ -57,3 +58,4 @@ def test_every_kernel_of_a_site_compiles_for_an_h100(tmp_path: Path) -> None:
 def test_fp32_products_have_rows_for_all_their_warps(tmp_path: Path) -> None:
     """Where they had not, an H100 read outside shared memory."""
     check([k for n in (4, 8) for k in compiled(n, "fp32", 640, tmp_path, "products")])
+    check(compiled(8, "fp32", 640, tmp_path, "hc"))

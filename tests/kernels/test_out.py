@@ -29,7 +29,7 @@ def results(kind: str, pass_: str, made: tuple) -> tuple[torch.Tensor, ...]:
     """What a pass returns that may be placed; F of a norm and of pre also saves some."""
     if pass_ == "F":
         outputs, saved = made
-        if kind in ("norm", "mhc_pre"):
+        if kind == "norm" or kind.endswith("_pre"):
             return (*outputs, saved[-1])
         return tuple(outputs)
     if pass_ == "I":
