@@ -58,8 +58,8 @@ def about(recordings: Sequence[Recording]) -> str:
         for key in keys:
             if recording.about[key] != shared[key]:
                 raise ValueError(f"{recording.name}: {key} is not that of {recordings[0].name}")
-    sizes = sorted({int(r.about["parameters"]) for r in recordings})
-    parameters = " to ".join(f"{size:,}" for size in (sizes[0], sizes[-1]))
+    sizes = [int(r.about["parameters"]) for r in recordings]
+    parameters = " to ".join(f"{size:,}" for size in sorted({min(sizes), max(sizes)}))
     return f"{parameters} parameters; " + ", ".join(f"{k} {v}" for k, v in shared.items())
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +21,8 @@ from mhcplan.runtime.spec import RunError, RunSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -135,3 +138,27 @@ def test_price_of_the_constraint_by_another_sinkhorn(
         assert row["gain_mean"] == pytest.approx(np.max([gains, *shorter], axis=0).mean())
     assert found[4]["column_error_most"] < found[1]["column_error_most"]
     assert "some.logits.npy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["100m-h100", "deep-cpu"])
+def test_the_page_says_what_the_kept_curves_say(name: str) -> None:
+    """Losses, gradient norms and gains of docs/stability.md, from one record in ten steps."""
+    page = (ROOT / "docs" / "stability.md").read_text(encoding="utf-8")
+    page = page.split(f"{name}.csv")[0].rsplit("\n## ", 1)[-1]
+    runs: dict[str, list[dict[str, str]]] = {}
+    with (ROOT / "benchmarks" / "stability_curves" / f"{name}.csv").open() as file:
+        for row in csv.DictReader(file):
+            runs.setdefault(row["run"], []).append(row)
+    for run, rows in runs.items():
+        figures = {
+            key: np.array([float(row[key]) for row in rows]) for key in rows[0] if key != "run"
+        }
+        (line,) = [x for x in page.splitlines() if x.startswith(f"| {run} |")]
+        cells = [cell.strip() for cell in line.split("|")[2:]]
+        assert float(cells[0]) == pytest.approx(figures["loss"][-5:].mean(), abs=1e-4)
+        assert float(cells[1]) == pytest.approx(figures["gradient_norm"][-5:].mean(), abs=1e-3)
+        for cell, key in zip(cells[2:4], ("forward_gain", "backward_gain"), strict=True):
+            last, _, peak = (float(part) for part in cell.split("/"))
+            assert last == pytest.approx(figures[key][-1], rel=5e-3)
+            assert peak == pytest.approx(figures[key].max(), rel=5e-3)
+        assert float(cells[5]) == pytest.approx(figures["row_similarity"][-1], abs=1e-4)
