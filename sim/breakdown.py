@@ -159,13 +159,22 @@ def _add_busy(axis: _Axis, ns: Ints) -> None:
         category = program.categories[program.category[unknown[0]]]
         raise ValueError(f"category {category!r} of a compute op is not one of {CATEGORIES}")
     urgency = _urgency(program)[program.stream]
-    seen = Union.of(np.zeros(0, np.int64), np.zeros(0, np.int64))
+    spent = axis.end - axis.begin
+    seen: list[NDArray[np.intp]] = []  # ops of less urgent streams
     for level in range(int(urgency[ran].max(initial=-1)) + 1):
         ops = np.flatnonzero(ran & (urgency == level))
-        begin, end = axis.begin[ops], axis.end[ops]
-        fresh = end - begin - seen.common(begin, end)
-        np.add.at(ns.reshape(-1), program.rank[ops] * len(CLASSES) + class_[ops], fresh)
-        seen = Union.of(np.concatenate([seen.begin, begin]), np.concatenate([seen.end, end]))
+        if seen:
+            before = np.concatenate(seen)
+            less_urgent = Union.of(axis.begin[before], axis.end[before])
+            spent[ops] -= less_urgent.common(axis.begin[ops], axis.end[ops])
+        seen.append(ops)
+    place = program.rank * len(CLASSES) + class_
+    ns += _sums(place[ran], spent[ran], ns.size).reshape(ns.shape)
+
+
+def _sums(place: NDArray[np.integer], ns: Ints, size: int) -> Ints:
+    """Sum by place; floats are exact here, below 100 days."""
+    return np.bincount(place, ns, size).astype(np.int64)
 
 
 def _urgency(program: Program) -> Ints:
@@ -192,14 +201,14 @@ class _Gaps(NamedTuple):
 def _gaps(axis: _Axis) -> _Gaps:
     ranks = np.arange(axis.program.num_ranks, dtype=np.int64)
     ops = np.flatnonzero(axis.is_compute)
-    ops = ops[np.argsort(axis.begin[ops], kind="stable")]
     # a mark at the beginning and at the end of each rank's part of the axis
+    opens, closes = ranks * axis.span, ranks * axis.span + axis.step_ns
     op = np.concatenate([np.full(len(ranks), NO_OP), ops, np.full(len(ranks), NO_OP)])
-    rank = np.concatenate([ranks, axis.program.rank[ops].astype(np.int64), ranks])
-    begin = np.concatenate([ranks * axis.span, axis.begin[ops], ranks * axis.span + axis.step_ns])
-    end = np.concatenate([ranks * axis.span, axis.end[ops], ranks * axis.span + axis.step_ns])
+    begin = np.concatenate([opens, axis.begin[ops], closes])
     in_order = np.argsort(begin, kind="stable")
-    op, rank, begin, end = op[in_order], rank[in_order], begin[in_order], end[in_order]
+    op, begin = op[in_order], begin[in_order]
+    end = np.concatenate([opens, axis.end[ops], closes])[in_order]
+    rank = begin // axis.span
     reached = np.maximum.accumulate(end)[:-1]
     gap = np.flatnonzero((begin[1:] > reached) & (rank[1:] == rank[:-1]))
     return _Gaps(rank[gap + 1], op[gap + 1], reached[gap], begin[gap + 1])

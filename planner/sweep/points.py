@@ -10,15 +10,16 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple, cast
 
+from mhcplan.planner.lowering.lower import lower
 from mhcplan.planner.lowering.recompute import resolve_recompute_block
-from mhcplan.planner.predict import play
+from mhcplan.planner.predict import settle
 from mhcplan.planner.report.schema import overhead_percent, tokens_per_second
 from mhcplan.planner.sweep.ranking import Refusal, estimate
 from mhcplan.planner.sweep.row import Figures, Outcome
 from mhcplan.profiles.lookup import CostModel
 from mhcplan.profiles.schema import ProfileError
 from mhcplan.profiles.store import find_profile
-from mhcplan.sim.memory import memory_report
+from mhcplan.sim.memory import memory_of, memory_report
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
@@ -76,10 +77,12 @@ def simulated(plan: PlanSpec, recompute_block: int | None, model: CostModel) -> 
     Raises:
         CostMissing: the profile cannot price one of its ops.
     """
-    step = play(plan, model, recompute_block)
-    ranks = memory_report(step.program, step.table, step.memory)
+    program = lower(plan, recompute_block)
+    table = model.with_network(plan.network_speed).table(program.cost_keys, plan.gpu)
+    ranks = memory_report(program, table, memory_of(program, table))
     peak, device = (max(rank[name] for rank in ranks) for name in ("peak_bytes", "device_bytes"))
-    return Simulated(step.timeline.step_ns, peak, device)
+    _, _, timeline, _ = settle(plan, program, table, model.profile)
+    return Simulated(timeline.step_ns, peak, device)
 
 
 @lru_cache(maxsize=_MODELS_KEPT)
