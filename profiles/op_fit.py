@@ -134,7 +134,8 @@ class FittedTime:
         scores_ns = flops_ns * kind.scores(shape, key.pass_) / max(kind.flops(shape, key.pass_), 1)
         products_ns = (flops_ns - scores_ns) * whole_tiles(key)
         num_splits = splits(key, self._roofline.num_sms)
-        longer_ns = max(products_ns, bytes_ns)
+        # W adds its product to a gradient in memory when it is done: nothing overlaps there
+        longer_ns = max(products_ns, bytes_ns) if key.pass_ != "W" else 0.0
         return np.array([1.0, products_ns, scores_ns, bytes_ns, longer_ns, num_splits])
 
 

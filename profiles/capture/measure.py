@@ -86,6 +86,7 @@ class CommPart(Spec):
 
 
 _TINY_SIZES = (64, 4096)
+_CUDA_ONLY: tuple[Part, ...] = ("priority", "power")
 
 SomePart = TypeVar("SomePart", OpsPart, CommPart)
 
@@ -329,6 +330,8 @@ def measure(options: Options) -> list[Path]:
         wanted = ("comm",)
     elif options.parts is not None:
         wanted = [part for part in PARTS if part in options.parts]
+    if device_type != "cuda" and (refused := [part for part in wanted if part in _CUDA_ONLY]):
+        raise ValueError(f"device={device_type}: the part {refused[0]} needs a CUDA device")
     out = options.out
     out.parent.mkdir(parents=True, exist_ok=True)
     paths = _paths(out)

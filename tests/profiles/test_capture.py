@@ -20,7 +20,7 @@ from mhcplan.profiles.capture import grid, machine, measure
 from mhcplan.profiles.capture.__main__ import main
 from mhcplan.profiles.capture.comm import launched, uneven_splits, without_starved
 from mhcplan.profiles.capture.ops import Log, Session, append_line, groups, measure_ops
-from mhcplan.profiles.capture.options import PARTS, Part, share_seconds
+from mhcplan.profiles.capture.options import PARTS, Options, Part, share_seconds
 from mhcplan.profiles.capture.segments import Chip, Kernel, ctas_per_sm, make_segments
 from mhcplan.profiles.capture.timing import HostTimer, plan_bursts, spread_percent
 from mhcplan.profiles.overlap import rows_of
@@ -232,6 +232,7 @@ def test_a_broken_part_is_refused_with_its_field(tmp_path: Path) -> None:
         (["--tier", "9"], "tier=9"),
         (["--hardware", "abacus"], "hardware='abacus'"),
         (["--kind", "nrom"], "kind='nrom'"),
+        (["--part", "ops", "--part", "power"], "the part power needs a CUDA device"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -241,6 +242,36 @@ def test_bad_input_is_one_line_and_exit_code_2(
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_parts_run_in_order_with_their_share_and_what_is_there_makes_the_profile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One GPU's suite; two of its parts need one, so that they only note their time here."""
+    seen: dict[str, float] = {}
+
+    def noted(part: str) -> None:
+        def measure_part(log: Path, _device: str, seconds: float) -> None:
+            seen[part] = seconds
+            log.write_text("", encoding="utf-8")
+
+        monkeypatch.setattr(measure, f"measure_{part}_part", measure_part)
+
+    for part in ("priority", "power"):
+        noted(part)
+    monkeypatch.setattr(measure, "_CUDA_ONLY", ())
+    asked = Options(
+        tmp_path / "p.json", parts=("power", "ops", "priority"), keys=SOME, budget_seconds=400,
+        op_budget_ns=10_000, device_type="cpu",
+    )  # fmt: skip
+    written = measure.measure(asked)
+    assert [path.name for path in written] == [
+        "p.json.ops.json", "p.json.priority.jsonl", "p.json.power.jsonl", "p.json"
+    ]  # fmt: skip
+    assert list(seen) == ["priority", "power"]
+    # 75 s are kept for power, which also gets what priority did not use
+    assert 300 < seen["priority"] <= 325 < seen["power"] <= 400
+    assert [row.key for row in read_profile(asked.out).ops] == sorted(SOME)
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
