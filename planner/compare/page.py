@@ -14,7 +14,7 @@ from mhcplan.planner.figures.timeline_page import (
     plotly_js,
     script_json,
     static_text,
-    table_html,
+    tables_html,
 )
 from mhcplan.planner.plan.spec import SpecError
 
@@ -38,7 +38,7 @@ def compare_page(comparison: Comparison, a: Side, b: Side) -> str:
         answer=escape(headline(comparison)),
         a=escape(f"{a.figures.name} ({a.figures.kind})"),
         b=escape(f"{b.figures.name} ({b.figures.kind})"),
-        tables="\n".join(table_html(section) for section in sections(comparison)),
+        tables=tables_html(sections(comparison)),
         remarks=f"<section><h2>To be said</h2><ul>{said}</ul></section>" if said else "",
         command=escape(comparison.command),
         version=escape(comparison.mhcplan_version),

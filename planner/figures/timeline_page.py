@@ -18,6 +18,8 @@ from mhcplan.planner.figures.timeline_data import timeline_data
 from mhcplan.planner.report.text import certainty, headline, remarks, residual_name, sections
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import plotly.graph_objects as go  # pyright: ignore[reportMissingTypeStubs]
 
     from mhcplan.planner.predict import Prediction
@@ -40,7 +42,7 @@ def timeline_page(prediction: Prediction, report: PlanReport) -> str:
         verdict="fits" if report.fits else "over",
         answer=escape(headline(report)),
         certainty=escape(certainty(report)),
-        tables="\n".join(table_html(section) for section in sections(report)),
+        tables=tables_html(sections(report)),
         warnings=_warnings(report),
         command=escape(report.command),
         version=escape(report.mhcplan_version),
@@ -70,6 +72,11 @@ def figure_json(figure: go.Figure) -> dict[str, Any]:
 def script_json(data: object) -> str:
     """JSON that cannot end the script element it stands in."""
     return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def tables_html(sections: Iterable[Section]) -> str:
+    """Sections as HTML tables, each in a box of its own."""
+    return "\n".join(f"<div>{table_html(section)}</div>" for section in sections)
 
 
 def table_html(section: Section) -> str:

@@ -22,7 +22,11 @@ _REASONS_SHOWN = 4
 def search_headline(report: SearchReport) -> str:
     """The answer in one line."""
     if not report.best:
-        left = "" if report.space.unknown == 0 else f"; {report.space.unknown:,} not looked at"
+        left = (
+            ""
+            if not report.space.unknown
+            else (f"; {report.space.unknown:,} not looked at: more --seconds may find one")
+        )
         return (
             f"no plan for {report.gpus} GPUs of {gb(report.memory_limit_bytes)} GB and"
             f" {report.global_batch} sequences a step was found{left}"

@@ -239,6 +239,12 @@ def test_downloaded_page_works_by_itself(open_page: Open, browser: Browser, tmp_
     alone.goto(file.as_uri())
     alone.wait_for_selector("html[data-ready=true]")
     assert alone.locator("#timeline .plot-container").count() == 1
+    overlapping = alone.locator(".tables table").evaluate_all(
+        "(tables) => tables.filter((t) => t.scrollWidth > t.parentElement.clientWidth).length"
+    )
+    assert overlapping == 0
+    alone.set_viewport_size(PHONE)
+    assert alone.evaluate("() => document.documentElement.scrollWidth") <= PHONE["width"]
     alone.close()
 
 
