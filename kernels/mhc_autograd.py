@@ -127,7 +127,7 @@ def _(x: Tensor, dp: Tensor) -> Tensor:
 
 
 class WeightGradients:
-    """dphi of sites whose forward ran under :func:`defer_weight_gradients`: B without its W."""
+    """Projections' gradients of sites whose forward ran under :func:`defer_weight_gradients`."""
 
     def __init__(self) -> None:
         """Start empty."""
@@ -137,17 +137,17 @@ class WeightGradients:
         """Weight gradients that wait."""
         return len(self._pending)
 
-    def add(self, x: Tensor, dp: Tensor, phi: Tensor) -> None:
-        """Queue dphi from what I left; x and dp are kept until then."""
+    def add(self, work: Callable[[], Tensor], parameter: Tensor) -> None:
+        """Queue the gradient of a parameter; ``work`` keeps what I left until then."""
 
         def run() -> None:
-            dphi = mhc.mhc_pre_backward_weight(x, dp)
-            phi.grad = dphi if phi.grad is None else phi.grad.add_(dphi)
+            found = work()
+            parameter.grad = found if parameter.grad is None else parameter.grad.add_(found)
 
         self._pending.append(run)
 
     def run(self, count: int | None = None) -> None:
-        """Work out the oldest ``count`` that wait (all by default), into ``phi.grad``."""
+        """Work out the oldest ``count`` that wait (all by default), into the parameters' grads."""
         now, self._pending = self._pending[:count], self._pending[len(self._pending[:count]) :]
         for run in now:
             run()
@@ -156,9 +156,14 @@ class WeightGradients:
 _queues: list[WeightGradients] = []
 
 
+def running_queue() -> WeightGradients | None:
+    """Where a site whose forward runs now leaves its weight gradient; None: nowhere."""
+    return _queues[-1] if _queues and not torch.compiler.is_compiling() else None
+
+
 @contextlib.contextmanager
 def defer_weight_gradients() -> Iterator[WeightGradients]:
-    """Sites whose *forward* runs inside leave dphi out of their backward and queue it instead.
+    """Sites whose *forward* runs inside leave W (dphi, HC's dtheta) out of backward and queue it.
 
     A compiled site does not: its backward is one graph.
 
@@ -202,7 +207,7 @@ class _SitePre(torch.autograd.Function):
             )
         ctx.save_for_backward(x, phi, bias, alpha, coefficients, projection)
         ctx.steps, ctx.norm_eps = steps, norm_eps
-        ctx.queue = _queues[-1] if _queues and not torch.compiler.is_compiling() else None
+        ctx.queue = running_queue()
         ctx.phi = phi if ctx.queue is not None else None
         return u, coefficients, x.view_as(x)
 
@@ -221,7 +226,7 @@ class _SitePre(torch.autograd.Function):
             dx, dphi, dbias, dalpha = mhc.mhc_pre_backward(*arguments, **numbers)
         else:
             dx, dp, dbias, dalpha = mhc.mhc_pre_backward_input(*arguments, **numbers)
-            ctx.queue.add(x, dp, ctx.phi)
+            ctx.queue.add(lambda: mhc.mhc_pre_backward_weight(x, dp), ctx.phi)
         return dx, dphi, dbias, dalpha, None, None
 
 

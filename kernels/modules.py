@@ -1,9 +1,9 @@
 """Residual schemes as modules with one interface, and block recompute for a training loop.
 
 Every site wraps a sublayer (any module from ``[..., C]`` to ``[..., C]``) and maps the state of
-the network ``[..., n, C]`` to the next one: :class:`MhcSite` (the kernels), :class:`HcSite`,
-:class:`IdentitySite` (both plain torch), :class:`PlainSite` (n = 1: x + F(x)). :class:`Expand`
-makes the state from the embedding, :class:`Collapse` one vector a token from the last state.
+the network ``[..., n, C]`` to the next one: :class:`MhcSite` and :class:`HcSite` (the kernels),
+:class:`IdentitySite` (plain torch), :class:`PlainSite` (n = 1: x + F(x)). :class:`Expand` makes
+the state from the embedding, :class:`Collapse` one vector a token from the last state.
 
 Recompute (paper, section 4.3.2) takes three lines of a training loop:
 
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from mhcplan.kernels import mhc, mhc_autograd, reference
+from mhcplan.kernels import hc_autograd, mhc, mhc_autograd, reference
 from mhcplan.kernels.checks import check_sizes
 from mhcplan.kernels.reference import (
     DEFAULT_NORM_EPS,
@@ -142,7 +142,7 @@ _blocks: list[RecomputeBlock] = []
 
 @contextlib.contextmanager
 def recompute_block() -> Iterator[RecomputeBlock]:
-    """Make the :class:`MhcSite` calls inside one recompute block (they must follow directly)."""
+    """Make the sites that run inside one recompute block (mHC's or HC's, directly in turn)."""
     block = RecomputeBlock()
     _blocks.append(block)
     try:
@@ -155,8 +155,45 @@ def recompute_block() -> Iterator[RecomputeBlock]:
 # -- sites -----------------------------------------------------------------------------------------
 
 
-class MhcSite(nn.Module):
-    """An mHC site around a sublayer, on the kernels (paper, equations 3, 7-9).
+class _KernelSite(nn.Module):
+    """A site on the kernels: its first half from :meth:`pre`; recompute blocks take it."""
+
+    def __init__(self, sublayer: nn.Module, norm: nn.Module | None) -> None:
+        super().__init__()
+        self.sublayer, self.norm = sublayer, norm
+
+    def pre(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``(u, coefficients, x)`` of ``[T, n, C]``; the last two are for ``site_post``."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The next state ``[..., n, C]``.
+
+        Raises:
+            TypeError: x is neither bf16 nor fp32, or a parameter is not fp32.
+            ValueError: x has the wrong shape, device or layout.
+        """
+        block = _blocks[-1] if _blocks else None
+        if block is not None:
+            block.enter_site(x)
+        lead = x.shape[:-2]
+        u, coefficients, flat = self.pre(x.reshape(-1, *x.shape[-2:]))
+        if block is not None:
+            block.remember("u", u)
+        h = u.unflatten(0, lead) if len(lead) != 1 else u
+        if self.norm is not None:
+            h = self.norm(h)
+            if block is not None:
+                block.remember("h", h)
+        f = self.sublayer(h).reshape(u.shape)
+        y = mhc_autograd.site_post(flat, f, coefficients)
+        if block is not None:
+            block.leave_site(f, coefficients, self.norm, y)
+        return y.reshape(x.shape)
+
+
+class MhcSite(_KernelSite):
+    """An mHC site around a sublayer (paper, equations 3, 7-9).
 
     Args:
         sublayer: module from ``[..., C]`` to ``[..., C]``.
@@ -181,64 +218,23 @@ class MhcSite(nn.Module):
         sinkhorn_steps: int = DEFAULT_SINKHORN_STEPS,
         norm_eps: float = DEFAULT_NORM_EPS,
     ) -> None:
-        super().__init__()
         check_sizes(expansion_rate, hidden_size)
+        super().__init__(sublayer, norm)
         m = num_coefficients(expansion_rate)
-        self.sublayer, self.norm = sublayer, norm
         self.sinkhorn_steps, self.norm_eps = sinkhorn_steps, norm_eps
         self.phi = nn.Parameter(torch.empty(m, expansion_rate * hidden_size))
         self.bias = nn.Parameter(torch.zeros(m))
         self.alpha = nn.Parameter(torch.full((3,), ALPHA_INIT))
         nn.init.xavier_uniform_(self.phi)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The next state ``[..., n, C]``.
-
-        Raises:
-            TypeError: x is neither bf16 nor fp32, or a parameter is not fp32.
-            ValueError: x has the wrong shape, device or layout.
-        """
-        block = _blocks[-1] if _blocks else None
-        if block is not None:
-            block.enter_site(x)
-        lead = x.shape[:-2]
-        flat = x.reshape(-1, *x.shape[-2:])
-        u, coefficients, flat = mhc_autograd.site_pre(
-            flat, self.phi, self.bias, self.alpha, self.sinkhorn_steps, self.norm_eps
+    def pre(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Equations 14-19."""
+        return mhc_autograd.site_pre(
+            x, self.phi, self.bias, self.alpha, self.sinkhorn_steps, self.norm_eps
         )
-        if block is not None:
-            block.remember("u", u)
-        h = u.unflatten(0, lead) if len(lead) != 1 else u
-        if self.norm is not None:
-            h = self.norm(h)
-            if block is not None:
-                block.remember("h", h)
-        f = self.sublayer(h).reshape(u.shape)
-        y = mhc_autograd.site_post(flat, f, coefficients)
-        if block is not None:
-            block.leave_site(f, coefficients, self.norm, y)
-        return y.reshape(x.shape)
 
 
-class _EagerSite(nn.Module):
-    """A site in plain torch: coefficients from :meth:`pre`, then ``reference.post_res``."""
-
-    def __init__(self, sublayer: nn.Module, norm: nn.Module | None) -> None:
-        super().__init__()
-        self.sublayer, self.norm = sublayer, norm
-
-    def pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``(u, coefficients)``."""
-        raise NotImplementedError
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The next state ``[..., n, C]``."""
-        u, coefficients = self.pre(x)
-        f = self.sublayer(u if self.norm is None else self.norm(u))
-        return reference.post_res(x, f, coefficients)
-
-
-class HcSite(_EagerSite):
+class HcSite(_KernelSite):
     """A Hyper-Connections site (paper, equations 3 and 5): tanh, nothing constrained.
 
     Starts as the HC paper does: dynamic part zero, H_res = I, H_post = 1, H_pre picks the row
@@ -246,11 +242,14 @@ class HcSite(_EagerSite):
 
     Args:
         sublayer: module from ``[..., C]`` to ``[..., C]``.
-        hidden_size: C.
-        expansion_rate: n.
+        hidden_size: C, a multiple of 64.
+        expansion_rate: n, one of 2, 4, 8, 16.
         layer_index: which row the sublayer reads at first.
-        norm: pre-norm of the sublayer.
+        norm: pre-norm of the sublayer, see :class:`MhcSite`.
         norm_eps: added to the mean square of every row.
+
+    Raises:
+        ValueError: n or C is not supported.
     """
 
     def __init__(
@@ -263,6 +262,7 @@ class HcSite(_EagerSite):
         norm: nn.Module | None = None,
         norm_eps: float = DEFAULT_NORM_EPS,
     ) -> None:
+        check_sizes(expansion_rate, hidden_size)
         super().__init__(sublayer, norm)
         n = expansion_rate
         self.norm_eps = norm_eps
@@ -273,13 +273,15 @@ class HcSite(_EagerSite):
         self.bias = nn.Parameter(start)
         self.alpha = nn.Parameter(torch.full((3,), ALPHA_INIT))
 
-    def pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``(u, coefficients)`` of equation 5."""
-        return reference.hc_pre(x, self.theta, self.bias, self.alpha, self.norm_eps)
+    def pre(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Equation 5."""
+        return hc_autograd.site_pre(x, self.theta, self.bias, self.alpha, self.norm_eps)
 
 
-class IdentitySite(_EagerSite):
+class IdentitySite(nn.Module):
     """An mHC site whose H_res is the identity: rows are read and written but never mixed.
+
+    Plain torch; it keeps what autograd wants and no recompute block takes it.
 
     Args:
         sublayer: module from ``[..., C]`` to ``[..., C]``.
@@ -298,7 +300,8 @@ class IdentitySite(_EagerSite):
         norm: nn.Module | None = None,
         norm_eps: float = DEFAULT_NORM_EPS,
     ) -> None:
-        super().__init__(sublayer, norm)
+        super().__init__()
+        self.sublayer, self.norm = sublayer, norm
         n = expansion_rate
         self.norm_eps = norm_eps
         self.phi = nn.Parameter(torch.empty(2 * n, n * hidden_size))
@@ -317,6 +320,12 @@ class IdentitySite(_EagerSite):
             torch.sigmoid(logits[..., :n]), 2 * torch.sigmoid(logits[..., n:]), eye
         ).pack()
         return reference.pre_apply(x, coefficients), coefficients
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The next state ``[..., n, C]``."""
+        u, coefficients = self.pre(x)
+        f = self.sublayer(u if self.norm is None else self.norm(u))
+        return reference.post_res(x, f, coefficients)
 
 
 class PlainSite(nn.Module):

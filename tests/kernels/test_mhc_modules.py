@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from mhcplan.kernels import mhc, modules, reference
 from mhcplan.kernels.mhc_autograd import defer_weight_gradients
-from mhcplan.kernels.modules import MhcSite, recompute_block
+from mhcplan.kernels.modules import HcSite, MhcSite, recompute_block
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 C = 64
+BOTH = pytest.mark.parametrize("kind", [MhcSite, HcSite])
 
 
 @pytest.fixture(autouse=True)
@@ -25,15 +26,17 @@ def sublayer(norm_inside: bool = False) -> nn.Module:
     return nn.Sequential(nn.RMSNorm(C), *layers) if norm_inside else nn.Sequential(*layers)
 
 
-def sites(count: int, n: int = 4, own_norm: bool = True) -> nn.ModuleList:
+def sites(count: int, n: int = 4, own_norm: bool = True, kind: type = MhcSite) -> nn.ModuleList:
     torch.manual_seed(0)
     made = nn.ModuleList()
     for _ in range(count):
         norm = nn.RMSNorm(C) if own_norm else None
-        site = MhcSite(sublayer(norm_inside=not own_norm), C, n, norm=norm)
+        site = kind(sublayer(norm_inside=not own_norm), C, n, norm=norm)
         with torch.no_grad():
             site.alpha.fill_(0.5)
             site.bias.normal_()
+            if kind is HcSite:
+                site.theta.normal_(std=C**-0.5)
         made.append(site)
     return made.to(DEVICE)
 
@@ -51,13 +54,17 @@ def state(n: int = 4, *lead: int) -> Tensor:
     return torch.randn(*(lead or (2, 3)), n, C, generator=generator).to(DEVICE).requires_grad_()
 
 
+@BOTH
 @pytest.mark.parametrize("n", [2, 4])
-def test_gradients_are_those_of_autograd_of_the_reference(n: int) -> None:
-    model, x, x_ref = sites(2, n), state(n), state(n)
+def test_gradients_are_those_of_autograd_of_the_reference(n: int, kind: type) -> None:
+    model, x, x_ref = sites(2, n, kind=kind), state(n), state(n)
     h, r = x, x_ref
     for site in model:
         h = site(h)
-        u, mix = reference.mhc_pre(r, site.phi, site.bias, site.alpha)
+        pre, weight = (
+            (reference.hc_pre, site.theta) if kind is HcSite else (reference.mhc_pre, site.phi)
+        )
+        u, mix = pre(r, weight, site.bias, site.alpha)
         r = reference.post_res(r, site.sublayer(site.norm(u)), mix)
     got, want = gradients(model, x, h), gradients(model, x_ref, r)
     for a, b in zip(got, want, strict=True):
@@ -72,10 +79,11 @@ def test_any_leading_shape(lead: tuple[int, ...]) -> None:
     torch.testing.assert_close(site(x).flatten(0, -3), site(x.flatten(0, -3)))
 
 
+@BOTH
 @pytest.mark.parametrize("own_norm", [True, False])
 @pytest.mark.parametrize("block_sites", [1, 2, 3])
-def test_block_recompute_changes_no_bit(block_sites: int, own_norm: bool) -> None:
-    model, x, x_again = sites(3, own_norm=own_norm), state(), state()
+def test_block_recompute_changes_no_bit(block_sites: int, own_norm: bool, kind: type) -> None:
+    model, x, x_again = sites(3, own_norm=own_norm, kind=kind), state(), state()
     h = x
     for site in model:
         h = site(h)
@@ -131,8 +139,9 @@ def test_sites_of_a_block_must_follow_each_other() -> None:
         model[1](model[0](x) * 2)
 
 
-def test_weight_gradients_can_be_deferred() -> None:
-    model, x, x_again = sites(2), state(), state()
+@BOTH
+def test_weight_gradients_can_be_deferred(kind: type) -> None:
+    model, x, x_again = sites(2, kind=kind), state(), state()
     h = x
     for site in model:
         h = site(h)
@@ -144,7 +153,8 @@ def test_weight_gradients_can_be_deferred() -> None:
     weights = torch.linspace(-1, 1, h.numel(), device=h.device).view_as(h)
     (h * weights).sum().backward()
     assert len(pending) == 2
-    assert all(site.phi.grad is None for site in model)
+    weight = "theta" if kind is HcSite else "phi"
+    assert all(getattr(site, weight).grad is None for site in model)
     pending.run(1)
     assert len(pending) == 1
     pending.run()
@@ -170,9 +180,24 @@ def test_ops_pass_torchs_own_checks() -> None:
     torch.library.opcheck(torch.ops.mhcplan.mhc_pre_backward_weight, (x, dp), test_utils=utilities)
 
 
+def test_ops_of_hc_pass_torchs_own_checks() -> None:
+    (site,) = sites(1, kind=HcSite)
+    x = state().detach().flatten(0, 1)
+    parameters = (site.theta.detach(), site.bias.detach(), site.alpha.detach())
+    utilities = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.mhcplan.hc_pre, (x, *parameters, 1e-6), test_utils=utilities)
+    u, mix, projection = torch.ops.mhcplan.hc_pre(x, *parameters, 1e-6)
+    rest = (x, x, u, mix, projection, mix, *parameters)
+    torch.library.opcheck(torch.ops.mhcplan.hc_pre_backward, rest, test_utils=utilities)
+    torch.library.opcheck(torch.ops.mhcplan.hc_pre_backward_input, rest, test_utils=utilities)
+    _, dp, _, _ = torch.ops.mhcplan.hc_pre_backward_input(*rest)
+    torch.library.opcheck(torch.ops.mhcplan.hc_pre_backward_weight, (x, dp), test_utils=utilities)
+
+
+@BOTH
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_compiled_site_gives_the_same() -> None:
-    (site,) = model = sites(1)
+def test_a_compiled_site_gives_the_same(kind: type) -> None:
+    (site,) = model = sites(1, kind=kind)
     x, x_again = state(), state()
     want = gradients(model, x, site(x))
     compiled = torch.compile(site, backend="aot_eager", fullgraph=True)
@@ -212,15 +237,16 @@ def test_one_row_is_the_plain_residual() -> None:
 
 
 def test_hc_starts_as_a_plain_residual_of_its_row() -> None:
-    site = modules.HcSite(sublayer(), C, 4, layer_index=2).to(DEVICE)
+    site = HcSite(sublayer(), C, 4, layer_index=2).to(DEVICE)
     x = torch.randn(3, 4, C, device=DEVICE)
     torch.testing.assert_close(site(x), x + site.sublayer(x[:, 2:3]))
 
 
 @pytest.mark.parametrize(("n", "c", "match"), [(3, 64, "n=3"), (4, 100, "C=100"), (0, 64, "n=0")])
 def test_unsupported_sizes_are_named(n: int, c: int, match: str) -> None:
-    with pytest.raises(ValueError, match=match):
-        MhcSite(nn.Identity(), c, n)
+    for kind in (MhcSite, HcSite):
+        with pytest.raises(ValueError, match=match):
+            kind(nn.Identity(), c, n)
 
 
 def test_unknown_kind_is_named() -> None:
