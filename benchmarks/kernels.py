@@ -1,16 +1,17 @@
 """The mHC kernels beside other ways to run a site, as ratios to a copy measured in the same run.
 
     PYTHONPATH=src python benchmarks/kernels.py [--hidden 2560,4096,7168] [--tokens 4096,16384]
-        [--n 4] [--peers eager,compile,liger] [--peers-at 4096x2560,...] [--json out.json]
+        [--n 4] [--residual mhc|hc] [--peers eager,compile,liger] [--peers-at 4096x2560,...]
+        [--json out.json]
     PYTHONPATH=src ncu ... python benchmarks/kernels.py --hidden 4096 --tokens 16384 --once
 
 Needs a GPU. ``%`` is the time that a copy would need for the least traffic of the line, over the
 time measured: the forward moves (4n+2)C elements a token as three kernels (18C at n = 4), forward
-and backward (10n+6)C (46C). L2 is flushed by reading before every call; calls run as CUDA graphs
-behind a GPU sleep, so no launch is seen; the host's own time is printed beside. Errors are
-|out - ref| / |ref| against the float64 reference on the same bf16 inputs. The sublayer is left out:
-its output f and the gradient du are random tensors. ``benchmarks/kernels_page.py`` makes the tables
-of ``docs/kernels.md`` of what ``--json`` writes.
+and backward (10n+6)C (46C), and HC's the same. L2 is flushed by reading before every call; calls
+run as CUDA graphs behind a GPU sleep, so no launch is seen; the host's own time is printed
+beside. Errors are |out - ref| / |ref| against the float64 reference on the same bf16 inputs. The
+sublayer is left out: its output f and the gradient du are random tensors.
+``benchmarks/kernels_page.py`` makes the tables of ``docs/kernels.md`` of what ``--json`` writes.
 """
 
 from __future__ import annotations
@@ -25,7 +26,15 @@ import torch
 import triton
 from kernels_timing import Timer
 
-from mhcplan.kernels import mhc, mhc_backward, mhc_forward, mhc_recompute, reference
+from mhcplan.kernels import (
+    hc,
+    hc_kernels,
+    mhc,
+    mhc_backward,
+    mhc_forward,
+    mhc_recompute,
+    reference,
+)
 from mhcplan.kernels.reference import num_coefficients
 
 SITES = 8
@@ -35,6 +44,9 @@ Call = Callable[[], object]
 class Site:
     """Inputs of one site and the calls on them that are timed."""
 
+    reference_pre = staticmethod(reference.mhc_pre)
+    weight = "dphi"
+
     def __init__(self, tokens: int, n: int, channels: int) -> None:
         m = num_coefficients(n)
         self.n, self.tokens, self.channels = n, tokens, channels
@@ -43,10 +55,13 @@ class Site:
         self.dy = torch.randn(tokens, n, channels, **bf16)
         self.f = torch.randn(tokens, channels, **bf16)
         self.du = torch.randn(tokens, channels, **bf16)
-        self.phi = torch.randn(m, n * channels, device="cuda") / (n * channels) ** 0.5
-        self.bias = torch.randn(m, device="cuda")
-        self.alpha = torch.full((3,), 0.5, device="cuda")
-        self.parameters = (self.phi, self.bias, self.alpha)
+        bias = torch.randn(m, device="cuda")
+        self.parameters = (self.projection(), bias, torch.full((3,), 0.5, device="cuda"))
+
+    def projection(self) -> torch.Tensor:
+        """phi."""
+        n, width = self.n, self.n * self.channels
+        return torch.randn(num_coefficients(n), width, device="cuda") / width**0.5
 
     def forward(self) -> tuple[torch.Tensor, ...]:
         """Both halves of the forward."""
@@ -66,7 +81,7 @@ class Site:
 
     def reference_forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         """u and y by the reference in the inputs' own dtypes: what eager torch runs."""
-        u, mix = reference.mhc_pre(self.x, *self.parameters)
+        u, mix = self.reference_pre(self.x, *self.parameters)
         return u, reference.post_res(self.x, self.f, mix)
 
     def kernels(self) -> dict[str, tuple[Call, float]]:
@@ -109,6 +124,66 @@ class Site:
         }  # fmt: skip
 
 
+class HcSite(Site):
+    """The same of HC."""
+
+    reference_pre = staticmethod(reference.hc_pre)
+    weight = "dtheta"
+
+    def projection(self) -> torch.Tensor:
+        """theta."""
+        return torch.randn(self.n + 2, self.channels, device="cuda") / self.channels**0.5
+
+    def forward(self) -> tuple[torch.Tensor, ...]:
+        """Both halves of the forward."""
+        u, mix, projection = hc.hc_pre_forward(self.x, *self.parameters)
+        return u, mix, projection, mhc.mhc_post_forward(self.x, self.f, mix)
+
+    def forward_backward(self, deferred: bool = False) -> tuple[torch.Tensor, ...]:
+        """u, y, dx, df, dtheta, dbias, dalpha."""
+        u, mix, projection, y = self.forward()
+        df, dmix = mhc.mhc_post_backward(self.dy, self.x, self.f, mix)
+        given = (self.dy, self.x, self.du, mix, projection, dmix, *self.parameters)
+        if deferred:
+            dx, dp, dbias, dalpha = hc.hc_pre_backward_input(*given)
+            return u, y, dx, df, hc.hc_pre_backward_weight(self.x, dp), dbias, dalpha
+        dx, dtheta, dbias, dalpha = hc.hc_pre_backward(*given)
+        return u, y, dx, df, dtheta, dbias, dalpha
+
+    def kernels(self) -> dict[str, tuple[Call, float]]:
+        """{kernel: (call, C elements a token that it has to move)}."""
+        n, x, dy, du = self.n, self.x, self.dy, self.du
+        theta, bias, alpha = self.parameters
+        partial = hc_kernels.project(x, theta)
+        _, mix, projection = hc_kernels.coefficients_and_pre(x, partial, bias, alpha, 1e-6)
+        _, dmix = mhc_backward.post_backward(dy, x, self.f, mix)
+        dp, s, *_ = hc_kernels.coefficient_gradients(x, du, projection, dmix, bias, alpha)
+        return {
+            "project": (lambda: hc_kernels.project(x, theta), n),
+            "coefficients + pre": (
+                lambda: hc_kernels.coefficients_and_pre(x, partial, bias, alpha, 1e-6), n + 1
+            ),
+            "post_res": (lambda: mhc_forward.post_res(x, self.f, mix), 2 * n + 1),
+            "post backward": (
+                lambda: mhc_backward.post_backward(dy, x, self.f, mix), 2 * n + 2
+            ),
+            "coefficients backward": (
+                lambda: hc_kernels.coefficient_gradients(x, du, projection, dmix, bias, alpha),
+                n + 1,
+            ),
+            "pre backward (I + W)": (
+                lambda: mhc_backward.pre_backward(dy, x, du, mix, dp, s, theta, True), 3 * n + 1
+            ),
+            "pre backward (I)": (
+                lambda: mhc_backward.pre_backward(dy, x, du, mix, dp, s, theta, False), 3 * n + 1
+            ),
+            "dtheta (W)": (lambda: mhc_backward.weight_backward(x, dp), n),
+        }  # fmt: skip
+
+
+SITES_OF = {"mhc": Site, "hc": HcSite}
+
+
 def graphed(call: Call) -> Call:
     """``call`` as a CUDA graph."""
     call()
@@ -148,14 +223,13 @@ def errors(site: Site) -> dict[str, float]:
     def wide(t: torch.Tensor) -> torch.Tensor:
         return t.double().requires_grad_()
 
-    x, f, phi, bias, alpha = map(wide, (site.x, site.f, *site.parameters))
-    u, mix = reference.mhc_pre(x, phi, bias, alpha)
+    x, f, *parameters = leaves = [wide(t) for t in (site.x, site.f, *site.parameters)]
+    u, mix = site.reference_pre(x, *parameters)
     y = reference.post_res(x, f, mix)
-    leaves = (x, f, phi, bias, alpha)
     expected = (u, y, *torch.autograd.grad(
         (u, y), leaves, (site.du.double(), site.dy.double())
     ))  # fmt: skip
-    names = ("u", "y", "dx", "df", "dphi", "db", "dalpha")
+    names = ("u", "y", "dx", "df", site.weight, "db", "dalpha")
     return {
         name: ((out.double() - ref).norm() / ref.norm()).item()
         for name, out, ref in zip(names, site.forward_backward(), expected, strict=True)
@@ -173,24 +247,23 @@ def autograd_peer(site: Site, forward: Callable[..., tuple[torch.Tensor, torch.T
     return run
 
 
-def eager_forward(
-    x: torch.Tensor, f: torch.Tensor, phi: torch.Tensor, bias: torch.Tensor, alpha: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A site by the reference."""
-    u, mix = reference.mhc_pre(x, phi, bias, alpha)
-    return u, reference.post_res(x, f, mix)
-
-
 def peers(site: Site, names: list[str]) -> dict[str, tuple[Call, Call]]:
     """{peer: (forward, forward and backward)}; a peer that cannot be imported is left out."""
     found: dict[str, tuple[Call, Call]] = {}
+
+    def eager_forward(
+        x: torch.Tensor, f: torch.Tensor, *parameters: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        u, mix = site.reference_pre(x, *parameters)
+        return u, reference.post_res(x, f, mix)
+
     given = (site.x, site.f, *site.parameters)
     if "eager" in names:
         found["eager"] = (lambda: eager_forward(*given), autograd_peer(site, eager_forward))
     if "compile" in names:
         compiled = torch.compile(eager_forward, dynamic=False)
         found["torch.compile"] = (lambda: compiled(*given), autograd_peer(site, compiled))
-    if "liger" in names:
+    if "liger" in names and not isinstance(site, HcSite):  # Liger has no HC
         try:
             from liger_kernel.transformers.functional import (
                 liger_mhc_coeffs,
@@ -214,11 +287,9 @@ def peers(site: Site, names: list[str]) -> dict[str, tuple[Call, Call]]:
     return found
 
 
-def measure(
-    timer: Timer, copy: float, tokens: int, n: int, channels: int, names: list[str]
-) -> dict[str, object]:
+def measure(timer: Timer, copy: float, site: Site, names: list[str]) -> dict[str, object]:
     """Print and return all figures of one shape."""
-    site = Site(tokens, n, channels)
+    tokens, n, channels = site.tokens, site.n, site.channels
     row: dict[str, object] = {"T": tokens, "C": channels, "n": n, "copy_bytes_per_second": copy}
 
     def line(name: str, call: Call, elements: float, graph: bool = True) -> float:
@@ -235,12 +306,13 @@ def measure(
     line("site forward", site.forward, forward)
     line("site forward + backward", site.forward_backward, both)
     line("site forward + I + W", lambda: site.forward_backward(True), both + n)
-    _, mix, *_ = site.forward()
-    line(
-        "site forward, cross-site",
-        lambda: mhc.mhc_post_pre_forward(site.x, site.f, mix, *site.parameters),
-        3 * n + 2,
-    )
+    if not isinstance(site, HcSite):
+        _, mix, *_ = site.forward()
+        line(
+            "site forward, cross-site",
+            lambda: mhc.mhc_post_pre_forward(site.x, site.f, mix, *site.parameters),
+            3 * n + 2,
+        )
     row["host_us"] = host_us(site.forward_backward)
     row["peak_mb"] = peak_mb(site.forward_backward)
     print(f"  host {row['host_us']:.0f} us, peak {row['peak_mb']:.0f} MB (forward + backward)")
@@ -258,9 +330,9 @@ def measure(
     return row
 
 
-def call_once(tokens: int, n: int, channels: int) -> None:
+def call_once(site: Site) -> None:
     """Call every kernel twice, the second time with all compiled, under the profiler's eyes."""
-    for call, _ in Site(tokens, n, channels).kernels().values():
+    for call, _ in site.kernels().values():
         call()
         torch.cuda.synchronize()
         torch.cuda.profiler.start()
@@ -275,6 +347,7 @@ def main() -> None:
     parser.add_argument("--hidden", default="2560,4096,7168")
     parser.add_argument("--tokens", default="4096,16384")
     parser.add_argument("--n", default="4")
+    parser.add_argument("--residual", choices=SITES_OF, default="mhc")
     parser.add_argument("--peers", default="eager,compile,liger")
     parser.add_argument("--peers-at", default="", metavar="TxC,...", help="default: every shape")
     parser.add_argument("--once", action="store_true", help="only call each kernel, for a profiler")
@@ -290,7 +363,7 @@ def main() -> None:
     ]
     if args.once:
         for shape in shapes:
-            call_once(*shape)
+            call_once(SITES_OF[args.residual](*shape))
         return
     timer = Timer()
     copy = timer.copy_bytes_per_second()
@@ -300,12 +373,14 @@ def main() -> None:
         everywhere = not args.peers_at
         here = everywhere or f"{tokens}x{channels}" in args.peers_at.split(",")
         names = args.peers.split(",") if here else []
-        rows.append(measure(timer, copy, tokens, n, channels, names))
+        site = SITES_OF[args.residual](tokens, n, channels)
+        rows.append(measure(timer, copy, site, names))
         if args.json:  # after every shape: an interrupted run keeps what it had
             measured = {
                 "device": torch.cuda.get_device_name(),
                 "torch": torch.__version__,
                 "triton": triton.__version__,
+                "residual": args.residual,
                 "copy_bytes_per_second": copy,
                 "rows": rows,
             }
