@@ -22,7 +22,8 @@ class Kernel:
         persistent: its CTAs stay to its end.
         pieces: of work (tiles) that a persistent kernel's CTAs do one after another; 0: one each,
             or any number where they are not dealt.
-        dealt: whether pieces are dealt out at the start; else others do what a late CTA misses.
+        dealt: whether pieces are dealt out at the start; else others do what a late CTA misses, but
+            for its first one.
         tail_share: share of the duration, at its end, in which no CTA waits and SMs fall idle one
             after another (causal attention: the CTAs' work is unequal); 0: as the waves have it.
             Measured by when a CTA of equal priority gets in.

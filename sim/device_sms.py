@@ -68,6 +68,8 @@ class Gpu(NamedTuple):
         units, usual, fit, waves: CTAs or pieces, of which an SM takes ``usual`` and could take
             ``fit``; alone they take ``waves`` (:func:`waves_of`). units 0: any number of them.
         lone: life of a CTA in a last wave that is nearly empty, of its life in a full one.
+        own: CTAs that have a first piece of their own, and fetch others: those that come late do it
+            when the others have ended.
         bound: how far it is bound by memory.
         loose: 1 where CTAs end all the time, not in waves.
         drain_ns: what an urgent communication CTA waits for a whole SM.
@@ -99,6 +101,7 @@ class Gpu(NamedTuple):
     fit: Ints
     waves: Ints
     lone: Ints
+    own: Ints
     bound: Ints
     loose: Ints
     drain_ns: Ints
@@ -534,7 +537,10 @@ def _more_waves(kernel: int, sms: int, gpu: Gpu) -> int:
     if usual < fit and count <= sms * fit:  # they crowd together instead
         each = (count + sms - 1) // sms
         return max(SHARE + gpu.machine[_CROWDING] * (each - usual) // usual, SHARE)
-    waves = waves_of(count, usual * sms, gpu.lone[kernel])
+    late = max(gpu.own[kernel] - usual * sms, 0)
+    waves = waves_of(count - late, usual * sms, gpu.lone[kernel])
+    if late:
+        waves += gpu.lone[kernel]
     return max(SHARE * waves // gpu.waves[kernel], SHARE)
 
 

@@ -232,6 +232,28 @@ def test_a_persistent_grid_of_two_ctas_an_sm_is_no_fluid() -> None:
     assert line.end_ns[maker.index_of[op]] == pytest.approx(2000, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("kernel", "expected_ns"),
+    [
+        # 2 of 100 CTAs find no SM; with their 4 pieces each they run when the others have ended
+        (Kernel(1000, 100, 1, persistent=True, pieces=400), 2000),
+        # the others fetch what they can in 5 rounds; the first pieces of the late ones are left
+        (Kernel(1000, 100, 1, persistent=True, pieces=400, dealt=False), 1500),
+        # attention's pieces are all fetched
+        (Kernel(1000, 100, 1, persistent=True, pieces=400, dealt=False, tail_share=0.3), 1250),
+    ],
+)
+def test_what_a_late_cta_leaves_undone_depends_on_how_its_kernel_hands_out_work(
+    kernel: Kernel, expected_ns: int
+) -> None:
+    maker = Maker()
+    pair = maker.group("pair", 0, size=2)
+    held = maker.transfer(0, pair, 10_000)
+    op = maker.op(0, 1000)
+    line = played(maker, {held: Traffic(2), op: kernel})
+    assert line.end_ns[maker.index_of[op]] == pytest.approx(expected_ns, rel=1e-3)
+
+
 def test_transfers_that_want_more_than_a_link_carries_share_it() -> None:
     maker = Maker()
     a, b, c = (maker.group(name, 0, size=2) for name in ("a", "b", "c"))
