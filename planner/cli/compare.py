@@ -9,7 +9,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from mhcplan.planner.cli.flags import PlanFlags
-from mhcplan.planner.cli.terminal import note, output, progress
+from mhcplan.planner.cli.terminal import COMPILES, note, output, progress
 from mhcplan.planner.output import write_files
 from mhcplan.planner.plan.spec import PlanSpec
 
@@ -39,7 +39,7 @@ def compare(a: SideText, b: SideText, /, *, json: Json = False, out: Path | None
     from mhcplan.planner.compare.sides import read_side
     from mhcplan.planner.compare.text import print_comparison
 
-    with progress(f"simulating {a} and {b}"):
+    with progress(f"simulating {a} and {b}", COMPILES):
         sides = read_side(a, plan_of_words), read_side(b, plan_of_words)
         comparison = compare_sides(*sides, shlex.join(["mhcplan", "compare", a, b]))
     try:
@@ -78,7 +78,7 @@ def explain(
     flags = flags or PlanFlags()
     plan = flags.plan(source)
     command = shlex.join(["mhcplan", "explain", source, *flags.arguments()])
-    with progress(f"simulating {plan.model.name} and what would help it"):
+    with progress(f"simulating {plan.model.name} and what would help it", COMPILES):
         explanation = explain_step(predict(plan), command)
     if json:
         print(explanation.to_json())

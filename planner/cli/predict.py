@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from mhcplan.planner.cli.flags import PlanFlags
-from mhcplan.planner.cli.terminal import note, output, progress
+from mhcplan.planner.cli.terminal import COMPILES, note, output, progress
 from mhcplan.planner.export.formats import ExportFormat
 from mhcplan.planner.output import write_file, write_files
 from mhcplan.planner.plan.file import commented_plan_text, plan_text
@@ -135,7 +135,7 @@ def _predict(
     from mhcplan.planner.report.uncertainty import intervals as intervals_of
 
     plan = flags.plan(source)
-    with progress(f"simulating {plan.model.name}"):
+    with progress(f"simulating {plan.model.name}", COMPILES):
         prediction = predict_step(plan)
         command = shlex.join(["mhcplan", "predict", source, *flags.arguments()])
         sure = intervals_of(prediction) if intervals else None

@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
+from threading import Timer
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
 _PATIENCE_SECONDS = 1.0
+_SLOW_SECONDS = 4.0
+COMPILES = "(a first run compiles)"
 _PLAIN_WIDTH = 110  # columns of tables that go to a file or a pipe
 
 
@@ -40,10 +43,23 @@ def output() -> Console:
     return _Output(width=_PLAIN_WIDTH if plain else None, highlight=False)
 
 
-def progress(what: str) -> AbstractContextManager[object]:
-    """A spinner on standard error while something takes long, if a person is watching."""
+@contextmanager
+def progress(what: str, if_slow: str = "") -> Generator[None]:
+    """A spinner on standard error while something takes long, if a person is watching.
+
+    After some seconds it also says ``if_slow``: why it may take so long.
+    """
     console = Console(stderr=True)
-    return console.status(f"mhcplan: {what}") if console.is_terminal else nullcontext()
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(f"mhcplan: {what}") as status:
+        slow = Timer(_SLOW_SECONDS, lambda: status.update(f"mhcplan: {what} {if_slow}"))
+        slow.start()
+        try:
+            yield
+        finally:
+            slow.cancel()
 
 
 def note(text: str) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import pytest
 
 from mhcplan.planner import output
 from mhcplan.planner.cli import predict as commands
+from mhcplan.planner.cli import terminal
 from mhcplan.planner.cli.flags import PlanFlags
 from mhcplan.planner.output import OutputError, write_files
 from mhcplan.planner.plan.file import read_plan
@@ -417,3 +419,16 @@ def test_plan_flags_give_the_words_that_make_them_again() -> None:
         "--n", "2", "--recompute-block", "none", "--micro-batch-size", "2", "--set", "p2p=grouped",
     ]  # fmt: skip
     assert isinstance(flags.plan("mhc-27b"), PlanSpec)
+
+
+def test_who_waits_long_is_told_why(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(terminal, "_SLOW_SECONDS", 0.01)
+    with terminal.progress("simulating", terminal.COMPILES):
+        time.sleep(0.1)
+    assert capsys.readouterr().err == ""  # nobody is watching
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with terminal.progress("simulating", terminal.COMPILES):
+        time.sleep(0.3)
+    assert f"mhcplan: simulating {terminal.COMPILES}" in capsys.readouterr().err
