@@ -94,8 +94,8 @@ class TransferCosts:
             self._missing(
                 f"{pattern} on {medium} was measured for group_size {_listed(groups)};"
                 f" group_size={size} is more than {MAX_EXTRAPOLATION}x outside",
-                pattern, size,
-            )  # fmt: skip
+                size,
+            )
         cost = _on_curve(groups[near], num_bytes)
         link_bytes = round(num_bytes * traffic_factor(pattern, size))
         if near == size:
@@ -112,7 +112,7 @@ class TransferCosts:
     def _half_of_all_reduce(self, medium: str, pattern: str, size: int, num_bytes: int) -> Cost:
         """A ring all-reduce is a reduce-scatter and an all-gather of the same buffer."""
         if pattern not in _HALVES or ("all_reduce", medium) not in self._curves:
-            self._missing(f"{pattern} on {medium} was not measured", pattern, size)
+            self._missing(f"{pattern} on {medium} was not measured", size)
         whole = self._on_medium(medium, "all_reduce", size, num_bytes)
         return replace(
             whole,
@@ -193,10 +193,10 @@ class TransferCosts:
                 return max(row.host_ns for row in groups[min(groups)])
         return self._profile.overheads.launch_ns
 
-    def _missing(self, problem: str, pattern: str, size: int) -> NoReturn:
+    def _missing(self, problem: str, size: int) -> NoReturn:
         raise CostMissing(
-            f"profile {self._profile.name}: {problem};"
-            f" measure it: mhcplan profile measure --transfer {pattern} --group-size {size}"
+            f"profile {self._profile.name}: {problem}; measure it on {size} GPUs of a host:"
+            f" mhcplan profile measure --part comm --base {self._profile.name} --out mine.json"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import shlex
 import time
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mhcplan.profiles.capture.options import parser
 from mhcplan.profiles.costs import CostMissing
 from mhcplan.profiles.lookup import CostModel
 from mhcplan.profiles.op_fit import Roofline
@@ -21,6 +23,7 @@ from mhcplan.profiles.vocabulary import (
     OpKey,
     TransferKey,
     op_key,
+    parse_key,
 )
 from tests.support.scaling import scaled
 from tests.support.synthetic_profile import LAUNCH_NS, synthetic_ns, synthetic_profile, timing
@@ -209,6 +212,22 @@ def test_query_compression_that_was_not_measured_is_extrapolated(costs: CostMode
     assert cost.duration_ns == pytest.approx(synthetic_ns(key), rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        op_key("norm", "F", tokens=10**7, hidden=2560),
+        TransferKey("all_to_all", 64, 64, 2**20),
+    ],
+)
+def test_the_command_that_an_error_names_exists(costs: CostModel, key: OpKey | TransferKey) -> None:
+    with pytest.raises(CostMissing) as refusal:
+        costs.op(key) if isinstance(key, OpKey) else costs.transfer(key)
+    program = "mhcplan profile measure"
+    _, _, words = str(refusal.value).partition(program)
+    args = parser(program).parse_args(shlex.split(words))
+    assert args.part == ["comm"] or parse_key(args.op[0]) == key
+
+
 def test_unmeasured_kind_is_refused(profile: Profile) -> None:
     model = without(profile, lambda row: row.kind == "norm" and row.pass_ == "R")
     key = op_key("norm", "R", tokens=4096, hidden=2560)
@@ -223,7 +242,17 @@ def test_unmeasured_hc_is_assumed_from_mhc(profile: Profile) -> None:
     assert cost.source == "assumed"
     assert "priced as mhc_pre (measured, 20 Sinkhorn steps)" in cost.explanation
     assert cost.duration_ns == synthetic_ns(op_key("mhc_pre", "F", steps=20, **shape))
-    assert model.op(op_key("hc_post", "I", **shape)).source == "assumed"
+
+
+def test_hc_post_costs_what_mhc_post_does_whose_kernels_it_runs(profile: Profile) -> None:
+    model = without(profile, lambda row: row.kind.startswith("hc_"))
+    shape = {"n": 4, "hidden": 2560, "tokens": 4096}
+    cost = model.op(op_key("hc_post", "I", **shape))
+    assert (cost.source, cost.duration_ns) == (
+        "measured",
+        model.op(op_key("mhc_post", "I", **shape)).duration_ns,
+    )
+    assert cost.explanation.startswith("hc_post runs mhc_post: median of")
 
 
 @pytest.mark.parametrize("pass_", ["F", "B"])

@@ -109,8 +109,8 @@ def test_group_beyond_four_times_is_refused(costs: CostModel) -> None:
         costs.transfer(TransferKey("all_to_all", 16, 16, MIB))
     assert str(refusal.value) == (
         "profile synthetic: all_to_all on intra_node was measured for group_size 2;"
-        " group_size=16 is more than 4x outside;"
-        " measure it: mhcplan profile measure --transfer all_to_all --group-size 16"
+        " group_size=16 is more than 4x outside; measure it on 16 GPUs of a host:"
+        " mhcplan profile measure --part comm --base synthetic --out mine.json"
     )
 
 
