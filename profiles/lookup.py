@@ -31,11 +31,13 @@ if TYPE_CHECKING:
     from mhcplan.profiles.schema import OpTiming, Profile
     from mhcplan.sim.program import CostTable
 
+# Kinds that run the very kernels of another, which is what they cost where they have no rows.
+_SAME_KERNELS = {"hc_post": "mhc_post"}
+
 # Kinds that a profile may lack, the kind that is priced in their place, and why that is fair.
 _PAPER = "arXiv 2512.24880"
 _STAND_IN = {
     "hc_pre": ("mhc_pre", f"the same bytes, without Sinkhorn steps ({_PAPER}, equations 3, 5, 7)"),
-    "hc_post": ("mhc_post", f"the same mixing ({_PAPER}, equation 3)"),
     "identity_pre": ("mhc_pre", f"the same scan for 2n coefficients, no Sinkhorn ({_PAPER})"),
     "identity_post": ("mhc_post", "the same scan; its backward has no gradient of H_res"),
     "lite_pre": ("mhc_pre", "the same scan for 2n + n! logits, a softmax for the Sinkhorn"
@@ -166,6 +168,10 @@ class CostModel:
         table = self._table(key)
         if table is not None:
             return table.price(key)
+        if key.kind in _SAME_KERNELS:
+            kind = _SAME_KERNELS[key.kind]
+            cost = self.op(op_key(kind, key.pass_, **dict(key.shape)))
+            return replace(cost, explanation=f"{key.kind} runs {kind}: {cost.explanation}")
         if key.kind in _STAND_IN:
             return self._stand_in(key)
         raise CostMissing(

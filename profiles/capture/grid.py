@@ -27,6 +27,7 @@ EXPERT_PARALLEL = (8, 4, 2, 1)
 LARGE_EXPERT_PARALLEL = (64, 32, 8)  # all experts on one GPU do not fit with their gradients
 SEQ = 4096
 WIDTHS = (1280, 1920, 2560, 4096, 7168)
+HC_WIDTHS = (1280, 2560, 7168)
 ENDS = (1024, SEQ, 16384)  # tokens
 OPTIMIZER_SIZES = tuple(2**power for power in (20, 22, 24, 27, 30))  # parameters of a shard
 GEMMS = tuple(  # m, n, k: linears of the 27B model and of DeepSeek-V3, and a square
@@ -87,7 +88,6 @@ def _all_passes(kind: str, **shape: int) -> Iterator[OpKey]:
 def residual_keys(n: int, hidden: int, tokens: int) -> Iterator[OpKey]:
     """The mHC ops of one expansion rate, width and token count.
 
-    HC's are left out until its coefficients have kernels: the eager ones would price another code.
     Recompute of some numbers of sites, and the ends of a model, are left to interpolation where
     tokens are no end of the grid.
     """
@@ -188,6 +188,10 @@ def _second_tier() -> Iterator[OpKey]:
     shape = {"n": 4, "hidden": MODELS["mhc-27b"].hidden_size, "tokens": SEQ}
     for steps in SINKHORN_SWEEP:
         yield from _all_passes("mhc_pre", **shape, steps=steps)
+    for n in EXPANSION_RATES:  # HC's other half is mHC's, and is priced by its rows
+        for hidden in HC_WIDTHS:
+            for tokens in ENDS:
+                yield from _all_passes("hc_pre", n=n, hidden=hidden, tokens=tokens)
 
 
 def _third_tier() -> Iterator[OpKey]:

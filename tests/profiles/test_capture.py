@@ -316,6 +316,9 @@ def test_grid_has_the_residual_for_all_rates_widths_and_token_counts() -> None:
         for hidden in grid.WIDTHS:
             for tokens in (1024, 4096, 16384):
                 assert op_key("mhc_post", "I", n=n, hidden=hidden, tokens=tokens) in keys
+        for hidden in (1280, 7168):  # what lies between is interpolated
+            for tokens in (1024, 16384):
+                assert op_key("hc_pre", "B", n=n, hidden=hidden, tokens=tokens) in keys
     assert len(keys) < 1500  # 0.31 s each on an H100 (docs/profiling.md): within nine minutes
 
 
