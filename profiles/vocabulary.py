@@ -345,10 +345,9 @@ VOCABULARY: dict[str, OpKind] = {
         "R",
         "mhc",
         flops=lambda s, p: s["sites"] * _mhc_mix_flops(s, p),
-        bytes=lambda s, _p: (
-            (s["n"] + s["sites"] + s["sites"] + s["n"] * (s["sites"] - 1))
-            * s["hidden"] * BF16 * s["tokens"]
-        ),
+        # reads the block's input and the output of every sublayer but the last; writes every
+        # sublayer's input and the states between
+        bytes=lambda s, _p: ((s["n"] + 2) * s["sites"] - 1) * s["hidden"] * BF16 * s["tokens"],
     ),
     "hc_pre": _kind(
         _MHC,

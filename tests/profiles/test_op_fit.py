@@ -85,6 +85,12 @@ def test_only_projections_are_split() -> None:
     assert splits(op_key("mhc_post", "F", **shape), 132) == 0
 
 
+@pytest.mark.parametrize(("sites", "elements"), [(1, 4 + 1), (8, 4 + 7 + 8 + 4 * 7)])
+def test_recompute_moves_no_output_of_the_last_sublayer(sites: int, elements: int) -> None:
+    shape = {"n": 4, "hidden": 2560, "tokens": 4096, "sites": sites}
+    assert OP_KINDS["mhc_recompute"].bytes(shape, "R") == elements * 2 * 2560 * 4096
+
+
 def fitted(keys: list[OpKey], time_ns: Callable[[OpKey], float]) -> FittedTime:
     return FittedTime(keys, [round(time_ns(key)) for key in keys], ROOFLINE)
 
