@@ -23,7 +23,7 @@ from mhcplan.planner.search.report import SearchReport
 from mhcplan.planner.search.text import print_search
 from mhcplan.planner.sweep.farm import Backend
 from mhcplan.planner.sweep.run import Progress, Sweep, SweepOptions, SweepRun
-from mhcplan.planner.sweep.store import default_store
+from mhcplan.planner.sweep.store import StoreError, SweepStore, default_store
 from mhcplan.planner.sweep.text import ESTIMATED, csv_text, json_lines, parquet_bytes, print_sweep
 
 NOTHING_FEASIBLE = 1
@@ -75,7 +75,7 @@ def sweep(
         raise SpecError("--fast and --exact exclude each other")
     options = SweepOptions(
         method="estimate" if fast else "engine", backend=backend, jobs=jobs, fresh=fresh,
-        store=None if no_store else store or default_store(),
+        store=None if no_store else store or _usual_store(),
     )  # fmt: skip
     run = SweepRun(source, (axes or AxisFlags()).axes(), options)
     try:
@@ -89,6 +89,17 @@ def sweep(
     result = run.result()
     _write(result, json=json, csv=csv, parquet=parquet)
     return 0 if result.feasible else NOTHING_FEASIBLE
+
+
+def _usual_store() -> Path | None:
+    """The store in the folder for caches; where that cannot be had, none, which is said."""
+    path = default_store()
+    try:
+        with SweepStore(path):
+            return path
+    except StoreError as error:
+        note(f"{error}: finished points are not kept (--store names another place)")
+        return None
 
 
 def _remark(at: Progress) -> str:

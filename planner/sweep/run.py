@@ -235,8 +235,9 @@ class SweepRun:
                 report(Progress(done, len(plans), len(known)))
         finally:
             problem = store.flush() if store is not None else None
-            if problem is not None:
-                self._result.notes.append(f"{problem}: results are shown, but not all are kept")
+            said = f"{problem}: results are shown, but not all are kept"
+            if problem is not None and said not in self._result.notes:
+                self._result.notes.append(said)
 
     def _work_out(
         self, plans: Mapping[PointKey, PlanSpec], method: Method, farm: Farm

@@ -276,6 +276,19 @@ def test_a_sweep_of_which_nothing_is_a_plan_is_bad_input(
     assert said in err
 
 
+def test_a_sweep_does_without_the_usual_store_where_it_cannot_be(
+    run: Run, profile: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    code, out, err = run(*words(profile))
+    assert (code, err.count("\n")) == (0, 1)
+    assert "finished points are not kept" in err
+    assert out.startswith("2 combinations: 1 fit, 1 are illegal\n")
+    code, out, err = run(*words(profile, "--store", str(tmp_path / "file" / "store")))
+    assert (code, out) == (2, "")
+
+
 def test_a_fast_sweep_says_what_its_estimate_leaves_out(run: Run, profile: str) -> None:
     _, out, err = run(*words(profile, "--fast", "--no-store"))
     assert "without contention and the power limit" in out
