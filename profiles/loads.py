@@ -6,7 +6,8 @@ beside kernels is the profile's contention model, fitted to overlapped pairs. Tw
 assumed, and :func:`assumptions` says so:
 
 * Which kernel of an op moves its bytes: those of very many short CTAs, which wait for memory, take
-  nearly all the bandwidth there is while they run, and the others share the rest by their time.
+  nearly all the bandwidth there is while they run, and the others share the rest by their time. A
+  matrix product moves each of its operands at least once.
 * How many SMs a collective takes that was not overlapped: as many as the profile's row for it says.
 """
 
@@ -16,6 +17,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Literal
 
 from mhcplan.profiles.costs import worst
+from mhcplan.profiles.products import products_of
 from mhcplan.profiles.transfer_costs import traffic_factor
 from mhcplan.profiles.vocabulary import OpKey, TransferKey
 from mhcplan.sim.device_kernels import Kernel, Loads, Parameters, Traffic
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from mhcplan.profiles.costs import Cost
+    from mhcplan.profiles.products import Product
     from mhcplan.profiles.schema import (
         ContentionModel,
         KernelTrait,
@@ -125,8 +128,15 @@ class LoadModel:
             at = at or list(range(len(segments)))
             kept = [segments[i] for i in at]
             moved = _bytes_of(kept, sum(s.hbm_bytes for s in segments), self._parameters)
+            products = products_of(key, segments)
+            moved = [
+                max(size, products[i].operand_bytes) if i in products else size
+                for i, size in zip(at, moved, strict=True)
+            ]
             found = self._kernels[key, attention] = tuple(
-                _kernel(key, segments[i], size, self._traits_at(segments, i), attention)
+                _kernel(
+                    key, segments[i], size, self._traits_at(segments, i), attention, products.get(i)
+                )
                 for i, size in zip(at, moved, strict=True)
             )
         return found
@@ -173,7 +183,7 @@ def assumptions(profile: Profile, settings: GpuSettings) -> Iterator[str]:
     yield (
         "of an op's kernels, those of many short CTAs are taken to use"
         f" {100 * _STREAMING_SHARE:.0f} % of the memory bandwidth; the others share the op's other"
-        " bytes by their time"
+        " bytes by their time, a matrix product has its operands at least"
     )
     yield from dict.fromkeys(row.citation for row in model.traffic if row.source == "assumed")
     if settings.attention == "preemptible":
@@ -195,6 +205,7 @@ def _kernel(
     hbm_bytes: int,
     traits: Sequence[KernelTrait],
     attention: Attention,
+    product: Product | None,
 ) -> Kernel:
     kernel = Kernel(
         segment.duration_ns, segment.ctas, segment.ctas_per_sm, hbm_bytes, segment.persistent
@@ -202,7 +213,7 @@ def _kernel(
     trait = next((trait for trait in traits if trait.name in segment.name), None)
     if trait is None:
         return kernel
-    pieces = trait.pieces
+    pieces = trait.pieces or (product.tiles if product else 0)
     if trait.is_attention and pieces:
         shape = dict(key.shape)
         pieces = -(-shape["tokens"] * shape["heads"] // _QUERIES_A_PIECE)

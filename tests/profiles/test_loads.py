@@ -11,6 +11,7 @@ import pytest
 
 from mhcplan.profiles.loads import GpuSettings, LoadModel, assumptions, fitted_parameters
 from mhcplan.profiles.lookup import CostModel
+from mhcplan.profiles.products import products_of
 from mhcplan.profiles.store import find_profile
 from mhcplan.profiles.vocabulary import TransferKey
 from mhcplan.sim.compiled import simulate_compiled
@@ -53,7 +54,14 @@ def test_kernels_share_the_bytes_of_their_op() -> None:
     loads = loads_of([str(row.key) for row in rows])
     for row, kernels in zip(rows, loads.kernels, strict=True):
         total = sum(segment.hbm_bytes for segment in row.segments)
-        assert sum(k.hbm_bytes for k in kernels) == pytest.approx(total, rel=1e-3, abs=len(kernels))
+        found = sum(kernel.hbm_bytes for kernel in kernels)
+        if products := products_of(
+            row.key, row.segments
+        ):  # some of which move more than their share
+            assert found >= sum(product.operand_bytes for product in products.values())
+            assert found >= 0.999 * total
+        else:
+            assert found == pytest.approx(total, rel=1e-3, abs=len(kernels))
 
 
 def test_short_elementwise_kernels_take_the_bandwidth_and_products_the_rest() -> None:
