@@ -21,7 +21,7 @@ from mhcplan.sim import device, device_sms
 from mhcplan.sim.memory import memory_report
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from mhcplan.planner.predict import Prediction, Step
     from mhcplan.planner.report.schema import Intervals
@@ -112,10 +112,24 @@ def _warnings(prediction: Prediction) -> Iterator[str]:
         yield f"assumed: what a GPU draws and how its clock follows: {power.citation}"
     has_contention = prediction.step.table.loads is not None
     if plan.gpu is not None:
-        for text in assumptions(prediction.profile, plan.gpu):
+        for text in together(assumptions(prediction.profile, plan.gpu)):
             yield f"{'assumed' if has_contention else 'simplified'}: {text}"
     for text in (device_sms if has_contention else device).NOT_MODELLED:
         yield f"simplified: {text}"
+
+
+def together(sentences: Iterable[str]) -> Iterator[str]:
+    """Sentences in order; those that say the same, each of its first word, as one.
+
+    >>> list(together(["send is free", "x is not", "recv is free"]))
+    ['each of send, recv is free', 'x is not']
+    """
+    subjects: dict[str, list[str]] = {}
+    for sentence in sentences:
+        subject, _, said = sentence.partition(" ")
+        subjects.setdefault(said, []).append(subject)
+    for said, words in subjects.items():
+        yield f"{words[0]} {said}" if len(words) == 1 else f"each of {', '.join(words)} {said}"
 
 
 def _has_power_limit(prediction: Prediction) -> bool:
