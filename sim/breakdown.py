@@ -12,8 +12,6 @@
 The first two letters of a group's name say which traffic it carries. Compute ops are those that are
 no transfers. The "next" one is that of the rank which begins next; after the last one it is the end
 of the step, which waits for all transfers of the rank.
-
-To treat all ranks at once, times are shifted so that the ranks lie one behind the other.
 """
 
 from __future__ import annotations
@@ -24,6 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from mhcplan.sim.intervals import Union, fresh_lengths
+from mhcplan.sim.jit import Ints, compiled, ints, usable_in_compiled
 from mhcplan.sim.order import NO_OP, order_of
 
 if TYPE_CHECKING:
@@ -32,11 +31,12 @@ if TYPE_CHECKING:
     from mhcplan.sim.program import Program
     from mhcplan.sim.timeline import Timeline
 
-    Ints = NDArray[np.int64]
+    Array = NDArray[np.int64]
 
 CATEGORIES = ("compute", "mhc", "recompute", "optimizer")
 TRAFFIC = ("ep", "pp", "dp")
 CLASSES = (*CATEGORIES, *(f"exposed_{traffic}" for traffic in TRAFFIC), "host", "bubble")
+_NUM_CLASSES = len(CLASSES)
 _OTHER_TRAFFIC = len(TRAFFIC)
 _PP = TRAFFIC.index("pp")
 
@@ -50,7 +50,7 @@ class Breakdown:
         rank: the rank to report: the one that computes longest, the lowest on a tie.
     """
 
-    ns: Ints
+    ns: Array
     rank: int
 
     @property
@@ -75,9 +75,9 @@ class Overlap:
         hidden_ns: [rank, traffic], the part of it in which compute runs too.
     """
 
-    compute_ns: Ints
-    traffic_ns: Ints
-    hidden_ns: Ints
+    compute_ns: Array
+    traffic_ns: Array
+    hidden_ns: Array
 
 
 def breakdown(program: Program, timeline: Timeline) -> Breakdown:
@@ -86,12 +86,9 @@ def breakdown(program: Program, timeline: Timeline) -> Breakdown:
     Raises:
         ValueError: a compute op that takes time has a category not in CATEGORIES.
     """
-    axis = _Axis(program, timeline)
-    ns = np.zeros((program.num_ranks, len(CLASSES)), np.int64)
-    _add_busy(axis, ns)
+    ns, gaps = _swept(program, timeline)
     rank = int(np.argmax(ns.sum(axis=1)))
-    gaps = _gaps(axis)
-    claims = _claims(axis, gaps)
+    claims = _claims(program, timeline, gaps)
     first_exposed = len(CATEGORIES)
     for class_ in range(first_exposed, len(CLASSES) - 1):
         # what this class and those before it explain, less what is taken already
@@ -103,22 +100,24 @@ def breakdown(program: Program, timeline: Timeline) -> Breakdown:
 
 def overlap(program: Program, timeline: Timeline) -> Overlap:
     """Measure how much traffic hides behind compute."""
-    axis = _Axis(program, timeline)
-    compute = Union.of(axis.begin[axis.is_compute], axis.end[axis.is_compute])
+    span = timeline.step_ns + 1  # ranks lie one behind the other, so far apart
+    begin, end = (ns + program.rank * np.int64(span) for ns in (timeline.start_ns, timeline.end_ns))
+    computes, carries = program.group < 0, _traffic_of_groups(program)[program.group]
+    compute = Union.of(begin[computes], end[computes])
     shape = (program.num_ranks, len(TRAFFIC) + 1)
     traffic_ns, hidden_ns = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     for traffic in range(shape[1]):
-        ops = (program.group >= 0) & (axis.traffic == traffic)
-        runs = Union.of(axis.begin[ops], axis.end[ops])
-        rank = runs.begin // axis.span
+        ops = ~computes & (carries == traffic)
+        runs = Union.of(begin[ops], end[ops])
+        rank = runs.begin // span
         np.add.at(traffic_ns[:, traffic], rank, runs.end - runs.begin)
         np.add.at(hidden_ns[:, traffic], rank, compute.common(runs.begin, runs.end))
     compute_ns = np.zeros(program.num_ranks, np.int64)
-    np.add.at(compute_ns, compute.begin // axis.span, compute.end - compute.begin)
+    np.add.at(compute_ns, compute.begin // span, compute.end - compute.begin)
     return Overlap(compute_ns, traffic_ns, hidden_ns)
 
 
-def busy_ns(program: Program, timeline: Timeline) -> Ints:
+def busy_ns(program: Program, timeline: Timeline) -> Array:
     """Per stream, the time in which one of its ops runs."""
     span = timeline.step_ns + 1
     shift = program.stream.astype(np.int64) * span
@@ -128,101 +127,133 @@ def busy_ns(program: Program, timeline: Timeline) -> Ints:
     return busy
 
 
-class _Axis:
-    """A timeline with its ranks laid one behind the other, ``span`` ns apart."""
-
-    def __init__(self, program: Program, timeline: Timeline) -> None:
-        self.program = program
-        self.step_ns = timeline.step_ns
-        self.span = timeline.step_ns + 1
-        self.shift = program.rank.astype(np.int64) * self.span
-        self.begin = timeline.start_ns + self.shift
-        self.end = timeline.end_ns + self.shift
-        self.issue = timeline.issue_ns + self.shift
-        self.end_ns = timeline.end_ns
-        self.is_compute = program.group < 0
-        traffic = [
-            TRAFFIC.index(group.name[:2]) if group.name[:2] in TRAFFIC else _OTHER_TRAFFIC
-            for group in program.groups
-        ]
-        # the last entry is for compute ops: their group is -1
-        self.traffic = np.array([*traffic, _OTHER_TRAFFIC], np.int64)[program.group]
-
-
-def _add_busy(axis: _Axis, ns: Ints) -> None:
-    program = axis.program
-    classes = [CATEGORIES.index(c) if c in CATEGORIES else -1 for c in program.categories]
-    class_ = np.array(classes, np.int64)[program.category]
-    ran = axis.is_compute & (axis.end > axis.begin)
-    unknown = np.flatnonzero(ran & (class_ < 0))
-    if len(unknown):
-        category = program.categories[program.category[unknown[0]]]
-        raise ValueError(f"category {category!r} of a compute op is not one of {CATEGORIES}")
-    urgency = _urgency(program)[program.stream]
-    spent = axis.end - axis.begin
-    seen: list[NDArray[np.intp]] = []  # ops of less urgent streams
-    for level in range(int(urgency[ran].max(initial=-1)) + 1):
-        ops = np.flatnonzero(ran & (urgency == level))
-        if seen:
-            before = np.concatenate(seen)
-            less_urgent = Union.of(axis.begin[before], axis.end[before])
-            spent[ops] -= less_urgent.common(axis.begin[ops], axis.end[ops])
-        seen.append(ops)
-    place = program.rank * len(CLASSES) + class_
-    ns += _sums(place[ran], spent[ran], ns.size).reshape(ns.shape)
-
-
-def _sums(place: NDArray[np.integer], ns: Ints, size: int) -> Ints:
-    """Sum by place; floats are exact here, below 100 days."""
-    return np.bincount(place, ns, size).astype(np.int64)
-
-
-def _urgency(program: Program) -> Ints:
-    """Per stream, its place among its rank's streams, least urgent first."""
-    place = np.zeros(len(program.streams), np.int64)
-    count = [0] * program.num_ranks
-    for i in sorted(range(len(program.streams)), key=lambda i: -program.streams[i].priority):
-        stream = program.streams[i]
-        if stream.group < 0:  # the stream of a process group runs no compute
-            place[i] = count[stream.rank]
-            count[stream.rank] += 1
-    return place
+def _traffic_of_groups(program: Program) -> Array:
+    """Traffic of every group; the last entry is for compute ops, whose group is -1."""
+    traffic = [
+        TRAFFIC.index(group.name[:2]) if group.name[:2] in TRAFFIC else _OTHER_TRAFFIC
+        for group in program.groups
+    ]
+    return np.array([*traffic, _OTHER_TRAFFIC], np.int64)
 
 
 class _Gaps(NamedTuple):
     """Times without compute, each with the compute op that ends it, or NO_OP: the step's end."""
 
-    rank: Ints
-    op: Ints
+    rank: Array
+    op: Array
+    begin: Array
+    end: Array
+
+
+def _swept(program: Program, timeline: Timeline) -> tuple[Array, _Gaps]:
+    """Nanoseconds by rank and class in which compute runs, and the times in which none does."""
+    _refuse_unknown_categories(program, timeline)
+    lanes = program.shared(_lanes_of)
+    spent = np.zeros((program.num_ranks, len(CLASSES)), np.int64)
+    gaps = _Gaps(
+        *iter(np.empty((len(_Gaps._fields), program.num_ops + program.num_ranks), np.int64))
+    )
+    cursor = ints(np.asarray(lanes.begin)[:-1].copy())
+    start_ns, end_ns = ints(timeline.start_ns), ints(timeline.end_ns)
+    count = _sweep(lanes, cursor, start_ns, end_ns, timeline.step_ns, spent.reshape(-1), gaps)
+    return spent, _Gaps(*(column[:count] for column in gaps))
+
+
+def _refuse_unknown_categories(program: Program, timeline: Timeline) -> None:
+    if set(program.categories) <= set(CATEGORIES):
+        return
+    is_known = np.isin(program.categories, CATEGORIES)[program.category]
+    ran = (program.group < 0) & (timeline.end_ns > timeline.start_ns)
+    unknown = np.flatnonzero(ran & ~is_known)
+    if len(unknown):
+        category = program.categories[program.category[unknown[0]]]
+        raise ValueError(f"category {category!r} of a compute op is not one of {CATEGORIES}")
+
+
+class _Lanes(NamedTuple):
+    """Compute ops of a Program. Lanes of rank r are ``rank_begin[r] : rank_begin[r + 1]``, one a
+    stream, least urgent first; ops of a lane are in order, and ``class_`` is what each one's time
+    is called."""
+
+    rank_begin: Ints
     begin: Ints
-    end: Ints
+    ops: Ints
+    class_: Ints
 
 
-def _gaps(axis: _Axis) -> _Gaps:
-    ranks = np.arange(axis.program.num_ranks, dtype=np.int64)
-    ops = np.flatnonzero(axis.is_compute)
-    # a mark at the beginning and at the end of each rank's part of the axis
-    opens, closes = ranks * axis.span, ranks * axis.span + axis.step_ns
-    op = np.concatenate([np.full(len(ranks), NO_OP), ops, np.full(len(ranks), NO_OP)])
-    begin = np.concatenate([opens, axis.begin[ops], closes])
-    in_order = np.argsort(begin, kind="stable")
-    op, begin = op[in_order], begin[in_order]
-    end = np.concatenate([opens, axis.end[ops], closes])[in_order]
-    rank = begin // axis.span
-    reached = np.maximum.accumulate(end)[:-1]
-    gap = np.flatnonzero((begin[1:] > reached) & (rank[1:] == rank[:-1]))
-    return _Gaps(rank[gap + 1], op[gap + 1], reached[gap], begin[gap + 1])
+def _lanes_of(program: Program) -> _Lanes:
+    streams = sorted(
+        range(len(program.streams)),
+        key=lambda i: (program.streams[i].rank, -program.streams[i].priority),
+    )
+    lanes = [(i, ops[program.group[ops] < 0]) for i in streams for ops in [program.by_stream[i]]]
+    lanes = [(program.streams[i].rank, ops) for i, ops in lanes if len(ops)]
+    ops = np.concatenate([*(ops for _, ops in lanes), np.zeros(0, np.int64)])
+    classes = [CATEGORIES.index(c) if c in CATEGORIES else 0 for c in program.categories]
+    return _Lanes(
+        ints(np.searchsorted([rank for rank, _ in lanes], np.arange(program.num_ranks + 1))),
+        ints(np.cumsum([0, *(len(ops) for _, ops in lanes)])),
+        ints(ops),
+        ints(np.array(classes, np.int64)[program.category[ops]]),
+    )
+
+
+@compiled
+def _sweep(
+    lanes: _Lanes, cursor: Ints, start_ns: Ints, end_ns: Ints, step_ns: int, spent: Ints,
+    gaps: _Gaps,
+) -> int:  # fmt: skip
+    """Go through every rank's time from one border of an op to the next.
+
+    Adds to ``spent``, [rank, class] in a row, and fills ``gaps``, of which it returns the number.
+    """
+    count = 0
+    for rank in range(len(lanes.rank_begin) - 1):
+        first, last = lanes.rank_begin[rank], lanes.rank_begin[rank + 1]
+        now = 0
+        while now < step_ns:
+            runs, until, next_op = -1, step_ns, NO_OP
+            for lane in range(first, last):
+                i = cursor[lane]
+                while i < lanes.begin[lane + 1] and _is_over(end_ns, start_ns, lanes.ops[i], now):
+                    i += 1
+                cursor[lane] = i
+                if i == lanes.begin[lane + 1]:
+                    continue
+                op = lanes.ops[i]
+                if start_ns[op] > now:
+                    is_first = next_op == NO_OP or op < next_op
+                    if start_ns[op] < until or (start_ns[op] == until and is_first):
+                        next_op = op
+                    until = min(until, start_ns[op])
+                else:
+                    if runs < 0:
+                        runs = lanes.class_[i]
+                    until = min(until, end_ns[op])
+            if runs >= 0:
+                spent[rank * _NUM_CLASSES + runs] += until - now
+            else:
+                gaps.rank[count], gaps.op[count] = rank, next_op
+                gaps.begin[count], gaps.end[count] = now, until
+                count += 1
+            now = until
+    return count
+
+
+@usable_in_compiled
+def _is_over(end_ns: Ints, start_ns: Ints, op: int, now: int) -> bool:
+    return end_ns[op] <= now and start_ns[op] <= now
 
 
 class _Claims(NamedTuple):
     """Parts of gaps that a class explains; parts may overlap."""
 
-    rank: Ints
-    class_: Ints
-    begin: Ints
-    end: Ints
+    rank: Array
+    class_: Array
+    begin: Array
+    end: Array
 
-    def explained_ns(self, up_to_class: int, num_ranks: int) -> Ints:
+    def explained_ns(self, up_to_class: int, num_ranks: int) -> Array:
         """Per rank, the time that the classes up to the given one explain."""
         mine = np.flatnonzero((self.class_ <= up_to_class) & (self.end > self.begin))
         mine = mine[np.argsort(self.begin[mine], kind="stable")]
@@ -233,33 +264,34 @@ class _Claims(NamedTuple):
         return explained
 
 
-def _claims(axis: _Axis, gaps: _Gaps) -> _Claims:
-    gap, awaited = _awaited_transfers(axis, gaps)
-    traffic = axis.traffic[awaited]
+def _claims(program: Program, timeline: Timeline, gaps: _Gaps) -> _Claims:
+    """Ranks lie one behind the other, so that what is explained is told apart by time."""
+    gap, awaited = _awaited_transfers(program, gaps)
+    traffic = _traffic_of_groups(program)[program.group[awaited]]
     known = traffic != _OTHER_TRAFFIC
     gap, awaited, traffic = gap[known], awaited[known], traffic[known]
     begin = gaps.begin[gap]
     pp = traffic == _PP
     if pp.any():
-        sender_ready = _data_ready_ns(axis)[awaited[pp]] + gaps.rank[gap[pp]] * axis.span
-        begin[pp] = np.maximum(begin[pp], sender_ready)
+        begin[pp] = np.maximum(begin[pp], _data_ready_ns(program, timeline)[awaited[pp]])
     next_is_op = np.flatnonzero(gaps.op != NO_OP)
-    host_end = np.minimum(axis.issue[gaps.op[next_is_op]], gaps.end[next_is_op])
+    host_end = np.minimum(timeline.issue_ns[gaps.op[next_is_op]], gaps.end[next_is_op])
     host = np.full(len(next_is_op), CLASSES.index("host"))
     # in a measured step an op may begin before the recorded end of what it waits for
-    exposed_end = np.minimum(axis.end[awaited], gaps.end[gap])
+    exposed_end = np.minimum(timeline.end_ns[awaited], gaps.end[gap])
+    rank = np.concatenate([gaps.rank[gap], gaps.rank[next_is_op]])
+    shift = rank * (timeline.step_ns + 1)
     return _Claims(
-        np.concatenate([gaps.rank[gap], gaps.rank[next_is_op]]),
+        rank,
         np.concatenate([traffic + len(CATEGORIES), host]),
-        np.concatenate([begin, gaps.begin[next_is_op]]),
-        np.concatenate([exposed_end, host_end]),
+        np.concatenate([begin, gaps.begin[next_is_op]]) + shift,
+        np.concatenate([exposed_end, host_end]) + shift,
     )
 
 
-def _awaited_transfers(axis: _Axis, gaps: _Gaps) -> tuple[Ints, Ints]:
+def _awaited_transfers(program: Program, gaps: _Gaps) -> tuple[Array, Array]:
     """Pairs of a gap and a transfer op that the gap's op, or the end of the step, waits for."""
-    program = axis.program
-    pairs: list[tuple[Ints, Ints]] = []
+    pairs: list[tuple[Array, Array]] = []
     starts = program.waits.offsets[gaps.op]
     counts = np.where(gaps.op == NO_OP, 0, program.waits.offsets[gaps.op + 1] - starts)
     gap = np.repeat(np.arange(len(gaps.op)), counts)
@@ -275,13 +307,12 @@ def _awaited_transfers(axis: _Axis, gaps: _Gaps) -> tuple[Ints, Ints]:
     return gap[is_transfer], op[is_transfer]
 
 
-def _data_ready_ns(axis: _Axis) -> Ints:
+def _data_ready_ns(program: Program, timeline: Timeline) -> Array:
     """For every transfer op, when the ops that its senders wait for had ended."""
-    program = axis.program
     order = order_of(program)
     first, meeting = order.first, order.meeting
     ready = np.zeros(program.num_ops, np.int64)
-    np.maximum.at(ready, first[program.waits.owners], axis.end_ns[order.waited.values])
+    np.maximum.at(ready, first[program.waits.owners], timeline.end_ns[order.waited.values])
     senders = np.flatnonzero((meeting >= 0) & (program.is_send | (program.peer < 0)))
     by_meeting = np.zeros(int(meeting.max(initial=-1)) + 1, np.int64)
     np.maximum.at(by_meeting, meeting[senders], ready[first[senders]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache, lru_cache, partial
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.int64]
 
-_NUM_COLUMNS = 14  # of a kernel: ``end`` .. ``drain_ns`` of Gpu
+_NUM_COLUMNS = 13  # of a kernel: ``end`` .. ``drain_ns`` of Gpu
 
 
 def gpu_of(program: Program, costs: CostTable) -> Gpu:
@@ -47,32 +48,34 @@ def tables_of(costs: CostTable) -> tuple[Array, ...]:
     loads = costs.loads
     if loads is None:
         return tuple(ints([]) for _ in Gpu._fields[Gpu._fields.index("begin") :])
+    p, limit = loads.parameters, loads.compute_sms
     durations: list[int] = costs.duration_ns.tolist()
-    rows = [
-        _rows(kernels, duration, loads.parameters, loads.compute_sms)
-        for kernels, duration in zip(loads.kernels, durations, strict=True)
-    ]
-    columns = (
-        np.array([row for of_key in rows for row in of_key], np.int64).reshape(-1, _NUM_COLUMNS).T
-    )
+    # ranks that differ in their clock only have keys with the same kernels: look at each once
+    first: dict[int, tuple[int, int, int]] = {}
+    for kernels in loads.kernels:
+        if id(kernels) not in first:
+            first[id(kernels)] = (*_beside(kernels, p), _memory(kernels, p))
+    beside = np.array([first[id(kernels)] for kernels in loads.kernels], np.int64).reshape(-1, 3)
+    known: dict[tuple[int, int], list[tuple[int, ...]]] = {}
+    rows: list[list[tuple[int, ...]]] = []
+    for kernels, duration in zip(loads.kernels, durations, strict=True):
+        found = known.get((id(kernels), duration))
+        if found is None:
+            found = known[id(kernels), duration] = _rows(kernels, duration, p, limit)
+        rows.append(found)
+    columns = np.fromiter(
+        chain.from_iterable(chain.from_iterable(rows)), np.int64
+    ).reshape(-1, _NUM_COLUMNS).T  # fmt: skip
     begin = np.zeros(len(rows) + 1, np.int64)
     np.cumsum([len(of_key) for of_key in rows], out=begin[1:])
-    beside = [_beside(kernels, loads.parameters) for kernels in loads.kernels]
-    delay, squeeze = zip(*beside, strict=True) if beside else ((), ())
-    p = loads.parameters
     machine = [
-        p.num_sms, min(loads.compute_sms or p.num_sms, p.num_sms), _share(p.compute_delay),
+        p.num_sms, min(limit or p.num_sms, p.num_sms), _share(p.compute_delay),
         _share(p.crowding), _share(p.least_life), _share(p.together),
     ]  # fmt: skip
     tables = (
-        begin,
-        *columns,
-        np.array(delay, np.int64),
-        np.array(squeeze, np.int64),
-        *_transfer_keys(loads.traffic, durations),
-        np.array([_memory(kernels, p) for kernels in loads.kernels], np.int64),
-        np.array(machine, np.int64),
-    )
+        begin, *columns, beside[:, 0], beside[:, 1], *_transfer_keys(loads.traffic, durations),
+        beside[:, 2], np.array(machine, np.int64),
+    )  # fmt: skip
     return tuple(map(ints, tables))
 
 
@@ -122,7 +125,7 @@ def _rows(
     They are stretched to fill the op's duration: gaps between kernels belong to the kernels.
     """
     if not kernels:
-        return [(duration_ns * FULL_RATE, 1, 0, 0, p.num_sms, 0, 1, 1, SHARE, SHARE, 0, 0, 1, 0)]
+        return [(duration_ns * FULL_RATE, 1, 0, 0, p.num_sms, 0, 1, 1, SHARE, SHARE, 0, 1, 0)]
     stretch = duration_ns / sum(kernel.duration_ns for kernel in kernels)
     rows: list[tuple[int, ...]] = []
     done = 0.0
@@ -140,7 +143,7 @@ def _row(kernel: Kernel, duration_ns: float, p: Parameters, sms: int) -> tuple[i
     bound = _share(_bound(kernel, p))
     work = duration_ns * FULL_RATE
     if not kernel.ctas:
-        return (1, 0, 0, sms, 0, 1, 1, SHARE, SHARE, 0, bound, 1, 0)
+        return (1, 0, 0, sms, 0, 1, 1, SHARE, SHARE, bound, 1, 0)
     count, fit = units(kernel), kernel.ctas_per_sm
     usual = min(fit, -(-kernel.ctas // p.num_sms))
     # pieces of unknown number, or dealt anew to a grid that was made for fewer SMs
@@ -157,15 +160,8 @@ def _row(kernel: Kernel, duration_ns: float, p: Parameters, sms: int) -> tuple[i
     return (
         0 if stays else max(round(wave), 1), round(tail), idle,
         min(sms, -(-min(kernel.ctas, count) // usual)), 0 if is_fluid else count, usual, fit,
-        waves_of(count, usual * p.num_sms, lone), lone, _own(kernel), bound, int(loose),
-        round(drain),
+        waves_of(count, usual * p.num_sms, lone), lone, bound, int(loose), round(drain),
     )  # fmt: skip
-
-
-def _own(kernel: Kernel) -> int:
-    """CTAs whose first piece no other does, of a kernel that hands the others out one by one.
-    Attention's CTAs, whose pieces are unequal, were not seen to have any."""
-    return 0 if kernel.dealt or kernel.tail_share or kernel.pieces <= kernel.ctas else kernel.ctas
 
 
 def _bound(kernel: Kernel, p: Parameters) -> float:
