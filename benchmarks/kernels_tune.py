@@ -1,4 +1,4 @@
-"""Time candidate tiles of every mHC kernel and print the table of ``kernels/tuning.py``.
+"""Time candidate tiles of every mHC and HC kernel and print the table of ``kernels/tuning.py``.
 
     PYTHONPATH=src python benchmarks/kernels_tune.py [--kernels post,project] [--n 4]
         [--hidden 2560,4096,7168] [--tokens 16384,4096] [--dtype bf16] [--out table.json]
@@ -23,22 +23,32 @@ from typing import TYPE_CHECKING
 import torch
 from kernels_timing import Timer
 
-from mhcplan.kernels import mhc_backward, mhc_forward, mhc_recompute, mhc_wide, tuning
+from mhcplan.kernels import (
+    hc_kernels,
+    mhc_backward,
+    mhc_forward,
+    mhc_recompute,
+    mhc_wide,
+    tuning,
+)
 from mhcplan.kernels.reference import num_coefficients
-from mhcplan.kernels.triton_support import padded_coefficients, residual_parts
+from mhcplan.kernels.triton_support import padded, padded_coefficients, residual_parts
 from mhcplan.kernels.tuning import Config
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 SITES = 8  # of the recompute block
-NARROW = {"project", "post_project", "pre_backward", "pre_backward_input", "weight"}
-WIDE = {"wide_project", "wide_input", "wide_weight"}  # from mhc_wide.LEAST_ROWS on
+NARROW = {"project", "post_project", "pre_backward", "pre_backward_input", "weight",
+          "hc_pre_backward", "hc_pre_backward_input"}  # fmt: skip
+WIDE = {"wide_project", "wide_input", "wide_weight", "hc_wide_input"}  # from LEAST_ROWS on
+SAME_TILES = {"hc_project": "project", "hc_weight": "weight", "hc_wide_input": "wide_input"}
 
 
 def candidates(kernel: str) -> Iterator[Config]:
     """Configurations worth a try for ``kernel`` at n = 4; others start from these."""
     product = itertools.product
+    kernel = SAME_TILES.get(kernel, kernel)
     if kernel == "project":
         for bt, bk, warps, stages, per_sm in (
             (64, 128, 4, 3, 2), (64, 128, 4, 4, 2), (64, 64, 4, 5, 2), (128, 128, 8, 3, 1),
@@ -84,6 +94,22 @@ def candidates(kernel: str) -> Iterator[Config]:
                 (32, 64, 4, 2, 2), (32, 128, 8, 3, 1), (16, 128, 4, 3, 2),
             ):  # fmt: skip
                 yield Config(BT=bt, BC=bc, warps=warps, stages=stages, per_sm=per_sm)
+    elif kernel in ("hc_pre_backward", "hc_pre_backward_input"):  # little to hold but the state
+        for bt, bc, warps, stages, per_sm in (
+            (16, 128, 8, 3, 1), (16, 64, 4, 3, 2), (16, 64, 4, 3, 3), (32, 64, 8, 3, 1),
+            (32, 64, 4, 2, 2), (16, 128, 4, 3, 2), (16, 256, 8, 2, 1),
+        ):  # fmt: skip
+            yield Config(BT=bt, BC=bc, warps=warps, stages=stages, per_sm=per_sm)
+    elif kernel == "hc_pre":
+        for (bt, bc, warps), stages in product(
+            ((4, 256, 4), (2, 512, 4), (4, 512, 8), (1, 1024, 4), (8, 256, 8)), (1, 3)
+        ):
+            yield Config(BT=bt, BC=bc, warps=warps, stages=stages)
+    elif kernel == "hc_reduce":
+        for (bt, bc, warps), per_sm in product(
+            ((8, 256, 8), (4, 256, 4), (4, 512, 8), (8, 512, 8), (16, 256, 8)), (4, 8)
+        ):
+            yield Config(BT=bt, BC=bc, warps=warps, per_sm=per_sm, V=8)
     elif kernel == "weight":
         for bt, bc, warps, stages, per_sm in product((64, 128), (64, 128), (4,), (3, 4), (2, 4)):
             yield Config(BT=bt, BC=bc, warps=warps, stages=stages, per_sm=per_sm)
@@ -121,10 +147,32 @@ def calls(tokens: int, n: int, channels: int, dtype: torch.dtype) -> dict[str, t
     s = random(tokens)
     fs = [random(tokens, channels, dtype=dtype) for _ in range(SITES - 1)]
 
+    theta = random(n + 2, channels) / channels**0.5
+    by_row = hc_kernels.project(x, theta)
+    _, hc_mix, hc_projection = hc_kernels.coefficients_and_pre(x, by_row, bias, alpha, 1e-6)
+    hc_dp = random(tokens, n, residual_parts(dtype) * padded(n + 2), dtype=dtype)
+    hc_s = random(tokens, n)
+
     def pre_backward(with_weight: bool) -> Callable[[], object]:
         return lambda: mhc_backward.pre_backward(dy, x, du, mix, dp, s, phi, with_weight)
 
+    def hc_pre_backward(with_weight: bool) -> Callable[[], object]:
+        given = (dy, x, du, hc_mix, hc_dp, hc_s, theta)
+        return lambda: mhc_backward.pre_backward(*given, with_weight)
+
     return {
+        "hc_project": (lambda: hc_kernels.project(x, theta), n),
+        "hc_pre": (
+            lambda: hc_kernels.coefficients_and_pre(x, by_row, bias, alpha, 1e-6), n + 1
+        ),
+        "hc_reduce": (
+            lambda: hc_kernels.coefficient_gradients(x, du, hc_projection, hc_mix, bias, alpha),
+            n + 1,
+        ),
+        "hc_pre_backward": (hc_pre_backward(True), 3 * n + 1),
+        "hc_pre_backward_input": (hc_pre_backward(False), 3 * n + 1),
+        "hc_wide_input": (hc_pre_backward(False), 3 * n + 1),
+        "hc_weight": (lambda: mhc_backward.weight_backward(x, hc_dp), n),
         "project": (lambda: mhc_forward.project(x, phi), n),
         "pre": (
             lambda: mhc_forward.coefficients_and_pre(x, partial, bias, alpha, 20, 1e-6), n + 1
