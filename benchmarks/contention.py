@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mhcplan.profiles.contention_fit import TRAITS, Pair, Pairs, errors, fit
 from mhcplan.profiles.contention_rows import contention_model, traffic_traits
+from mhcplan.profiles.loads import fitted_parameters
 from mhcplan.profiles.overlap import rows_of
 from mhcplan.profiles.schema import profile_text, read_profile
 from mhcplan.sim.device_kernels import Parameters
@@ -74,10 +76,13 @@ def main() -> None:
     if args.store:
         cases = {pair.compute for pair in pairs}
         kernels = {name: trait for name, trait in TRAITS.items() if name not in cases}
+        profile = read_profile(args.store)
+        if profile.contention_model is not None:  # pairs say nothing of two kernels side by side
+            together = fitted_parameters(profile.contention_model).together
+            parameters = replace(parameters, together=together)
         model = contention_model(
             parameters, kernels, traffic_traits(source), [(c, t) for _, c, t in meeting]
         )
-        profile = read_profile(args.store)
         profile = profile.model_copy(update={"contention_model": model})
         args.store.write_text(profile_text(profile), encoding="utf-8")
         print(f"wrote {args.store}")
