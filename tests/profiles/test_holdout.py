@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import pytest
-
 from mhcplan.profiles.holdout import ONE_IN, Bar, HeldOut, holdout
 from mhcplan.profiles.store import contention_log, find_profile
 from tests.support.synthetic_profile import synthetic_profile
