@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.int64]
 
-_NUM_COLUMNS = 13  # of a kernel: ``end`` .. ``drain_ns`` of Gpu
+_NUM_COLUMNS = 14  # of a kernel: ``end`` .. ``drain_ns`` of Gpu
 
 
 def gpu_of(program: Program, costs: CostTable) -> Gpu:
@@ -125,7 +125,7 @@ def _rows(
     They are stretched to fill the op's duration: gaps between kernels belong to the kernels.
     """
     if not kernels:
-        return [(duration_ns * FULL_RATE, 1, 0, 0, p.num_sms, 0, 1, 1, SHARE, SHARE, 0, 1, 0)]
+        return [(duration_ns * FULL_RATE, 1, 0, 0, p.num_sms, 0, 1, 1, SHARE, SHARE, 0, 0, 1, 0)]
     stretch = duration_ns / sum(kernel.duration_ns for kernel in kernels)
     rows: list[tuple[int, ...]] = []
     done = 0.0
@@ -143,7 +143,7 @@ def _row(kernel: Kernel, duration_ns: float, p: Parameters, sms: int) -> tuple[i
     bound = _share(_bound(kernel, p))
     work = duration_ns * FULL_RATE
     if not kernel.ctas:
-        return (1, 0, 0, sms, 0, 1, 1, SHARE, SHARE, bound, 1, 0)
+        return (1, 0, 0, sms, 0, 1, 1, SHARE, SHARE, 0, bound, 1, 0)
     count, fit = units(kernel), kernel.ctas_per_sm
     usual = min(fit, -(-kernel.ctas // p.num_sms))
     # pieces of unknown number, or dealt anew to a grid that was made for fewer SMs
@@ -160,8 +160,15 @@ def _row(kernel: Kernel, duration_ns: float, p: Parameters, sms: int) -> tuple[i
     return (
         0 if stays else max(round(wave), 1), round(tail), idle,
         min(sms, -(-min(kernel.ctas, count) // usual)), 0 if is_fluid else count, usual, fit,
-        waves_of(count, usual * p.num_sms, lone), lone, bound, int(loose), round(drain),
+        waves_of(count, usual * p.num_sms, lone), lone, _own(kernel), bound, int(loose),
+        round(drain),
     )  # fmt: skip
+
+
+def _own(kernel: Kernel) -> int:
+    """CTAs whose first piece no other does, of a kernel that hands the others out one by one.
+    Attention's CTAs, whose pieces are unequal, were not seen to have any."""
+    return 0 if kernel.dealt or kernel.tail_share or kernel.pieces <= kernel.ctas else kernel.ctas
 
 
 def _bound(kernel: Kernel, p: Parameters) -> float:
