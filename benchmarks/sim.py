@@ -255,7 +255,8 @@ def cold(repeats: int) -> Section:
         "finally: print(open('/proc/self/status').read(), file=sys.stderr)"
     )
     with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {"NUMBA_CACHE_DIR": folder}
+        # an installed package has its bytecode, and so has a checkout after the first process
+        environment = os.environ | {"NUMBA_CACHE_DIR": folder, "PYTHONDONTWRITEBYTECODE": ""}
 
         def run() -> float:
             """Peak memory of a process, in MB."""
