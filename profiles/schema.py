@@ -87,7 +87,8 @@ class OpTiming(Figure):
 
     ``duration_ns``: median time on the stream, hot; ``host_ns``: median time of the host to issue
     it; ``saved_bytes``, ``deferred_bytes``, ``workspace_bytes``: as the allocator saw them, None
-    where not measured (workspace is the peak beyond inputs, outputs and what is kept).
+    where not measured (workspace is the peak beyond inputs, outputs and what is kept). ``run``: the
+    run that measured it, as its place in the profile's ``provenance``; None where nobody knows.
     """
 
     kind: str
@@ -102,6 +103,7 @@ class OpTiming(Figure):
     saved_bytes: NonNegativeInt | None = None
     deferred_bytes: NonNegativeInt | None = None
     workspace_bytes: NonNegativeInt | None = None
+    run: NonNegativeInt | None = None
 
     @model_validator(mode="after")
     def _in_vocabulary(self) -> Self:
@@ -321,6 +323,13 @@ class Profile(Spec):
         return self
 
     @model_validator(mode="after")
+    def _runs_are_there(self) -> Self:
+        for index, row in enumerate(self.ops):
+            if row.run is not None and row.run >= len(self.provenance):
+                raise ValueError(f"ops.{index}.run: {row.run} is no entry of provenance")
+        return self
+
+    @model_validator(mode="after")
     def _no_row_twice(self) -> Self:
         seen: set[object] = set()
         for row in self.ops:
@@ -349,6 +358,9 @@ class Profile(Spec):
         for name in _LATER_FIELDS:  # so that a profile without them keeps its digest
             if not data[name]:
                 del data[name]
+        for row in data["ops"]:
+            if row["run"] is None:
+                del row["run"]
         text = json.dumps(data, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 

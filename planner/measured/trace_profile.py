@@ -167,7 +167,7 @@ def _row(key: OpKey, factor: float, letter: str, model: CostModel, times: CellTi
         host_ns=cost.host_ns,
         segments=scale_segments(cost.segments, duration_ns / cost.duration_ns, 1.0),
         saved_bytes=cost.saved_bytes, deferred_bytes=cost.deferred_bytes,
-        workspace_bytes=cost.workspace_bytes,
+        workspace_bytes=cost.workspace_bytes, run=len(model.profile.provenance),
     )  # fmt: skip
 
 

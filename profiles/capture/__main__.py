@@ -34,22 +34,28 @@ def _keys(args: argparse.Namespace, base: Profile | None) -> list[OpKey] | None:
     """The ops to measure; None for the grid's.
 
     Raises:
-        ValueError: a text is no op key, or what is missing is asked for without a base.
+        ValueError: a text is no op key, or base's rows are asked for without a base.
     """
     keys = _named_keys(args)
-    if not args.missing and args.spread_above is None:
+    if not (args.missing or args.stale or args.spread_above is not None):
         return keys
     if base is None:
-        raise ValueError("missing, spread-above: --base PROFILE says what is there")
-    there = {row.key: row.spread_percent for row in base.ops}
+        raise ValueError("missing, stale, spread-above: --base PROFILE says what is there")
+    there = {row.key: row for row in base.ops}
     found: list[OpKey] = []
     if args.missing:
         wanted = grid.keys(args.tier or grid.TIERS) if keys is None else keys
         found += [key for key in wanted if key not in there]
+    again = there if keys is None else {key: there[key] for key in keys if key in there}
+    if args.stale:
+        from mhcplan.profiles.capture.machine import code_sha256  # needs torch
+
+        code = code_sha256()
+        current = {i for i, run in enumerate(base.provenance) if run.code_sha256 == code}
+        found += [key for key, row in again.items() if row.run not in current]
     if args.spread_above is not None:
-        wanted = there if keys is None else keys
-        found += [key for key in wanted if there.get(key, 0.0) > args.spread_above]
-    return found
+        found += [key for key, row in again.items() if row.spread_percent > args.spread_above]
+    return list(dict.fromkeys(found))
 
 
 def _named_keys(args: argparse.Namespace) -> list[OpKey] | None:

@@ -54,7 +54,7 @@ from mhcplan.profiles.specs import HardwareSpec, Spec
 from mhcplan.profiles.vocabulary import MEASURABLE
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from mhcplan.profiles.vocabulary import OpKey
@@ -265,9 +265,13 @@ def merge(ops: OpsPart, comms: Sequence[CommPart], hardware: HardwareSpec, name:
             communicator_bytes=max((comm.communicator_bytes for comm in comms), default=0),
             allocator_margin_percent=ops.allocator_margin_percent,
         ),
-        ops=tuple(sorted(ops.ops, key=lambda row: row.key)),
+        ops=tuple(sorted(_of_run(ops.ops, 0), key=lambda row: row.key)),
         transfers=tuple(transfers[key] for key in sorted(transfers)),
     )  # fmt: skip
+
+
+def _of_run(rows: Iterable[OpTiming], run: int) -> tuple[OpTiming, ...]:
+    return tuple(row.model_copy(update={"run": run}) for row in rows)
 
 
 def extend(base: Profile, ops: OpsPart | None, comms: Sequence[CommPart]) -> Profile:
@@ -283,7 +287,8 @@ def extend(base: Profile, ops: OpsPart | None, comms: Sequence[CommPart]) -> Pro
                 f"device: {base.name} was measured on {base.provenance[0].device!r}, not on"
                 f" {part.provenance.device!r}"
             )
-    rows = {row.key: row for row in (*base.ops, *(ops.ops if ops else ()))}
+    added = _of_run(ops.ops, len(base.provenance)) if ops else ()
+    rows = {row.key: row for row in (*base.ops, *added)}
     transfers = {
         (row.pattern, row.medium, row.group_size, row.bytes): row
         for row in (*base.transfers, *(row for comm in comms for row in comm.transfers))

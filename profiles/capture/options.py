@@ -105,6 +105,8 @@ def parser(program: str) -> argparse.ArgumentParser:
                         help="of the ops, only those that --base has no row of")  # fmt: skip
     parser.add_argument("--spread-above", type=float, metavar="PERCENT",
                         help="also ops whose rows in --base spread more, again")  # fmt: skip
+    parser.add_argument("--stale", action="store_true",
+                        help="also ops that other code measured for --base, again")  # fmt: skip
     parser.add_argument("--budget-seconds", type=float, default=BUDGET_SECONDS,
                         help="for all parts together (default: %(default)g), most wanted rows"
                         " first; the same command, given again, goes on")  # fmt: skip

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mhcplan.profiles.capture import grid
+from mhcplan.profiles.capture import grid, machine
 from mhcplan.profiles.capture.__main__ import main
 from mhcplan.profiles.capture.measure import CommPart, OpsPart, extend, read_part
-from mhcplan.profiles.schema import ProfileError, profile_text, read_profile
+from mhcplan.profiles.schema import ProfileError, parse_profile, profile_text, read_profile
 from mhcplan.profiles.vocabulary import op_key
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def test_keys_of_a_file_are_added_to_a_profile(tmp_path: Path) -> None:
     again = {
         row.key: row for row in read_part(second.with_name("second.json.ops.json"), OpsPart).ops
     }
-    assert {row.key: row for row in found.ops}[NORM[1]] == again[NORM[1]]
+    assert {row.key: row for row in found.ops}[NORM[1]].duration_ns == again[NORM[1]].duration_ns
 
 
 def test_only_what_a_profile_lacks_is_measured(
@@ -64,7 +64,30 @@ def test_rows_that_spread_are_measured_again(tmp_path: Path) -> None:
     assert main(words) == 0
     measured = read_part(second.with_name("second.json.ops.json"), OpsPart).ops
     assert [row.key for row in measured] == [base.ops[2].key]
-    assert read_profile(second).ops == (*rows[:2], *measured)
+    found = read_profile(second).ops
+    assert found == (*rows[:2], measured[0].model_copy(update={"run": 1}))
+
+
+def test_rows_say_which_run_measured_them_and_stale_ones_are_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, third = (tmp_path / f"{name}.json" for name in ("first", "second", "third"))
+    monkeypatch.setattr(machine, "code_sha256", lambda: "old")
+    assert main([*QUICK, "--out", str(first), "--op", str(NORM[0]), "--op", str(NORM[1])]) == 0
+    monkeypatch.setattr(machine, "code_sha256", lambda: "new")
+    words = [*QUICK, "--base", str(first), "--op", str(NORM[1]), "--op", str(RESIDUAL)]
+    assert main([*words, "--out", str(second)]) == 0
+    runs = {row.key: row.run for row in read_profile(second).ops}
+    assert runs == {NORM[0]: 0, NORM[1]: 1, RESIDUAL: 1}
+    assert main([*QUICK, "--base", str(second), "--stale", "--out", str(third)]) == 0
+    measured = read_part(third.with_name("third.json.ops.json"), OpsPart).ops
+    assert [row.key for row in measured] == NORM[:1]
+    found = read_profile(third)
+    assert {row.key: row.run for row in found.ops} == {**runs, NORM[0]: 2}
+    lost = (found.ops[0].model_copy(update={"run": 9}), *found.ops[1:])
+    text = profile_text(found.model_copy(update={"ops": lost}))
+    with pytest.raises(ProfileError, match=r"ops\.0\.run: 9 is no entry of provenance"):
+        parse_profile(text, "third.json")
 
 
 def test_transfers_of_larger_groups_are_added(tmp_path: Path) -> None:
