@@ -164,7 +164,9 @@ def _labels(
             {
                 "name": f"{program.kinds[kind]} {letter}",
                 "paint": _paint(program.categories[category], letter),
-                "source": costs[cost].source if costs else "not priced",  # of a trace
+                # of a trace nothing is known but what was measured
+                "source": costs[cost].source if costs else "not priced",
+                "alone_ns": costs[cost].duration_ns if costs else None,
                 "cost": program.cost_keys[cost],
             }
         )

@@ -326,7 +326,8 @@ export function describe(ops, op) {
     `${ops.cells[ops.cell[op]]}${ops.site[op] >= 0 ? `, site ${ops.site[op]}` : ""}`,
     ops.lanes[laneOf(ops, op)].name,
     `${pretty(length)}, from ${pretty(begin)} to ${pretty(begin + length)}`,
-    `${label.source}: ${label.cost}`,
+    (label.alone_ns === null ? "" : `${pretty(label.alone_ns)} alone, `) +
+      `${label.source}: ${label.cost}`,
   ];
   const cause = op - ops.behind[op];
   const why = WAITED[ops.reasons[ops.reason[op]]];

@@ -95,7 +95,8 @@ def test_lengths_cells_and_labels_are_those_of_the_ops() -> None:
         assert array(data["site"])[position] == view.site
         assert label["name"] == f"{view.kind} {view.pass_}"
         assert label["cost"] == view.cost_key
-        assert label["source"] == small().step.costs[program.cost[op]].source
+        cost = small().step.costs[program.cost[op]]
+        assert (label["source"], label["alone_ns"]) == (cost.source, cost.duration_ns)
 
 
 def test_causes_are_drawn_ops_that_ended_by_the_start() -> None:
@@ -298,7 +299,9 @@ def test_hover_says_what_an_op_is_and_what_it_waited_for() -> None:
     assert lines[0] == "experts F (forward)"
     assert lines[1].startswith(data["cells"][array(data["cell"])[op]])
     assert lines[2] == "rank 0 compute"
-    assert lines[4].endswith(data["labels"][array(data["label"])[op]]["cost"])
+    label = data["labels"][array(data["label"])[op]]
+    (alone,) = browser(("pretty", label["alone_ns"]))
+    assert lines[4] == f"{alone} alone, {label['source']}: {label['cost']}"
     assert "waited for" in lines[5]
 
 
