@@ -63,6 +63,12 @@ def _features(name: str, s: Mapping[str, int]) -> list[tuple[int, int]]:
         return [(2 * s["ffn"], hidden), (hidden, s["ffn"])]
     if name in ("shared_experts.I", "dense_ffn.I"):
         return [(s["ffn"], hidden), (hidden, 2 * s["ffn"])]
+    if name in ("attention_gqa.F", "attention_gqa.I"):
+        queries = s["heads"] * s["head_dim"]
+        all_three = queries + 2 * s["kv_heads"] * s["head_dim"]
+        if name == "attention_gqa.F":
+            return [(all_three, hidden), (hidden, queries)]
+        return [(queries, hidden), (hidden, all_three)]
     if name not in ("attention_mla.F", "attention_mla.I"):
         return []
     queries, keys = s["heads"] * (s["nope"] + s["rope"]), s["heads"] * s["nope"]
