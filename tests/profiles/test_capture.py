@@ -332,9 +332,8 @@ def test_groups_keep_passes_of_a_shape_together() -> None:
 def test_parts_share_the_time_by_what_they_need() -> None:
     one_gpu: list[Part] = ["ops", "priority", "power"]
     assert share_seconds("ops", ["ops"], 540) == 540
-    assert share_seconds("ops", one_gpu, 600) == pytest.approx(
-        425
-    )  # 100 and 75 are kept for others
+    assert share_seconds("ops", one_gpu, 700) == 700 - 100 - 75  # what the others need is kept
+    assert share_seconds("ops", one_gpu, 625 / 2) == 450 / 2  # all have half of what they need
     assert share_seconds("power", one_gpu, 300) == 300  # the last gets what is left
     assert share_seconds("priority", one_gpu, -5) == 0
 
