@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import textwrap
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import compress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def print_section(
     """Write one table, an empty line and its title above it; ``styles``: of its rows."""
     from rich.text import Text
 
+    section = _without_empty(section)
     styles = styles or ["bold" if row[0] == "step" else None for row in section.rows]
     console.print()
     if section.title:
@@ -50,13 +51,13 @@ def print_section(
 def _fitting(section: Section, styles: Sequence[str | None], console: Console) -> Table:
     """The table in the first look that fits; in the last one, too wide if it must be."""
     endless = console.options.update(width=_ENDLESS)
-    for look in _LOOKS:
-        table = _table(section, styles, *look)
-        needs = console.measure(table, options=endless)
-        table.width = min(needs.maximum, max(needs.minimum, console.width))
-        if needs.maximum <= console.width or look is _LOOKS[-1]:
+    tables = [_table(section, styles, *look) for look in _LOOKS]
+    wanted = [console.measure(table, options=endless) for table in tables]
+    for table, width in zip(tables, wanted, strict=True):
+        if width.maximum <= console.width:
             return table
-    raise AssertionError
+    tables[-1].width = max(wanted[-1].minimum, console.width)
+    return tables[-1]
 
 
 def _table(section: Section, styles: Sequence[str | None], name_width: int, gap: int) -> Table:
@@ -68,7 +69,7 @@ def _table(section: Section, styles: Sequence[str | None], name_width: int, gap:
         box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True,
         padding=(0, gap - 1), show_header=any(section.columns),
     )  # fmt: skip
-    columns = list(zip_longest(*section.rows, fillvalue="")) or [()] * len(section.columns)
+    columns = _columns(section)
     widths = [max(map(len, cells), default=0) for cells in columns]
     names = [
         textwrap.wrap(name, max(width, name_width), break_long_words=False, break_on_hyphens=False)
@@ -85,3 +86,16 @@ def _table(section: Section, styles: Sequence[str | None], name_width: int, gap:
     for row, style in zip(section.rows, styles, strict=True):
         table.add_row(*map(Text, row), style=style)
     return table
+
+
+def _without_empty(section: Section) -> Section:
+    """The table without columns that have neither a name nor anything in them."""
+    named = zip(section.columns, _columns(section), strict=True)
+    said = [bool(name or any(cells)) for name, cells in named]
+    rows = tuple(tuple(compress(row, said)) for row in section.rows)
+    return Section(section.title, tuple(compress(section.columns, said)), rows)
+
+
+def _columns(section: Section) -> list[tuple[str, ...]]:
+    """Cells by column."""
+    return list(zip(*section.rows, strict=True)) or [()] * len(section.columns)

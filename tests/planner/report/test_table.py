@@ -58,3 +58,18 @@ def test_names_stand_in_one_line_where_there_is_room() -> None:
 def test_words_stand_left_and_figures_right() -> None:
     lines = printed(Section("", ("name", "ms"), (("a", "1.00"), ("b", "10.00"), ("c", ""))), 80)
     assert lines == ["", "name     ms", "───────────", "a      1.00", "b     10.00", "c"]
+
+
+@given(st.integers(70, 120))
+def test_a_table_that_fits_folds_no_word(width: int) -> None:
+    rows = (("1", "interleaved-1f1b", "1.00", ""), ("2", "zbv", "12,345.67", ""))
+    lines = printed(Section("", ("n", "schedule", "step ms", ""), rows), width)
+    assert lines[-2:] == ["1  interleaved-1f1b       1.00", "2  zbv               12,345.67"]
+
+
+def test_what_is_too_wide_stays_whole_or_wraps_between_words() -> None:
+    rows = (("a rather long name of something", "1.00"),)
+    lines = printed(Section("", ("", "ms"), rows), 24)
+    assert [line.split() for line in lines[3:]] == [
+        ["a", "rather", "long", "name", "1.00"], ["of", "something"]
+    ]  # fmt: skip
