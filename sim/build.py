@@ -77,7 +77,7 @@ class ChunkShape:
     def declare(self, new: New) -> int:
         """Number of a buffer, with its size. Declaring it again with another size is a bug."""
         number = self.buffers.get(new.name)
-        component = COMPONENTS.index(new.component)
+        component = _NUMBER_OF_COMPONENT[new.component]
         if number is None:
             number = self.buffers[new.name] = len(self.buffers)
             self.buffer_bytes.append(new.num_bytes)
@@ -86,6 +86,9 @@ class ChunkShape:
             self.buffer_bytes[number], self.buffer_component[number] = new.num_bytes, component
         assert self.buffer_bytes[number] == new.num_bytes, f"{new} declared with another size"
         return number
+
+
+_NUMBER_OF_COMPONENT = {name: number for number, name in enumerate(COMPONENTS)}
 
 
 class _Done(NamedTuple):
@@ -214,8 +217,9 @@ class TemplateBuilder:
             hop: of a message, stages from here to its other end.
             is_send, payload_bytes, group, host_sync: as in the Program.
         """
-        state, index, labels = self.states[slot], len(self._rows), self._labels
+        state, index, labels, lists = self.states[slot], len(self._rows), self._labels, self._lists
         shape, producer, users = state.shape, state.producer, state.users
+        foreign, numbers = state.foreign, shape.buffers
         symbol = shape.symbol(name or f"{kind}.{pass_}{site}")
         done = _Done(stream, state.seq, symbol)
         state.seq += 1
@@ -227,14 +231,16 @@ class TemplateBuilder:
             self._order_after_compute(index, stream)
         clock = self._clocks.setdefault(stream, {})
         owner = index if stream == COMPUTE else self._compute_before(clock, index)
-        self._lists["allocs"] += [(owner, slot, 0, number) for _, number in made]
-        written = (*writes, *(buffer for buffer, _ in made))
-        for buffer in (*used, *(buffer for buffer, _ in made)):
+        for buffer in reads:
+            at, number = foreign.get(buffer) or (0, numbers[buffer])
+            lists["reads"].append((index, slot, at, number))
             users.setdefault(buffer, []).append(done)
-        for buffer in written:
+        for buffer in (*writes, *(buffer for buffer, _ in made)):
+            at, number = foreign.get(buffer) or (0, numbers[buffer])
+            lists["writes"].append((index, slot, at, number))
+            users.setdefault(buffer, []).append(done)
             producer[buffer] = done
-        self._lists["reads"] += [(index, slot, *self._number(state, b)) for b in reads]
-        self._lists["writes"] += [(index, slot, *self._number(state, b)) for b in written]
+        lists["allocs"] += [(owner, slot, 0, number) for _, number in made]
         clock[slot, stream] = done.seq
         self._snapshots[slot, done.seq] = clock.copy()
         self._symbols.append((index, slot, symbol))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from mhcplan.profiles import vocabulary
 from mhcplan.profiles.specs import Mla, ResidualKind
-from mhcplan.profiles.vocabulary import OpKey, op_key
 
 if TYPE_CHECKING:
     from mhcplan.planner.lowering.work import Work
     from mhcplan.profiles.specs import Moe
+    from mhcplan.profiles.vocabulary import OpKey
 
+op_key = lru_cache(maxsize=4096)(vocabulary.op_key)  # every op of a template asks for its key
 
 # of a site, by the residual's kind: F_pre, and F_post,res
 _SITE_KINDS: dict[ResidualKind, tuple[str, str]] = {
