@@ -77,7 +77,7 @@ def breakdown_figure(report: PlanReport, pinned: PlanReport | None = None) -> go
             hovertemplate="%{x:,.2f} ms<extra>%{fullData.name}</extra>",
         )
     figure.update_layout(plain_layout(height=90 + 60 * len(bars)), barmode="stack")
-    figure.update_xaxes(title="ms of a step")
+    figure.update_xaxes(title={"text": "ms of a step", "standoff": 4})
     figure.update_yaxes(autorange="reversed")
     return figure
 
@@ -117,7 +117,9 @@ def memory_figure(report: PlanReport, pinned: PlanReport | None = None) -> go.Fi
         shapes=[limit_line(report.memory_limit_bytes, "y")],
         annotations=[limit_text(report.memory_limit_bytes, "y")],
     )
-    figure.update_xaxes(title="rank", dtick=1 if len(ranks) <= _RANKS_NAMED else None)
+    figure.update_xaxes(
+        title={"text": "rank", "standoff": 4}, dtick=1 if len(ranks) <= _RANKS_NAMED else None
+    )
     figure.update_yaxes(title="GB", rangemode="tozero")
     return figure
 

@@ -155,10 +155,10 @@ def test_two_plans_stand_side_by_side_and_their_timelines_move_together(open_pag
     ranges = page.evaluate("() => window.mhcplan.together.drawn.timelines.map((t) => t.range)")
     assert ranges[0] == ranges[1]
     assert 0 < ranges[0][0] < ranges[0][1] < b * 1e6
-    page.get_by_role("button", name="Swap A and B").click()
+    page.get_by_role("button", name="Swap").click()
     settled(page)
     assert number(fact(page, "step")) == a
-    page.get_by_role("button", name="Unpin A").click()
+    page.get_by_role("button", name="Unpin").click()
     settled(page)
     assert not page.locator("#timeline-a").is_visible()
     assert fact(page, "step") == f"{a:,.2f} ms"

@@ -17,7 +17,7 @@ const RETRY_MS = 2000;
 const SLOW_MS = 1500;
 const SPEAK_MS = 900;
 // of a figure whose legend is the table beneath it
-const BESIDE_TABLE = { showlegend: false, height: 196, margin: { l: 104, r: 12, t: 12, b: 38 } };
+const BESIDE_TABLE = { showlegend: false, height: 196, margin: { l: 104, r: 12, t: 12, b: 40 } };
 
 const controls = await json("/api/controls");
 const defaults = Object.fromEntries(
@@ -155,7 +155,6 @@ function showPinned() {
   for (const name of ["swap", "unpin", "name-a", "name-b", "timeline-a", "difference"]) {
     byId(name).hidden = !pinned;
   }
-  byId("pin").textContent = pinned ? "Pin this as A" : "Pin as A";
   byId("name-a").textContent = `A: ${state.pinned ?? ""}`;
   byId("name-b").textContent = `B: ${state.plan}`;
 }
