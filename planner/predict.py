@@ -135,7 +135,11 @@ def settle(
 ) -> tuple[Program, CostTable, Timeline, float]:
     """Play a step at the clocks that the power limit leaves its GPUs.
 
-    The step is played at the full clock first, which says what it would draw.
+    The step is played at the full clock first, which says what it would draw. That takes as long
+    as the second play, and nothing cheaper was near enough. Over presets and schedules the clock of
+    the slowest rank would be off by up to 0.0028 if learned from 4 P microbatches whose middle
+    third stands for the rest, by 0.0020 from 8 P, by 0.0038 from the first half of the step, by
+    0.026 from two fifths of it and the longest path beyond; 0.0015 is 0.1 % of a step.
 
     Returns:
         The program and the table that were played, their Timeline, and how many times as long

@@ -147,12 +147,16 @@ class Search:
     ) -> None:
         """Go on until everything is known or ``seconds`` are over; ``report`` sees every round.
 
+        No round is begun that would not be done by then if it takes as long as the last one.
+
         Raises:
             SpecError: the engine cannot run here.
             FarmError: workers cannot be had, or die again and again.
         """
-        begin, before = time.monotonic(), self._seconds
-        while time.monotonic() - begin < seconds and (asked := self._next(farm.jobs)):
+        begin, before, round_s = time.monotonic(), self._seconds, 0.0
+        while (begun := time.monotonic()) - begin + round_s < seconds and (
+            asked := self._next(farm.jobs)
+        ):
             questions = [item.question if isinstance(item, _Node) else item for item in asked]
             waiting = dict(enumerate(asked))
             try:
@@ -161,6 +165,7 @@ class Search:
             finally:
                 self._put_back(waiting.values())  # interrupted: as unknown as before
                 self._seconds = before + time.monotonic() - begin
+            round_s = time.monotonic() - begun
             report(self.found())
 
     def found(self) -> Found:
