@@ -122,6 +122,25 @@ def test_dragging_n_moves_overhead_and_memory_and_is_one_step_back(open_page: Op
     page.locator("#spoken", has_text="mHC n=8").wait_for(state="attached")
 
 
+def test_the_timeline_follows_a_slider_when_it_is_let_go(open_page: Open) -> None:
+    page = open_page(f"{SMALL}&n=1")
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    box = page.get_by_label("n, expansion rate, slider").bounding_box()
+    assert box is not None
+    y = box["y"] + box["height"] / 2
+    page.mouse.move(box["x"] + 8, y)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] / 2, y)
+    with page.expect_response(lambda response: "/api/answer" in response.url):
+        page.mouse.move(box["x"] + 8 + 0.75 * (box["width"] - 16), y)
+    page.wait_for_timeout(400)  # longer than it rests otherwise
+    assert not [url for url in asked if "/api/timeline" in url]
+    page.mouse.up()
+    settled(page)
+    assert [url for url in asked if "/api/timeline" in url and "n=8" in url]
+
+
 def test_a_shared_link_reproduces_the_page(open_page: Open) -> None:
     page = open_page(SMALL)
     page.get_by_label("schedule").select_option("1f1b")
