@@ -134,7 +134,7 @@ def test_the_timeline_follows_a_slider_when_it_is_let_go(open_page: Open) -> Non
     page.mouse.move(box["x"] + box["width"] / 2, y)
     with page.expect_response(lambda response: "/api/answer" in response.url):
         page.mouse.move(box["x"] + 8 + 0.75 * (box["width"] - 16), y)
-    page.wait_for_timeout(400)  # longer than it rests otherwise
+    page.wait_for_timeout(800)  # longer than it rests otherwise
     assert not [url for url in asked if "/api/timeline" in url]
     page.mouse.up()
     settled(page)
