@@ -59,7 +59,9 @@ class Gpu(NamedTuple):
         ctas: of each op's transfer on its rank; -1 for a compute op.
         burden: of each op's transfer, share of the memory bandwidth it takes alone.
         out_link, in_link: of each op's transfer, the link that it sends or receives over, or -1.
-        begin: kernels of cost key k are ``begin[k] : begin[k + 1]`` of the columns from ``end`` on.
+        begin: kernels of cost key k are ``begin[k] : begin[k + 1]`` of the columns from ``like``
+            on.
+        like: the first kernel that differs from it in its duration at most.
         end: work of the op done at the kernel's end.
         life: work done in one wave; 0: none of its CTAs ends before the kernel does.
         tail: work before the end of the kernel from which on ``idle`` SMs have nothing to do.
@@ -91,6 +93,7 @@ class Gpu(NamedTuple):
     out_link: Ints
     in_link: Ints
     begin: Ints
+    like: Ints
     end: Ints
     life: Ints
     tail: Ints
@@ -508,8 +511,9 @@ def _compute_rate(
 @usable_in_compiled
 def _slowdown(kernel: int, is_placed: bool, sms: int, burden: int, gpu: Gpu, state: State) -> int:
     """Time of a kernel on ``sms`` SMs over its time alone; its CTAs may all be placed already."""
-    question = ((2 * kernel + is_placed) * (gpu.machine[_SMS] + 1) + sms) * SHARE + burden
-    slot = 2 * ((97 * kernel + 31 * sms + burden) % KNOWN)
+    like = gpu.like[kernel]
+    question = ((2 * like + is_placed) * (gpu.machine[_SMS] + 1) + sms) * SHARE + burden
+    slot = 2 * ((97 * like + 31 * sms + burden) % KNOWN)
     if state.known[slot] != question:
         waves = SHARE if is_placed else _more_waves(kernel, sms, gpu)
         state.known[slot] = question

@@ -66,15 +66,21 @@ def tables_of(costs: CostTable) -> tuple[Array, ...]:
     columns = np.fromiter(
         chain.from_iterable(chain.from_iterable(rows)), np.int64
     ).reshape(-1, _NUM_COLUMNS).T  # fmt: skip
-    begin = np.zeros(len(rows) + 1, np.int64)
-    np.cumsum([len(of_key) for of_key in rows], out=begin[1:])
+    counts = [len(of_key) for of_key in rows]
+    begin = ints(np.cumsum([0, *counts]))
+    first_begin: dict[int, int] = {}
+    for kernels, at in zip(loads.kernels, begin.tolist(), strict=False):
+        first_begin.setdefault(id(kernels), at)
+    first_begins = [first_begin[id(kernels)] for kernels in loads.kernels]
+    earlier = begin[:-1] - np.array(first_begins, np.int64)
+    like = np.arange(len(columns[0])) - np.repeat(earlier, counts)
     machine = [
         p.num_sms, min(limit or p.num_sms, p.num_sms), _share(p.compute_delay),
         _share(p.crowding), _share(p.least_life), _share(p.together),
     ]  # fmt: skip
     tables = (
-        begin, *columns, beside[:, 0], beside[:, 1], *_transfer_keys(loads.traffic, durations),
-        beside[:, 2], np.array(machine, np.int64),
+        begin, like, *columns, beside[:, 0], beside[:, 1],
+        *_transfer_keys(loads.traffic, durations), beside[:, 2], np.array(machine, np.int64),
     )  # fmt: skip
     return tuple(map(ints, tables))
 
