@@ -9,10 +9,10 @@ estimate of a list of plans on one and on two cores, the best of them confirmed 
 how far the estimate was off. ``cold``: a new process, with numba's code on disk and without.
 ``trace``: a Perfetto file of 200,000 ops. ``growth``: with P, M and the number of blocks.
 
-Where a what-if's time goes, in ms of one core for the plan's 72,080 ops (2.4 GHz EPYC): the engine's
-two plays 20 and 22 (300 ns an op: 90,000 times a GPU is shared anew, each with the chosen kernel's
-rate, those of two transfers, and a look at what is due next), the order of ops and its templates
-3, breakdown 2, what the clock follows 2, tables of kernels 2, memory 1, prices 1, report 1. The
+Where a what-if's time goes, in ms of one core for the plan's 72,080 ops (2.4 GHz EPYC): the
+engine's two plays 22 and 24 (300 ns an op: a GPU is shared anew 90,000 times, each time with the
+rate of the chosen kernel and of two transfers, and a look at what is due next), templates and the
+order of ops 3, breakdown 2, what the clock follows 2, memory, prices, and the report 1 each. The
 baseline takes 45 on the other core. A new process: imports 0.9 s of 1.7, half of it numba and
 pydantic's models, machine code from disk 0.2, templates 0.15, intervals 0.2.
 """
