@@ -19,7 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mhcplan.profiles.contention_fit import TRAITS, Pair, Pairs, errors, fit
-from mhcplan.profiles.contention_rows import contention_model, traffic_traits
+from mhcplan.profiles.contention_rows import (
+    contention_model,
+    preemptible_times,
+    traffic_traits,
+)
 from mhcplan.profiles.loads import fitted_parameters
 from mhcplan.profiles.overlap import rows_of
 from mhcplan.profiles.schema import profile_text, read_profile
@@ -81,8 +85,9 @@ def main() -> None:
             together = fitted_parameters(profile.contention_model).together
             parameters = replace(parameters, together=together)
         model = contention_model(
-            parameters, kernels, traffic_traits(source), [(c, t) for _, c, t in meeting]
-        )
+            parameters, kernels, traffic_traits(source), [(c, t) for _, c, t in meeting],
+            preemptible_times(source, kernels),
+        )  # fmt: skip
         profile = profile.model_copy(update={"contention_model": model})
         args.store.write_text(profile_text(profile), encoding="utf-8")
         print(f"wrote {args.store}")

@@ -96,19 +96,45 @@ def contention_model(
     traits: Mapping[str, Trait],
     traffic: Iterable[TrafficTrait],
     held_out: Iterable[tuple[float, float]],
+    preemptible: Mapping[str, float] | None = None,
 ) -> ContentionModel:
-    """The fitted model with its errors (compute, traffic) on pairs it was not fitted on."""
+    """The fitted model with its errors (compute, traffic) on pairs it was not fitted on.
+
+    ``preemptible``: see :func:`preemptible_times`.
+    """
     errors = list(held_out)
+    preemptible = preemptible or {}
     means = [100 * statistics.mean(values) for values in zip(*errors, strict=True)] or [0.0, 0.0]
     return ContentionModel(
         source="measured", parameters={k: float(v) for k, v in vars(parameters).items()},
         traits=tuple(
-            KernelTrait(name=name, **vars(trait), is_attention=_ATTENTION in name)
+            KernelTrait(
+                name=name, **vars(trait), is_attention=_ATTENTION in name,
+                preemptible_times=round(preemptible.get(name, 1.0), 3),
+            )
             for name, trait in traits.items()
         ),
         traffic=tuple(traffic), held_out_pairs=len(errors),
         compute_error_percent=round(means[0], 2), traffic_error_percent=round(means[1], 2),
     )  # fmt: skip
+
+
+def preemptible_times(source: Pairs, traits: Iterable[str]) -> dict[str, float]:
+    """How many times the persistent attention kernel's time the same work takes with kernels whose
+    CTAs end one by one, and with what these need before and after, by trait of the former."""
+    found: dict[str, float] = {}
+    for pass_ in "FI":
+        persistent, preemptible = f"attention_cudnn_{pass_}", f"attention_flash_{pass_}"
+        if not {f"{persistent}|-", f"{preemptible}|-"} <= source.rows.keys():
+            continue
+        longest = max(source.rows[f"{persistent}|-"]["kernels"], key=lambda k: k["duration_ns"])
+        more_ns = statistics.mean(source.op_ns(preemptible)) - statistics.mean(
+            source.op_ns(persistent)
+        )
+        for name in traits:
+            if name in longest["name"]:
+                found[name] = 1 + more_ns / longest["duration_ns"]
+    return found
 
 
 def traffic_traits(source: Pairs) -> list[TrafficTrait]:

@@ -118,6 +118,28 @@ class LoadModel:
             explanation=f"{ctas} CTAs at {trait.cta_bytes_per_ns} B/ns each; {cost.explanation}",
         )
 
+    def preemptible(self, cost: Cost) -> Cost:
+        """The cost of an op whose attention kernels end one by one; others' as it is."""
+        if self._model is None:
+            return cost
+        segments = [
+            _scaled(segment, trait.preemptible_times)
+            if segment.persistent and (trait := _attention_of(segment, self._model.traits))
+            else segment
+            for segment in cost.segments
+        ]
+        more_ns = sum(s.duration_ns for s in segments) - sum(s.duration_ns for s in cost.segments)
+        if not more_ns:
+            return cost
+        return replace(
+            cost,
+            duration_ns=cost.duration_ns + more_ns,
+            segments=tuple(segments),
+            source=worst([cost.source, "extrapolated"]),
+            explanation=f"and {more_ns} ns more with preemptible kernels, as at the shape that was"
+            f" measured with both; {cost.explanation}",
+        )
+
     def _kernels_of(self, key: OpKey, cost: Cost, attention: Attention) -> tuple[Kernel, ...]:
         """Kernels of an op, without the very short ones unless there are no others."""
         assert self._model is not None
@@ -187,7 +209,29 @@ def assumptions(profile: Profile, settings: GpuSettings) -> Iterator[str]:
     )
     yield from dict.fromkeys(row.citation for row in model.traffic if row.source == "assumed")
     if settings.attention == "preemptible":
-        yield "attention's CTAs end one by one, at the speed that was measured of persistent ones"
+        yield (
+            "attention's CTAs end one by one: the library's kernels for it take the time of its"
+            f" persistent ones {_times(model)}, measured at one shape"
+        )
+
+
+def _times(model: ContentionModel) -> str:
+    """How many, in words."""
+    found = [f"{t.preemptible_times:.2f}" for t in model.traits if t.is_attention]
+    return f"{' and '.join(found)} times (forward and backward)" if found else "once"
+
+
+def _attention_of(segment: Segment, traits: Sequence[KernelTrait]) -> KernelTrait | None:
+    return next((t for t in traits if t.is_attention and t.name in segment.name), None)
+
+
+def _scaled(segment: Segment, times: float) -> Segment:
+    return segment.model_copy(
+        update={
+            "duration_ns": round(segment.duration_ns * times),
+            "cta_ns": round(segment.cta_ns * times),
+        }
+    )
 
 
 def fitted_parameters(model: ContentionModel) -> Parameters:

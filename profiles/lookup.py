@@ -143,9 +143,11 @@ class CostModel:
             ValueError: a text is no key of this vocabulary.
         """
         costs = [self._cost(parse_key(text)) for text in cost_keys]
-        if gpu is not None and gpu.comm_ctas is not None:
+        if gpu is not None and (gpu.comm_ctas is not None or gpu.attention == "preemptible"):
             for i, key in enumerate(map(parse_key, cost_keys)):
-                if isinstance(key, TransferKey):
+                if isinstance(key, OpKey) and gpu.attention == "preemptible":
+                    costs[i] = self._loads.preemptible(costs[i])
+                if isinstance(key, TransferKey) and gpu.comm_ctas is not None:
                     costs[i] = self._loads.with_ctas(key, costs[i], gpu.comm_ctas)
         return tuple(costs)
 

@@ -192,13 +192,15 @@ class PriorityLatency(Figure):
 class KernelTrait(Spec):
     """What a launch does not show of kernels whose name contains ``name``: see
     :class:`mhcplan.sim.device_kernels.Kernel`; ``is_attention``: a plan may ask for CTAs that end
-    one by one instead."""
+    one by one instead, which the library's other kernels have; an op takes the time of this one
+    ``preemptible_times`` with them."""
 
     name: str
     pieces: NonNegativeInt = 0
     dealt: bool = True
     tail_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     is_attention: bool = False
+    preemptible_times: Annotated[float, Field(gt=0)] = 1.0
 
 
 class TrafficTrait(Figure):

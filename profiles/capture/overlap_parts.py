@@ -13,7 +13,12 @@ import torch
 
 from mhcplan.profiles.capture import contention, machine, priority
 from mhcplan.profiles.contention_fit import TRAITS, Pairs, errors, fit
-from mhcplan.profiles.contention_rows import contention_model, priority_latencies, traffic_traits
+from mhcplan.profiles.contention_rows import (
+    contention_model,
+    preemptible_times,
+    priority_latencies,
+    traffic_traits,
+)
 from mhcplan.sim.device_kernels import Parameters
 from mhcplan.sim.jit import has_numba
 
@@ -104,8 +109,9 @@ def _fitted(profile: Profile, source: Pairs) -> ContentionModel | None:
         cases = {pair.compute for pair in pairs}
         kernels = {name: trait for name, trait in TRAITS.items() if name not in cases}
         return contention_model(
-            parameters, kernels, traffic_traits(source), [(c, t) for _, c, t in held_out]
-        )
+            parameters, kernels, traffic_traits(source), [(c, t) for _, c, t in held_out],
+            preemptible_times(source, kernels),
+        )  # fmt: skip
     except ValueError as error:  # a row of the profile's schema that cannot be made, too
         text = str(error).splitlines()[0]
         print(f"[capture] no contention model: {text}", file=sys.stderr)

@@ -24,6 +24,7 @@ from mhcplan.profiles.contention_rows import (
     contention_model,
     contention_ops,
     contention_pairs,
+    preemptible_times,
     priority_latencies,
 )
 
@@ -151,9 +152,27 @@ def test_rows_of_a_profile_come_from_rows_of_a_capture() -> None:
     assert {(p.compute_slowdown, p.traffic_slowdown, p.queue_ns) for p in pairs} == {
         (1.25, 2.0, 30_000)
     }
-    model = contention_model(Parameters(), {"nvjet": Trait(512)}, (), [(0.1, 0.2), (0.3, 0.4)])
+    errors = [(0.1, 0.2), (0.3, 0.4)]
+    model = contention_model(Parameters(), {"nvjet": Trait(512)}, (), errors)
     assert (model.held_out_pairs, model.compute_error_percent) == (2, 20.0)
     assert model.parameters == {k: float(v) for k, v in vars(Parameters()).items()}
+
+
+def test_preemptible_attention_is_compared_with_the_persistent_kernel_that_it_replaces() -> None:
+    def alone(period_ns: int, *kernels: tuple[str, int]) -> dict[str, Any]:
+        return {
+            "A": {"compute": [{"median_ns": period_ns}, {"median_ns": period_ns}]},
+            "kernels": [{"name": name, "duration_ns": ns} for name, ns in kernels],
+        }
+
+    rows = {
+        "attention_cudnn_I|-": alone(660, ("dot_do_o", 60), ("cudnn_sdpa_bprop", 600)),
+        "attention_flash_I|-": alone(1360, ("copy", 60), ("flash_bwd", 1300)),
+        "attention_cudnn_F|-": alone(200, ("cudnn_sdpa_fprop", 200)),
+    }
+    found = preemptible_times(Pairs(rows), ["sdpa_bprop", "sdpa_fprop", "nvjet"])
+    # the kernels around it stay: 60 + 1300 / 600 would count them twice
+    assert found == {"sdpa_bprop": pytest.approx(1 + 700 / 600)}
 
 
 def test_latencies_are_medians_of_trials() -> None:

@@ -83,9 +83,27 @@ def test_attention_can_be_asked_to_end_its_ctas_one_by_one() -> None:
     assert staying[at].persistent
     assert not ending[at].persistent
     assert ending[at].ctas > staying[at].ctas
-    assert [k for i, k in enumerate(staying) if i != at] == [
-        k for i, k in enumerate(ending) if i != at
+    # an op's other kernels stay as they are, but for their part of its bytes
+    assert [replace(k, hbm_bytes=0) for i, k in enumerate(staying) if i != at] == [
+        replace(k, hbm_bytes=0) for i, k in enumerate(ending) if i != at
     ]
+
+
+@pytest.mark.parametrize(("pass_", "times"), [("F", 2.757), ("I", 2.182)])
+def test_preemptible_attention_takes_as_much_longer_as_was_measured(
+    pass_: str, times: float
+) -> None:
+    row = next(r for r in h100().profile.ops if r.kind == "attention_mla" and r.pass_ == pass_)
+    keys = [str(row.key), "norm.F hidden=2560 tokens=4096"]
+    (staying, norm), (ending, same) = (
+        h100().costs(keys, GpuSettings(attention=attention))
+        for attention in ("persistent", "preemptible")
+    )
+    (kernel_ns,) = (s.duration_ns for s in row.segments if s.persistent and "sdpa" in s.name)
+    assert ending.duration_ns - staying.duration_ns == pytest.approx((times - 1) * kernel_ns, abs=1)
+    assert sum(s.duration_ns for s in ending.segments) <= ending.duration_ns
+    assert (ending.source, same) == ("extrapolated", norm)
+    assert "preemptible" in ending.explanation
 
 
 def test_pieces_of_attention_are_those_of_the_ops_own_shape() -> None:
