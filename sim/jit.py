@@ -105,9 +105,9 @@ def _first_call(
         _load_numba_alone()
         try:
             result = _compile_and_call(made, *args, **kwargs)
-        except Exception:  # a full disk, a cache file cut short: once more without the cache
-            made = _machine_code(function, cached=False)
-            result = _compile_and_call(made, *args, **kwargs)
+        except Exception:  # a full disk, a cache file cut short, a numba that is made otherwise:
+            made = _machine_code(function, cached=False)  # once more without cache and shortcut
+            result = made(*args, **kwargs)
     code.append(made)
     return result
 

@@ -69,6 +69,24 @@ def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
     assert output.split() == [*SORTED, "None"], errors
 
 
+def test_a_numba_whose_inside_changed_makes_slower_code_and_no_error(tmp_path: Path) -> None:
+    # the stand-in that jit puts in takes five arguments; this numba gives it six
+    changed = """
+import numba.np.arrayobj as arrays
+usual = arrays.fix_integer_index
+class Changed(type(arrays)):
+    def __setattr__(self, name, value):
+        if name == "fix_integer_index" and value is not usual:
+            value = lambda *args, made=value: made(*args, None)
+        super().__setattr__(name, value)
+arrays.__class__ = Changed
+"""
+    output, errors = run_python(changed + SORT, NUMBA_CACHE_DIR=str(tmp_path)).communicate(
+        timeout=300
+    )
+    assert output.split()[:3] == SORTED, errors
+
+
 def test_without_numba_the_same_comes_slowly() -> None:
     code = "import sys\nsys.modules['numba'] = None\n" + SORT
     output, errors = run_python(code).communicate(timeout=300)
