@@ -96,8 +96,8 @@ def candidates(kernel: str) -> Iterator[Config]:
                 yield Config(BT=bt, BC=bc, warps=warps, stages=stages, per_sm=per_sm)
     elif kernel in ("hc_pre_backward", "hc_pre_backward_input"):  # little to hold but the state
         for bt, bc, warps, stages, per_sm in (
-            (16, 128, 8, 3, 1), (16, 64, 4, 3, 2), (16, 64, 4, 3, 3), (32, 64, 8, 3, 1),
-            (32, 64, 4, 2, 2), (16, 128, 4, 3, 2), (16, 256, 8, 2, 1),
+            (16, 128, 8, 3, 1), (16, 64, 4, 3, 2), (16, 64, 4, 4, 2), (16, 64, 4, 3, 3),
+            (32, 64, 8, 3, 1), (32, 64, 4, 2, 2), (16, 128, 4, 3, 2), (16, 256, 8, 2, 1),
         ):  # fmt: skip
             yield Config(BT=bt, BC=bc, warps=warps, stages=stages, per_sm=per_sm)
     elif kernel == "hc_pre":

@@ -106,8 +106,11 @@ def _write_partial(ptr, rows, mask, products, square, M: tl.constexpr, MP: tl.co
 @triton.jit
 def sum_splits(ptr, mask, stride, splits):
     """Sum ``ptr[s * stride]`` over s = 0 .. splits - 1, in that order."""
+    # Unrolled, so that loads overlap. A thread's loads of a large tile do so by themselves; for
+    # more of them there are no registers, and each would wait for the sum before it.
+    at_once: tl.constexpr = max(1, min(4, 4096 // ptr.numel))
     total = tl.load(ptr, mask=mask, other=0.0)
-    for s in tl.range(1, splits, loop_unroll_factor=4):  # so that the loads overlap
+    for s in tl.range(1, splits, loop_unroll_factor=at_once):
         total += tl.load(ptr + s * stride, mask=mask, other=0.0)
     return total
 

@@ -3,9 +3,10 @@
 ``config`` looks a kernel up by its rows n and bytes an element, and takes the tuned entry for the
 nearest C if there is one. ``benchmarks/kernels_tune.py`` times candidates on the GPU at hand and
 prints the winners in the form of ``_TUNED``. The entries for n = 4 and 8 in bf16 were timed on an
-H100 SXM; those for other n and fp32 were chosen by what the compiler makes of them (no spills,
-shared memory that fits). In fp32 a product has 16 rows for each of its warps or is too small for
-warpgroups: of one whose warps repeat rows, ptxas makes code that reads outside shared memory.
+H100 SXM, and those of n = 2 in ``_TUNED``; others were chosen by what the compiler makes of them
+(no spills, shared memory that fits). In fp32 a product has 16 rows for each of its warps or is too
+small for warpgroups: of one whose warps repeat rows, ptxas makes code that reads outside shared
+memory.
 """
 
 from __future__ import annotations
@@ -102,6 +103,7 @@ _OTHER: dict[tuple[int, int], dict[str, Config]] = {
         "recompute": Config(BT=2, BC=128, warps=4),
     },
     (16, 2): {
+        "pre": Config(BT=2, BC=512, warps=4, stages=3, BS=16),
         "hc_reduce": Config(BT=2, BC=512, warps=8, per_sm=4, V=8),
         "hc_wide_input": Config(BT=32, BC=32, warps=8),
         "small": Config(BS=16, warps=8),
@@ -113,6 +115,7 @@ _OTHER: dict[tuple[int, int], dict[str, Config]] = {
         "recompute": Config(BT=2, BC=128, warps=4),
     },
     (16, 4): {
+        "pre": Config(BT=2, BC=512, warps=4, stages=3, BS=16),
         "hc_project": Config(BT=64, BK=32, warps=4, stages=3),
         "hc_reduce": Config(BT=2, BC=256, warps=8, per_sm=4, V=8),
         "hc_wide_input": Config(BT=16, BC=32, warps=8),
@@ -128,6 +131,11 @@ _OTHER: dict[tuple[int, int], dict[str, Config]] = {
 
 # Tuned: {(n, bytes an element): {kernel: {C: Config}}}.
 _TUNED: dict[tuple[int, int], dict[str, dict[int, Config]]] = {
+    # Four warps: dp of 16 tokens is 256 numbers of two bytes, and asynchronous copies take four.
+    (2, 2): {
+        "pre_backward": {2560: Config(BT=16, BC=64, warps=4, stages=4)},
+        "pre_backward_input": {2560: Config(BT=16, BC=128, warps=4, stages=3)},
+    },
     (4, 2): {
         "pre": {
             2560: Config(BT=2, BC=512, warps=4, stages=3, BS=64),

@@ -1,7 +1,9 @@
 """Without a GPU, Triton kernels run in the interpreter; it is chosen when they are imported."""
 
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 import torch
@@ -25,3 +27,21 @@ def sound_device(request: pytest.FixtureRequest) -> Iterator[None]:
         pytest.skip("an earlier test broke the CUDA context")
     yield
     torch.cuda.synchronize()
+
+
+@pytest.fixture
+def no_waits() -> Callable[[], AbstractContextManager[None]]:
+    """``with no_waits():`` what makes the host wait for the GPU raises."""
+
+    @contextmanager
+    def entered() -> Iterator[None]:
+        with warnings.catch_warnings():
+            # torch says once, on its first use, that the mode misses some waits
+            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return entered

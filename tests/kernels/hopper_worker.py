@@ -116,7 +116,8 @@ def products(n: int, channels: int, dtype: torch.dtype) -> None:
     du, phi, s = torch.empty_like(x[:, 0]), torch.empty(m, n * channels), torch.empty(TOKENS)
     dp = torch.empty(TOKENS, residual_parts(dtype) * padded_coefficients(n), dtype=dtype)
     mhc_forward.project(x, phi)
-    mhc_backward.pre_backward(x, x, du, torch.empty(TOKENS, m), dp, s, phi, with_weight=True)
+    for with_weight in (True, False):
+        mhc_backward.pre_backward(x, x, du, torch.empty(TOKENS, m), dp, s, phi, with_weight)
 
 
 def hc_site(n: int, channels: int, dtype: torch.dtype) -> None:

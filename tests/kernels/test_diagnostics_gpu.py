@@ -13,13 +13,13 @@ from mhcplan.kernels.diagnostics import Recorder
 from mhcplan.planner.diagnose.recording import read_recording
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    # torch says once, on its first use, that the mode misses some waits; here it need not see all
-    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning"),
 ]
 C = 128
 
@@ -35,7 +35,9 @@ def network(kind: str) -> nn.Sequential:
 
 
 @pytest.mark.parametrize("kind", ["mhc", "hc", "identity"])
-def test_no_step_waits_for_the_gpu_and_figures_agree(kind: str, tmp_path: Path) -> None:
+def test_no_step_waits_for_the_gpu_and_figures_agree(
+    kind: str, tmp_path: Path, no_waits: Callable[[], AbstractContextManager[None]]
+) -> None:
     x = torch.randn(2, 40, 4, C)
     for device in ("cpu", "cuda"):
         model, state = network(kind).to(device), x.to(device)
@@ -44,11 +46,8 @@ def test_no_step_waits_for_the_gpu_and_figures_agree(kind: str, tmp_path: Path) 
                 loss = model(state).square().mean()
                 loss.backward()
                 norm = loss.detach() * 2
-                torch.cuda.set_sync_debug_mode("error" if device == "cuda" else "default")
-                try:
+                with no_waits():
                     recorder.step(loss, norm)
-                finally:
-                    torch.cuda.set_sync_debug_mode("default")
     cpu, gpu = (read_recording(tmp_path / device) for device in ("cpu", "cuda"))
     assert gpu.steps.tolist() == cpu.steps.tolist() == [1, 3, 5]
     for name in cpu.records.dtype.names or ():

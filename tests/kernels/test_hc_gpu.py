@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from mhcplan.kernels import hc, mhc
 from mhcplan.kernels.layers import Env, make_case
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
 pytestmark = [
     pytest.mark.gpu,
@@ -75,7 +80,9 @@ def test_a_site_in_a_cuda_graph() -> None:
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
-def test_what_the_runtime_calls_waits_for_nothing_and_takes_no_fp32_state() -> None:
+def test_what_the_runtime_calls_waits_for_nothing_and_takes_no_fp32_state(
+    no_waits: Callable[[], AbstractContextManager[None]],
+) -> None:
     """The eager form cast the whole state to fp32, several times over."""
     shape = {"n": 4, "hidden": 2560, "tokens": 4096}
     case = make_case("hc_pre", shape, Env(torch.device("cuda")))
@@ -83,13 +90,10 @@ def test_what_the_runtime_calls_waits_for_nothing_and_takes_no_fp32_state() -> N
     for call in calls:
         call()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waits():
         for call in calls:
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             call()
             grown = torch.cuda.max_memory_allocated() - before
             assert grown < 1.5 * case.inputs[0].nbytes
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
