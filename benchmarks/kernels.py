@@ -206,15 +206,15 @@ def host_us(call: Call, repeats: int = 20) -> float:
     return elapsed / repeats * 1e6
 
 
-def peak_mb(call: Call) -> float:
-    """MB allocated at the peak of ``call`` above what was there before."""
+def peak_mib(call: Call) -> float:
+    """MiB allocated at the peak of ``call`` above what was there before."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     kept = call()
     torch.cuda.synchronize()
     del kept
-    return (torch.cuda.max_memory_allocated() - before) / 1e6
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def errors(site: Site) -> dict[str, float]:
@@ -314,8 +314,8 @@ def measure(timer: Timer, copy: float, site: Site, names: list[str]) -> dict[str
             3 * n + 2,
         )
     row["host_us"] = host_us(site.forward_backward)
-    row["peak_mb"] = peak_mb(site.forward_backward)
-    print(f"  host {row['host_us']:.0f} us, peak {row['peak_mb']:.0f} MB (forward + backward)")
+    row["peak_mib"] = peak_mib(site.forward_backward)
+    print(f"  host {row['host_us']:.0f} us, peak {row['peak_mib']:.1f} MiB (forward + backward)")
     first, second = site.forward_backward(), site.forward_backward()
     row["repeats"] = all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     print(f"  bitwise equal run to run: {row['repeats']}")

@@ -3,9 +3,9 @@
     python benchmarks/kernels_page.py [--write]
 
 Prints the tables, or writes them into the page between its marks. ``kernels_h100.json`` holds
-``rows``, one run of ``benchmarks/kernels.py``; ``beside_peers``, a run with peers beside ours;
-``elsewhere``, public peers measured side by side on another H100; and ``counters`` of Nsight
-Compute.
+``rows``, one run of ``benchmarks/kernels.py``; ``hc``, what it wrote with ``--residual hc``;
+``beside_peers``, a run with peers beside ours; ``elsewhere``, public peers measured side by side on
+another H100; and ``counters`` of Nsight Compute.
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ def bars(run: dict[str, Any]) -> str:
     def ran(site: str, chosen: list[Row]) -> str:
         return slashed([row[site]["percent"] for row in chosen])
 
+    peak = small["peak_mib"]
     faster = [forward[shape(row)] / row["site forward, cross-site"]["us"] for row in long]
     lean = next(
         peer["peak_mib"] for peer in run["elsewhere"]["peers"]
@@ -100,19 +101,13 @@ def bars(run: dict[str, Any]) -> str:
             ["recompute of 8 sites, 4096 x 2560, %", "77", "90",
              slashed([small["recompute 8 sites"]["percent"]])],
             ["peak memory of forward + backward, 4096 x 2560, MiB", f"{lean:.1f}",
-             f"{lean:.1f}", f"{mib(small):.1f} (missed)" if mib(small) > lean else
-             f"{mib(small):.1f}"],
+             f"{lean:.1f}", f"{peak:.1f} (missed)" if peak > lean else f"{peak:.1f}"],
             *[[f"error of {name} against float64, 4096 x 2560", f"{bar:.1e}", f"{bar:.1e}",
                f"{small['errors'][name]:.1e}"] for name, bar in ERROR_BARS.items()],
             ["bitwise equal run to run", "some", "yes",
              "yes" if all(row["repeats"] for row in rows) else "no"],
         ],
     )  # fmt: skip
-
-
-def mib(row: Row) -> float:
-    """Peak of a site's forward and backward above what was there before."""
-    return row["peak_mb"] * 1e6 / 2**20
 
 
 def ordered(run: dict[str, Any]) -> list[Row]:
@@ -136,8 +131,22 @@ def kernels(rows: list[Row]) -> str:
         [name, *(f"{row[name]['us']:.0f} ({row[name]['percent']:.0f})" for row in rows)]
         for name in lines(rows)
     ]
-    peak = ["peak memory, MiB", *(f"{mib(row):.0f}" for row in rows)]
+    peak = ["peak memory, MiB", *(f"{row['peak_mib']:.0f}" for row in rows)]
     return table(head, [*cells, peak])
+
+
+def hyper_connections(run: dict[str, Any]) -> str:
+    """The same of HC, with its errors, which mHC has among its bars."""
+    rows = ordered(run)
+    checked = next(row for row in rows if "errors" in row)
+    errors = ", ".join(f"{name} {error:.1e}" for name, error in checked["errors"].items())
+    repeats = "" if all(row["repeats"] for row in rows) else "not "
+    return (
+        f"{kernels(rows)}\n\n"
+        f"A copy ran at {run['copy_bytes_per_second'] / 1e9:.0f} GB/s. "
+        f"Results were {repeats}bitwise equal run to run.\n"
+        f"Errors against float64 at {checked['T']} x {checked['C']}: {errors}."
+    )
 
 
 def peers(run: dict[str, Any]) -> str:
@@ -196,6 +205,7 @@ def tables(run: dict[str, Any]) -> str:
         f"{copy / 1e9:.0f} GB/s.",
         "### Bars", bars(run),
         "### Times", kernels(ordered(run)),
+        "### Times of HC", hyper_connections(run["hc"]),
         "### Peers", peers(run),
         "### Counters", counters(run),
     ])  # fmt: skip

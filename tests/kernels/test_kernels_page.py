@@ -53,4 +53,4 @@ def test_what_a_peak_is_made_of_sums_to_it(run: dict[str, Any]) -> None:
     returned = 2 * state + 2 * state // n + dphi
     # mix, dmix, projection with 1 / r, dp in two parts of 32 columns of bf16, s
     coefficients = tokens * (4 * m + 4 * m + 4 * (m + 1) + 2 * 2 * 32 + 4)
-    assert (returned + coefficients + 8 * dphi) / 2**20 == pytest.approx(page.mib(row), abs=0.1)
+    assert (returned + coefficients + 8 * dphi) / 2**20 == pytest.approx(row["peak_mib"], abs=0.1)
