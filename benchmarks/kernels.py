@@ -44,7 +44,9 @@ Call = Callable[[], object]
 class Site:
     """Inputs of one site and the calls on them that are timed."""
 
-    reference_pre = staticmethod(reference.mhc_pre)
+    reference_pre: Callable[..., tuple[torch.Tensor, torch.Tensor]] = staticmethod(
+        reference.mhc_pre
+    )
     weight = "dphi"
 
     def __init__(self, tokens: int, n: int, channels: int) -> None:
@@ -265,7 +267,7 @@ def peers(site: Site, names: list[str]) -> dict[str, tuple[Call, Call]]:
         found["torch.compile"] = (lambda: compiled(*given), autograd_peer(site, compiled))
     if "liger" in names and not isinstance(site, HcSite):  # Liger has no HC
         try:
-            from liger_kernel.transformers.functional import (
+            from liger_kernel.transformers.functional import (  # pyright: ignore[reportMissingImports]
                 liger_mhc_coeffs,
                 liger_mhc_post_res,
                 liger_mhc_pre,
@@ -343,7 +345,7 @@ def call_once(site: Site) -> None:
 
 def main() -> None:
     """Measure every shape asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--hidden", default="2560,4096,7168")
     parser.add_argument("--tokens", default="4096,16384")
     parser.add_argument("--n", default="4")

@@ -213,7 +213,7 @@ def compile_one(job: tuple[str, int, int, torch.dtype, Config]) -> str | None:
 
 def main() -> None:
     """Tune and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--kernels", default="")
     parser.add_argument("--n", type=int, default=4)
     parser.add_argument("--hidden", default="2560,4096,7168")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import matplotlib.ticker as mticker
 import numpy as np
 
 from mhcplan.profiles.contention_fit import TRAITS, Pairs, predict
@@ -139,9 +140,9 @@ def draw_pairs(profile: Profile) -> Figure:
                ylabel="predicted slowdown", title=f"{name}, {len(held)} pairs")  # fmt: skip
         ticks = [1, 1.5, 2, 3] if side == 0 else [1, 2, 5, 10, 20]
         for axis in (ax.xaxis, ax.yaxis):
-            axis.set_major_locator(mpl.ticker.FixedLocator(ticks))
-            axis.set_minor_locator(mpl.ticker.NullLocator())
-            axis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
+            axis.set_major_locator(mticker.FixedLocator(ticks))
+            axis.set_minor_locator(mticker.NullLocator())
+            axis.set_major_formatter(mticker.FormatStrFormatter("%g"))
     axes[0].legend(frameon=False)
     return figure
 
