@@ -14,6 +14,7 @@ overlapped pair has two chunks, slot 0 (the forward's) and slot 1 (the backward'
 from __future__ import annotations
 
 import hashlib
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
@@ -26,7 +27,7 @@ from mhcplan.sim.program import COMPONENTS
 from mhcplan.sim.tiling import OP_COLUMNS, TAIL_SLOT
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Sequence
+    from collections.abc import Callable, Hashable, Iterable, Sequence
 
     from numpy.typing import NDArray
 
@@ -41,10 +42,11 @@ _KIND, _CATEGORY, _COST, _ROLE, _BYTES = map(
 
 
 class New(NamedTuple):
-    """A buffer that an op makes: its name in the chunk, size and component of the memory report."""
+    """A buffer that an op makes: its name in the chunk, size (or what will be filled in for it) and
+    component of the memory report."""
 
     name: str
-    num_bytes: int
+    num_bytes: Hashable
     component: str = "activations"
 
 
@@ -54,16 +56,19 @@ class ChunkShape:
     def __init__(self) -> None:
         self.symbols: dict[str, int] = {name: i for i, name in enumerate(_RESERVED)}
         self.buffers: dict[str, int] = {name: i for i, name in enumerate(_RESERVED)}
-        self.buffer_bytes: list[int] = [0, 0]
+        self.sizes: list[Hashable] = [0, 0]
         self.buffer_component: list[int] = [0, 0]
 
-    def copy(self) -> ChunkShape:
-        """One that can grow without this one."""
-        other = ChunkShape()
-        other.symbols, other.buffers = dict(self.symbols), dict(self.buffers)
-        other.buffer_bytes = list(self.buffer_bytes)
-        other.buffer_component = list(self.buffer_component)
+    def filled(self, num_bytes: Callable[[Hashable], int]) -> ChunkShape:
+        """The same names, with the sizes that were declared replaced by what they stand for."""
+        other = copy(self)
+        other.sizes = [num_bytes(size) for size in self.sizes]
         return other
+
+    @property
+    def buffer_bytes(self) -> NDArray[np.int64]:
+        """Sizes of the buffers, where all are filled in."""
+        return np.array(self.sizes, np.int64)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -80,11 +85,11 @@ class ChunkShape:
         component = _NUMBER_OF_COMPONENT[new.component]
         if number is None:
             number = self.buffers[new.name] = len(self.buffers)
-            self.buffer_bytes.append(new.num_bytes)
+            self.sizes.append(new.num_bytes)
             self.buffer_component.append(component)
-        elif number < len(_RESERVED) and self.buffer_bytes[number] == 0:
-            self.buffer_bytes[number], self.buffer_component[number] = new.num_bytes, component
-        assert self.buffer_bytes[number] == new.num_bytes, f"{new} declared with another size"
+        elif number < len(_RESERVED) and self.sizes[number] == 0:
+            self.sizes[number], self.buffer_component[number] = new.num_bytes, component
+        assert self.sizes[number] == new.num_bytes, f"{new} declared with another size"
         return number
 
 
@@ -153,6 +158,15 @@ class Template:
             digest.update(repr(table.shape).encode())
             digest.update(table.tobytes())
         return digest.digest()
+
+    def filled(self, meaning: Meaning) -> Template:
+        """The same pattern with the cost keys that its own stand for."""
+        ops = self.ops.copy()
+        ops[:, _COST] = meaning.cost[self.ops[:, _COST]]
+        ops[:, _BYTES] = meaning.payload_bytes[self.ops[:, _COST]]
+        other = replace(self, labels=meaning.labels, ops=ops)
+        vars(other)["digest"] = self.digest  # none of this is in it
+        return other
 
 
 class TemplateBuilder:
@@ -388,7 +402,7 @@ class Labels:
         self.kinds: dict[str, int] = {}
         self.categories: dict[str, int] = {}
         self.costs: dict[str, int] = {}
-        self._keys: dict[object, int] = {}  # the same by cost key: texts take long to make
+        self._keys: dict[Hashable, int] = {}  # the same by cost key: texts take long to make
 
     def kind(self, label: str) -> int:
         """Number of a kind."""
@@ -404,6 +418,21 @@ class Labels:
         if number is None:
             number = self._keys[key] = self.costs.setdefault(str(key), len(self.costs))
         return number
+
+    def meaning(
+        self,
+        key_of: Callable[[Hashable], Hashable],
+        payload_bytes_of: Callable[[Hashable], int],
+    ) -> Meaning:
+        """What the cost keys of this table stand for; several may stand for one."""
+        other = Labels()
+        other.kinds, other.categories = self.kinds, self.categories
+        keys = [key_of(key) for key in self._keys]
+        return Meaning(
+            other,
+            np.array([other.cost(key) for key in keys], np.int64),
+            np.array([payload_bytes_of(key) for key in keys], np.int64),
+        )
 
     def adopt(self, others: Labels) -> None:
         """Number the labels of another table here, in their order."""
@@ -421,3 +450,17 @@ class Labels:
     @property
     def _tables(self) -> tuple[dict[str, int], ...]:
         return self.kinds, self.categories, self.costs
+
+
+class Meaning(NamedTuple):
+    """What the cost keys of a table of labels stand for, by their numbers there.
+
+    Attributes:
+        labels: the same kinds and categories, and these cost keys.
+        cost: numbers in it.
+        payload_bytes: what an op of that cost moves.
+    """
+
+    labels: Labels
+    cost: NDArray[np.int64]
+    payload_bytes: NDArray[np.int64]

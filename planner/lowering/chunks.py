@@ -24,17 +24,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from mhcplan.planner.lowering.cost_keys import CostKeys
+from mhcplan.planner.lowering.form import EXCHANGE, MESSAGE, Key, Size
 from mhcplan.planner.lowering.kept import Kept
 from mhcplan.profiles.specs import SITES_PER_BLOCK
-from mhcplan.profiles.vocabulary import BF16, NO_COST, VOCABULARY, coefficient_bytes
+from mhcplan.profiles.vocabulary import NO_COST
 from mhcplan.sim.build import COMPUTE, EXPERT, GRAD_OUT, OUT, PIPE, New
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mhcplan.planner.lowering.work import StageShape, Work
-    from mhcplan.profiles.vocabulary import OpKey
+    from mhcplan.planner.lowering.form import Form
+    from mhcplan.planner.lowering.work import StageShape
     from mhcplan.sim.build import TemplateBuilder
 
 
@@ -57,13 +57,11 @@ class Chunk:
     branch_gradient = ""
     """Another gradient of the last hidden vectors than the output head's, by its buffer's name."""
 
-    def __init__(self, work: Work, shape: StageShape, builder: TemplateBuilder, slot: int) -> None:
-        self.work, self.shape, self.slot = work, shape, slot
-        self.plain = work.residual.is_plain
+    def __init__(self, form: Form, shape: StageShape, builder: TemplateBuilder, slot: int) -> None:
+        self.form, self.shape, self.slot = form, shape, slot
+        self.plain = form.is_plain
         self._builder = builder
-        self._model = work.model
-        self._kept = Kept(work, shape)
-        self._keys = CostKeys(work)
+        self._kept = Kept(form, shape)
 
     # -- boxes of figure 4, forward
 
@@ -71,19 +69,19 @@ class Chunk:
         """First stage: embedding, and its copy to n rows."""
         if not self.shape.first:
             return
-        key = self._keys.vocabulary("embedding", "F")
+        key = Key("embedding", "F")
         if self.plain:
             self._op("embedding", "F", COMPUTE, key, new=[self._state("x0")])
             return
         self._op("embedding", "F", COMPUTE, key, new=[self._hidden("e")])
-        self._op("mhc_expand", "F", COMPUTE, self._keys.mhc("mhc_expand", "F"), category="mhc",
+        self._op("mhc_expand", "F", COMPUTE, Key("mhc_expand", "F"), category="mhc",
                  reads=["e"], new=[self._state("x0")], dead=["e"])  # fmt: skip
 
     def attention_forward(self, block: int) -> None:
         """F_pre^A, ATTN, F_post,res^A."""
         j = SITES_PER_BLOCK * block
         self._pre_forward(j)
-        self._sublayer(self._keys.attention("F"), j, _FIRST)
+        self._sublayer(self._attention_key("F"), j, _FIRST)
         self._post_forward(j)
 
     def ffn_enter_forward(self, block: int) -> None:
@@ -104,7 +102,7 @@ class Chunk:
         if self.shape.moe[block]:
             self._experts(j, _FIRST)
         else:
-            self._sublayer(self._keys.dense_ffn("F"), j, _FIRST)
+            self._sublayer(Key("dense_ffn", "F"), j, _FIRST)
 
     def combine_forward(self, block: int) -> None:
         """COMBINE(F)."""
@@ -116,9 +114,9 @@ class Chunk:
         j = self._ffn_site(block)
         if self.shape.moe[block]:
             shared = [f"s{j}"] if self._has_shared else []
-            dead = [*shared, *([f"back{j}"] if self.work.ep > 1 else [])]
-            self._op("unpermute", "F", self.work.post_stream(is_ffn=True),
-                     self._keys.unpermute("F"), site=j, reads=[f"ret{j}", f"route{j}", *shared],
+            dead = [*shared, *([f"back{j}"] if self.form.exchanges else [])]
+            self._op("unpermute", "F", self.form.post_stream(is_ffn=True),
+                     Key("unpermute", "F"), site=j, reads=[f"ret{j}", f"route{j}", *shared],
                      new=[self._hidden(f"f{j}")],
                      dead=[*dead, *self._kept.dead_if_again(f"ret{j}", j)])  # fmt: skip
         self._post_forward(j)
@@ -129,15 +127,14 @@ class Chunk:
             return
         last = self._kept.x(self.shape.num_sites)
         if not self.plain:
-            self._op("mhc_collapse", "F", COMPUTE, self._keys.mhc("mhc_collapse", "F"),
+            self._op("mhc_collapse", "F", COMPUTE, Key("mhc_collapse", "F"),
                      category="mhc", reads=[last], new=[self._hidden("z")])  # fmt: skip
         z = last if self.plain else "z"
-        self._op("norm", "F", COMPUTE, self._keys.hidden("norm", "F"), name="norm.F.head",
+        self._op("norm", "F", COMPUTE, Key("norm", "F"), name="norm.F.head",
                  reads=[z], new=[self._hidden("hz")])  # fmt: skip
-        key = self._keys.vocabulary("head", "F")
-        logits = VOCABULARY["head"].saved(dict(key.shape))
+        key = Key("head", "F")
         self._op("head", "F", COMPUTE, key, reads=["hz"],
-                 new=[New("dlogits", logits, "logits")])  # fmt: skip
+                 new=[New("dlogits", Size("saved", key), "logits")])  # fmt: skip
 
     # -- boxes of figure 4, backward
 
@@ -146,24 +143,24 @@ class Chunk:
         if not self.shape.last:
             return
         sites = self.shape.num_sites
-        key = self._keys.vocabulary("head", "I")
+        key = Key("head", "I")
         self._op("head", "I", COMPUTE, key, reads=["dlogits"], new=[self._hidden("dhz")])
         z = self._kept.x(sites) if self.plain else "z"
         top = self._state(self._kept.g(sites))
         alone = not self.branch_gradient
-        self._op("norm", "I", COMPUTE, self._keys.hidden("norm", "I"), name="norm.I.head",
+        self._op("norm", "I", COMPUTE, Key("norm", "I"), name="norm.I.head",
                  reads=["dhz", z], new=[top if self.plain and alone else self._hidden("dz")],
                  dead=["dhz", z])  # fmt: skip
         gradient = "dz"
         if not alone:
             gradients = ["dz", self.branch_gradient]
-            self._op("residual", "I", COMPUTE, self._keys.hidden("residual", "I"),
+            self._op("residual", "I", COMPUTE, Key("residual", "I"),
                      name="residual.I.head", reads=gradients, dead=gradients,
                      new=[top if self.plain else self._hidden("dz_sum")])  # fmt: skip
             gradient = "dz_sum"
         if not self.plain:
             last = self._kept.x(sites)
-            self._op("mhc_collapse", "B", COMPUTE, self._keys.mhc("mhc_collapse", "B"),
+            self._op("mhc_collapse", "B", COMPUTE, Key("mhc_collapse", "B"),
                      category="mhc", reads=[gradient, last], new=[top],
                      dead=[gradient, last])  # fmt: skip
 
@@ -183,29 +180,29 @@ class Chunk:
             source = self._kept.x(j) if self.plain else f"u{j}"
             self._norm_again(j, COMPUTE, [source, *self._kept.arrived(j)])
         if not of_ffn:
-            self._sublayer(self._keys.attention("F"), j, _AGAIN)
+            self._sublayer(self._attention_key("F"), j, _AGAIN)
         elif self.shape.moe[block]:
             self._route(j, _AGAIN)
             self._dispatch(j, _AGAIN)
             self._experts(j, _AGAIN)
             self._combine(j, _AGAIN)
         else:
-            self._sublayer(self._keys.dense_ffn("F"), j, _AGAIN)
+            self._sublayer(Key("dense_ffn", "F"), j, _AGAIN)
 
     def ffn_leave_backward(self, block: int) -> None:
         """F_post,res^M(B), and the gradients of the weighted sum."""
         j = self._ffn_site(block)
         gradient = self._post_backward(j)
         if self.shape.moe[block]:
-            made = f"dback{j}" if self.work.ep > 1 else f"dy{j}"
+            made = f"dback{j}" if self.form.exchanges else f"dy{j}"
             returned = self._kept.left("ret", j)
-            self._op("unpermute", "I", self.work.post_stream(is_ffn=True),
-                     self._keys.unpermute("I"), site=j, reads=[gradient, returned, f"route{j}"],
+            self._op("unpermute", "I", self.form.post_stream(is_ffn=True),
+                     Key("unpermute", "I"), site=j, reads=[gradient, returned, f"route{j}"],
                      new=[self._routed(made)], dead=[returned])  # fmt: skip
 
     def combine_backward(self, block: int) -> None:
         """COMBINE(B): a dispatch-shaped all-to-all of gradients."""
-        if self.work.ep > 1 and self.shape.moe[block]:
+        if self.form.exchanges and self.shape.moe[block]:
             j = self._ffn_site(block)
             self._transfer("combine", "I", j, f"dback{j}", f"dgot{j}")
 
@@ -214,10 +211,10 @@ class Chunk:
         j = self._ffn_site(block)
         gradient = self._kept.g(j + 1) if self.plain else f"df{j}"
         if not self.shape.moe[block]:
-            self._sublayer_backward(self._keys.dense_ffn("I"), j, gradient)
+            self._sublayer_backward(Key("dense_ffn", "I"), j, gradient)
             return
         if self._has_shared:
-            key = self._keys.shared_experts("I")
+            key = Key("shared_experts", "I")
             kept = self._kept.left("keep_shared", j)
             self._op("shared_experts", "I", COMPUTE, key, site=j, reads=[gradient, kept],
                      new=[self._hidden(f"dhs{j}"), self._defer(j, key, "defer_shared")],
@@ -225,19 +222,19 @@ class Chunk:
         if not self.plain:
             self._bury(f"df{j}")
         rows = self._to_expert_order("I", j, f"dback{j}", f"dgot{j}", f"dy{j}")
-        key = self._keys.experts("I")
-        made = f"drows{j}" if self.work.ep > 1 else f"dsent{j}"
+        key = Key("experts", "I")
+        made = f"drows{j}" if self.form.exchanges else f"dsent{j}"
         kept = self._kept.left("keep", j)
         self._op("experts", "I", COMPUTE, key, site=j, reads=[rows, kept],
                  new=[self._routed(made), self._defer(j, key)], dead=[rows, kept])  # fmt: skip
-        if self.work.ep > 1:
-            self._op("regroup", "I", COMPUTE, self._keys.regroup("I"), site=j,
+        if self.form.exchanges:
+            self._op("regroup", "I", COMPUTE, Key("regroup", "I"), site=j,
                      name=f"regroup.I{j}.back", reads=[made], new=[self._routed(f"dout{j}")],
                      dead=[made])  # fmt: skip
 
     def dispatch_backward(self, block: int) -> None:
         """DISPATCH(B)."""
-        if self.work.ep > 1 and self.shape.moe[block]:
+        if self.form.exchanges and self.shape.moe[block]:
             j = self._ffn_site(block)
             self._transfer("dispatch", "I", j, f"dout{j}", f"dsent{j}")
 
@@ -245,22 +242,22 @@ class Chunk:
         """MLP(W)."""
         j = self._ffn_site(block)
         if not self.shape.moe[block]:
-            self._weights(self._keys.dense_ffn("W"), j, self._kept.h(j))
+            self._weights(Key("dense_ffn", "W"), j, self._kept.h(j))
             return
         if self._has_shared:
-            key = self._keys.shared_experts("W")
+            key = Key("shared_experts", "W")
             deferred = f"defer_shared{j}"
             self._op("shared_experts", "W", COMPUTE, key, site=j,
                      reads=[self._kept.h(j), deferred], dead=[deferred])  # fmt: skip
-        self._weights(self._keys.experts("W"), j, self._kept.rows(j))
+        self._weights(Key("experts", "W"), j, self._kept.rows(j))
 
     def ffn_enter_backward(self, block: int) -> None:
         """F_pre^M(B), in a MoE block behind the router's gradient."""
         j = self._ffn_site(block)
         if self.shape.moe[block]:
-            key = self._keys.router("I")
+            key = Key("router", "I")
             shared = [f"dhs{j}"] if self._has_shared else []
-            sent = [f"dout{j}"] if self.work.ep > 1 else []
+            sent = [f"dout{j}"] if self.form.exchanges else []
             self._op("router", "I", COMPUTE, key, site=j,
                      reads=[f"dsent{j}", f"route{j}", *shared],
                      new=[self._hidden(f"dh{j}"), self._defer(j, key, "defer_route")],
@@ -271,48 +268,47 @@ class Chunk:
         """F_post,res^A(B), ATTN(B), F_pre^A(B)."""
         j = SITES_PER_BLOCK * block
         gradient = self._post_backward(j)
-        self._sublayer_backward(self._keys.attention("I"), j, gradient)
+        self._sublayer_backward(self._attention_key("I"), j, gradient)
         self._pre_backward(j)
 
     def attention_weights(self, block: int) -> None:
         """ATTN(W), behind the router's weights, which had to wait for DISPATCH(B)."""
         j = self._ffn_site(block)
         if self.shape.moe[block]:
-            self._op("router", "W", COMPUTE, self._keys.router("W"), site=j,
+            self._op("router", "W", COMPUTE, Key("router", "W"), site=j,
                      reads=[self._kept.h(j), f"defer_route{j}"],
                      dead=[self._kept.h(j), f"defer_route{j}"])  # fmt: skip
         a = SITES_PER_BLOCK * block
-        self._weights(self._keys.attention("W"), a, self._kept.h(a))
+        self._weights(self._attention_key("W"), a, self._kept.h(a))
 
     def leave_backward(self) -> None:
         """First stage: n gradients of the embedding sum up to one."""
         if self.shape.first and not self.plain:
-            self._op("mhc_expand", "I", COMPUTE, self._keys.mhc("mhc_expand", "I"), category="mhc",
+            self._op("mhc_expand", "I", COMPUTE, Key("mhc_expand", "I"), category="mhc",
                      reads=["g0"], new=[self._hidden("de")], dead=["g0"])  # fmt: skip
 
     def enter_weights(self) -> None:
         """Last stage: weight gradient of the head."""
         if self.shape.last:
-            key = self._keys.vocabulary("head", "W")
+            key = Key("head", "W")
             self._op("head", "W", COMPUTE, key, reads=["dlogits", "hz"], dead=["dlogits", "hz"])
 
     def leave_weights(self) -> None:
         """First stage: weight gradient of the embedding."""
         if self.shape.first:
             gradient = "g0" if self.plain else "de"
-            key = self._keys.vocabulary("embedding", "W")
+            key = Key("embedding", "W")
             self._op("embedding", "W", COMPUTE, key, reads=[gradient], dead=[gradient])
 
     # -- pipeline messages
 
     def receive(self, pass_: str) -> None:
         """Receive the state (F; it stays as the stage's stored input) or its gradient (I)."""
-        size = self.work.received_bytes
+        size = Size("received")
         forward = New("x0", size), -1
         backward = New(self._kept.g(self.shape.num_sites), size, "communication"), 1
         new, hop = forward if pass_ == "F" else backward
-        self._op("pp_recv", pass_, PIPE, self.work.pipe_key, category="pp", new=[new], hop=hop,
-                 payload_bytes=self.work.state_bytes)  # fmt: skip
+        self._op("pp_recv", pass_, PIPE, MESSAGE, category="pp", new=[new], hop=hop)  # fmt: skip
 
     def await_message(self, pass_: str) -> None:
         """Let the compute stream wait for a receive before anything needs it."""
@@ -322,33 +318,33 @@ class Chunk:
     def send(self, pass_: str) -> None:
         """Send the state (F) or its gradient (I); its buffer is dead once the send is done."""
         name, hop = (OUT, 1) if pass_ == "F" else (GRAD_OUT, -1)
-        self._op("pp_send", pass_, PIPE, self.work.pipe_key, category="pp", reads=[name],
-                 dead=[name], hop=hop, is_send=1, payload_bytes=self.work.state_bytes)  # fmt: skip
+        self._op("pp_send", pass_, PIPE, MESSAGE, category="pp", reads=[name],
+                 dead=[name], hop=hop, is_send=1)  # fmt: skip
 
     # -- parts of the boxes
 
     def _pre_forward(self, j: int) -> None:
         source = self._kept.x(j)
         if not self.plain:
-            new = [self._hidden(f"u{j}"), New(f"coef{j}", self._coefficient_bytes)]
-            key = self._keys.pre("F")
-            self._op(key.kind, "F", self.work.pre_stream, key, category="mhc", site=j,
+            new = [self._hidden(f"u{j}"), self._coefficients(f"coef{j}")]
+            key = Key(self.form.pre_kind, "F")
+            self._op(key.kind, "F", self.form.pre_stream, key, category="mhc", site=j,
                      reads=[source], new=new)  # fmt: skip
             source = f"u{j}"
-        self._op("norm", "F", self.work.pre_stream, self._keys.hidden("norm", "F"), site=j,
+        self._op("norm", "F", self.form.pre_stream, Key("norm", "F"), site=j,
                  reads=[source], new=[self._hidden(f"h{j}")],
                  dead=self._kept.dead_if_rebuilt(source))  # fmt: skip
 
     def _post_forward(self, j: int) -> None:
-        stream = self.work.post_stream(is_ffn=j % SITES_PER_BLOCK == 1)
+        stream = self.form.post_stream(is_ffn=j % SITES_PER_BLOCK == 1)
         made = self._state(self._kept.x(j + 1))
         if self.plain:
-            self._op("residual", "F", stream, self._keys.hidden("residual", "F"), site=j,
+            self._op("residual", "F", stream, Key("residual", "F"), site=j,
                      reads=[self._kept.x(j), f"f{j}"], new=[made], dead=[f"f{j}"])  # fmt: skip
             return
         starts = {sites.start for sites in self._kept.recompute_blocks()}
         dead = [self._kept.x(j)] if self._kept.rebuilds_states and j not in starts else []
-        key = self._keys.post("F")
+        key = Key(self.form.post_kind, "F")
         self._op(key.kind, "F", stream, key, category="mhc", site=j,
                  reads=[self._kept.x(j), f"f{j}", f"coef{j}"], new=[made], dead=dead)  # fmt: skip
 
@@ -356,11 +352,11 @@ class Chunk:
         """F_post,res(B): returns the name of the gradient of the sublayer's output."""
         if self.plain:
             return self._kept.g(j + 1)
-        stream = self.work.post_stream(is_ffn=j % SITES_PER_BLOCK == 1)
-        key = self._keys.post("I")
+        stream = self.form.post_stream(is_ffn=j % SITES_PER_BLOCK == 1)
+        key = Key(self.form.post_kind, "I")
         self._op(key.kind, "I", stream, key, category="mhc", site=j,
                  reads=[self._kept.g(j + 1), self._kept.x_again(j), f"f{j}", f"coef{j}"],
-                 new=[self._hidden(f"df{j}"), New(f"dcoef{j}", self._coefficient_bytes)],
+                 new=[self._hidden(f"df{j}"), self._coefficients(f"dcoef{j}")],
                  dead=[f"f{j}"])  # fmt: skip
         return f"df{j}"
 
@@ -368,21 +364,21 @@ class Chunk:
         """F_pre(B): the norm, then everything that adds up to the gradient of x{j}."""
         u = self._kept.x(j) if self.plain else self._kept.u(j)
         made = self._state(self._kept.g(j))
-        self._op("norm", "I", self.work.pre_stream, self._keys.hidden("norm", "I"), site=j,
+        self._op("norm", "I", self.form.pre_stream, Key("norm", "I"), site=j,
                  reads=[f"dh{j}", u], new=[self._hidden(f"du{j}")],
                  dead=[f"dh{j}", u])  # fmt: skip
         gradient = self._kept.g(j + 1)
         if self.plain:
-            self._op("residual", "I", COMPUTE, self._keys.hidden("residual", "I"), site=j,
+            self._op("residual", "I", COMPUTE, Key("residual", "I"), site=j,
                      reads=[gradient, f"du{j}"], new=[made], dead=[gradient, f"du{j}"])  # fmt: skip
             return
         x = self._kept.x_again(j)
-        key = self._keys.pre("B")
-        self._op(key.kind, "B", self.work.pre_stream, key, category="mhc", site=j,
+        key = Key(self.form.pre_kind, "B")
+        self._op(key.kind, "B", self.form.pre_stream, key, category="mhc", site=j,
                  reads=[gradient, x, f"du{j}", f"coef{j}", f"dcoef{j}"], new=[made],
                  dead=[gradient, x, f"du{j}", f"coef{j}", f"dcoef{j}"])  # fmt: skip
 
-    def _sublayer(self, key: OpKey, j: int, run: _Run) -> None:
+    def _sublayer(self, key: Key, j: int, run: _Run) -> None:
         """F of attention or of a dense FFN."""
         made = [self._hidden(f"f{j}")] if run is _FIRST else []
         again = run is _AGAIN
@@ -391,20 +387,20 @@ class Chunk:
                  new=[*made, *self._keep_in(run, j, key)],
                  dead=self._kept.dead_source(j, again=again))  # fmt: skip
 
-    def _sublayer_backward(self, key: OpKey, j: int, gradient: str) -> None:
+    def _sublayer_backward(self, key: Key, j: int, gradient: str) -> None:
         kept = self._kept.left("keep", j)
         self._op(key.kind, "I", COMPUTE, key, site=j, reads=[gradient, kept],
                  new=[self._hidden(f"dh{j}"), self._defer(j, key)],
                  dead=[kept, *([] if self.plain else [gradient])])  # fmt: skip
 
-    def _weights(self, key: OpKey, j: int, source: str) -> None:
+    def _weights(self, key: Key, j: int, source: str) -> None:
         """W of a sublayer; the router still needs the input that shared experts read."""
         self._op(key.kind, "W", COMPUTE, key, site=j, reads=[source, f"defer{j}"],
                  dead=[source, f"defer{j}"])  # fmt: skip
 
     def _route(self, j: int, run: _Run) -> None:
         """The router; run again it follows the routes it kept."""
-        key = self._keys.router("F")
+        key = Key("router", "F")
         routes = [self._keep(j, key, "route")] if run is _FIRST else []
         follow = [] if run is _FIRST else [f"route{j}"]
         self._op("router", run.pass_, COMPUTE, key, category=run.category, site=j,
@@ -412,14 +408,14 @@ class Chunk:
                  new=[self._routed(f"sent{run.mark}{j}", run.component), *routes])  # fmt: skip
 
     def _dispatch(self, j: int, run: _Run) -> None:
-        if self.work.ep > 1:
+        if self.form.exchanges:
             self._transfer("dispatch", run.pass_, j, f"sent{run.mark}{j}", f"got{run.mark}{j}")
 
     def _experts(self, j: int, run: _Run) -> None:
         """Shared experts, then the routed ones on what was dispatched."""
         mark, category = run.mark, run.category
         if self._has_shared:
-            key = self._keys.shared_experts("F")
+            key = Key("shared_experts", "F")
             made = [self._hidden(f"s{j}")] if run is _FIRST else []
             self._op("shared_experts", run.pass_, COMPUTE, key, category=category, site=j,
                      reads=[self._kept.source(j, again=run is _AGAIN)],
@@ -428,20 +424,20 @@ class Chunk:
         rows = self._to_expert_order(
             run.pass_, j, f"sent{mark}{j}", f"got{mark}{j}", f"rows{mark}{j}", run.component
         )
-        key = self._keys.experts("F")
+        key = Key("experts", "F")
         returned = f"ret{mark}{j}"
-        made = f"y{mark}{j}" if self.work.ep > 1 else returned
+        made = f"y{mark}{j}" if self.form.exchanges else returned
         dead = self._kept.dead_if_again(rows, j) if run is _FIRST else []
         self._op("experts", run.pass_, COMPUTE, key, category=category, site=j, reads=[rows],
                  new=[self._routed(made, run.component), *self._keep_in(run, j, key)],
                  dead=dead)  # fmt: skip
-        if self.work.ep > 1:
-            self._op("regroup", run.pass_, COMPUTE, self._keys.regroup("F"), category=category,
+        if self.form.exchanges:
+            self._op("regroup", run.pass_, COMPUTE, Key("regroup", "F"), category=category,
                      site=j, name=f"regroup.{run.pass_}{j}.back", reads=[made],
                      new=[self._routed(f"back{mark}{j}", run.component)], dead=[made])  # fmt: skip
 
     def _combine(self, j: int, run: _Run) -> None:
-        if self.work.ep > 1:
+        if self.form.exchanges:
             dead = [] if run is _FIRST else [f"back{run.mark}{j}"]  # unpermute frees the first
             back, returned = f"back{run.mark}{j}", f"ret{run.mark}{j}"
             self._transfer("combine", run.pass_, j, back, returned, dead)
@@ -450,10 +446,10 @@ class Chunk:
         self, pass_: str, j: int, sent: str, got: str, rows: str, component: str = "activations"
     ) -> str:
         """Regroup what other ranks sent by expert; with ep = 1 it already is."""
-        if self.work.ep == 1:
+        if not self.form.exchanges:
             return rows if pass_ == "I" else sent
         category = "recompute" if pass_ == "R" else "compute"
-        key = self._keys.regroup("I" if pass_ == "I" else "F")
+        key = Key("regroup", "I" if pass_ == "I" else "F")
         self._op("regroup", pass_, COMPUTE, key, category=category, site=j, reads=[got],
                  new=[self._routed(rows, component)], dead=[sent, got])  # fmt: skip
         return rows
@@ -465,23 +461,22 @@ class Chunk:
         reads += self._kept.arrived(sites[-1])
         made = [self._hidden(f"ur{j}", "recompute") for j in sites]
         made += [self._state(f"xr{j}", "recompute") for j in sites[1:]]
-        stream = self.work.recompute_stream
-        key = self._keys.mhc("mhc_recompute", "R", sites=len(sites))
+        stream = self.form.recompute_stream
+        key = Key("mhc_recompute", "R", sites=len(sites))
         self._op("mhc_recompute", "R", stream, key, category="recompute", site=sites[-1],
                  reads=reads, new=made)  # fmt: skip
         for j in sites:
             self._norm_again(j, stream, [f"ur{j}"])
 
     def _norm_again(self, j: int, stream: int, reads: list[str]) -> None:
-        self._op("norm", "R", stream, self._keys.hidden("norm", "R"), category="recompute",
+        self._op("norm", "R", stream, Key("norm", "R"), category="recompute",
                  site=j, reads=reads, new=[self._hidden(f"hr{j}", "recompute")])  # fmt: skip
 
     def _transfer(
         self, kind: str, pass_: str, j: int, source: str, target: str, dead: Sequence[str] = ()
     ) -> None:
-        self._op(kind, pass_, EXPERT, self.work.expert_key, category="ep", site=j, reads=[source],
-                 new=[self._routed(target, "communication")], dead=dead,
-                 payload_bytes=self.work.routed_bytes)  # fmt: skip
+        self._op(kind, pass_, EXPERT, EXCHANGE, category="ep", site=j, reads=[source],
+                 new=[self._routed(target, "communication")], dead=dead)  # fmt: skip
 
     def _op(
         self,
@@ -498,12 +493,11 @@ class Chunk:
         dead: Sequence[str] = (),
         hop: int = 0,
         is_send: int = 0,
-        payload_bytes: int = 0,
     ) -> None:
         self._builder.op(
             self.slot, kind, pass_, stream, key, category=category, site=site, name=name,
             reads=reads, new=new, dead=dead,
-            hop=hop, is_send=is_send, payload_bytes=payload_bytes,
+            hop=hop, is_send=is_send,
         )  # fmt: skip
 
     def _bury(self, *buffers: str) -> None:
@@ -517,35 +511,34 @@ class Chunk:
         return SITES_PER_BLOCK * block + 1
 
     def _hidden(self, name: str, component: str = "activations") -> New:
-        return New(name, self.work.hidden_bytes, component)
+        return New(name, Size("hidden"), component)
 
     def _state(self, name: str, component: str = "activations") -> New:
-        return New(name, self.work.state_bytes, component)
+        return New(name, Size("state"), component)
 
     def _routed(self, name: str, component: str = "activations") -> New:
-        return New(name, self.work.routed_bytes, component)
+        return New(name, Size("routed"), component)
 
-    def _keep(self, j: int, key: OpKey, name: str = "keep") -> New:
-        return New(f"{name}{j}", VOCABULARY[key.kind].saved(dict(key.shape)))
+    def _keep(self, j: int, key: Key, name: str = "keep") -> New:
+        return New(f"{name}{j}", Size("saved", key))
 
-    def _keep_in(self, run: _Run, j: int, key: OpKey, name: str = "keep") -> list[New]:
+    def _keep_in(self, run: _Run, j: int, key: Key, name: str = "keep") -> list[New]:
         """What F keeps for I, in the run that the backward finds it from."""
         if self._kept.runs_again(j) and run is _FIRST:
             return []
         kept = self._keep(j, key, f"{name}{run.mark}")
         return [kept._replace(component=run.component)]
 
-    def _defer(self, j: int, key: OpKey, name: str = "defer") -> New:
+    def _defer(self, j: int, key: Key, name: str = "defer") -> New:
         """What W needs beyond the sublayer's input, which stays where F left it."""
-        shape = dict(key.shape)
-        source = shape.get("rows", self.work.tokens) * self._model.hidden_size * BF16
-        return New(f"{name}{j}", VOCABULARY[key.kind].deferred(shape) - source)
+        return New(f"{name}{j}", Size("deferred", key))
 
-    @property
-    def _coefficient_bytes(self) -> int:
-        r = self.work.residual
-        return coefficient_bytes(r.num_coefficients, r.num_logits, r.num_norms, self.work.tokens)
+    def _coefficients(self, name: str) -> New:
+        return New(name, Size("coefficients"))
 
     @property
     def _has_shared(self) -> bool:
-        return self._model.moe is not None and self._model.moe.num_shared_experts > 0
+        return self.form.shared_experts
+
+    def _attention_key(self, pass_: str) -> Key:
+        return Key(f"attention_{self.form.attention}", pass_)

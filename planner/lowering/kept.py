@@ -12,7 +12,8 @@ from mhcplan.profiles.specs import SITES_PER_BLOCK
 from mhcplan.sim.build import GRAD_OUT, OUT
 
 if TYPE_CHECKING:
-    from mhcplan.planner.lowering.work import StageShape, Work
+    from mhcplan.planner.lowering.form import Form
+    from mhcplan.planner.lowering.work import StageShape
 
 
 class Kept:
@@ -22,14 +23,14 @@ class Kept:
         rebuilds_states: states and what sublayers read are rebuilt by recompute blocks.
     """
 
-    def __init__(self, work: Work, shape: StageShape) -> None:
-        self._work, self._shape = work, shape
-        self._plain = work.residual.is_plain
-        self.rebuilds_states = not self._plain and work.recompute_block is not None
+    def __init__(self, form: Form, shape: StageShape) -> None:
+        self._form, self._shape = form, shape
+        self._plain = form.is_plain
+        self.rebuilds_states = not self._plain and form.recompute_block is not None
 
     def recompute_blocks(self) -> list[range]:
         """Sites of each recompute block of the stage; the last may be shorter."""
-        size, sites = self._work.recompute_block, self._shape.num_sites
+        size, sites = self._form.recompute_block, self._shape.num_sites
         if self._plain or size is None:
             return []
         return [range(start, min(start + size, sites)) for start in range(0, sites, size)]
@@ -37,7 +38,7 @@ class Kept:
     def runs_again(self, j: int) -> bool:
         """Whether the sublayer keeps nothing and runs again before its backward."""
         is_attention = j % SITES_PER_BLOCK == 0
-        layers = self._work.recompute_layers
+        layers = self._form.recompute_layers
         return layers == "full" or (layers == "selective" and is_attention)
 
     def x(self, j: int) -> str:
@@ -75,7 +76,7 @@ class Kept:
 
     def rows(self, j: int) -> str:
         """Input of the experts, as their W finds it."""
-        return self.left("rows" if self._work.ep > 1 else "sent", j)
+        return self.left("rows" if self._form.exchanges else "sent", j)
 
     def dead_if_rebuilt(self, name: str) -> list[str]:
         """A buffer that is dead where states are rebuilt."""
@@ -88,4 +89,4 @@ class Kept:
     def arrived(self, j: int) -> list[str]:
         """What recompute for site j waits for where it may not run ahead: the gradient above it."""
         arrives = j + 1 < self._shape.num_sites or not self._shape.last
-        return [] if self._work.overlap_recompute or not arrives else [self.g(j + 1)]
+        return [] if self._form.overlap_recompute or not arrives else [self.g(j + 1)]

@@ -118,7 +118,7 @@ class _Lowering:
         self._stages = {shape: stage_templates(self.work, shape) for shape in self.shapes}
         # The holders of a DualPipe stage finish it in opposite order. Where weight gradients come
         # from the high-priority stream, the last releases order the compute stream after it.
-        on_high = self.work.pre_stream == HIGH
+        on_high = self.work.form.pre_stream == HIGH
         self._reduces_at_end = on_high or self.schedule.num_directions > 1
 
     def program(self) -> Program:

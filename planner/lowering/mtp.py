@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mhcplan.planner.lowering.chunks import Chunk
+from mhcplan.planner.lowering.form import Key
 from mhcplan.planner.lowering.work import StageShape
 from mhcplan.planner.schedules.phase_orders import backward_layer, forward_layer
 from mhcplan.sim.build import COMPUTE
@@ -22,18 +23,17 @@ from mhcplan.sim.build import COMPUTE
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mhcplan.planner.lowering.work import Work
-    from mhcplan.profiles.vocabulary import OpKey
+    from mhcplan.planner.lowering.form import Form
     from mhcplan.sim.build import New, TemplateBuilder
 
 _PREFIX, _OUTSIDE = "mtp.", "^"  # of names here, and of those that are the trunk's
 _GRADIENT = f"{_PREFIX}dtrunk"  # of the trunk's last hidden vectors
 
 
-def make_chunk(work: Work, shape: StageShape, builder: TemplateBuilder, slot: int) -> Chunk:
+def make_chunk(form: Form, shape: StageShape, builder: TemplateBuilder, slot: int) -> Chunk:
     """The chunk of a stage, with the head where the plan has one."""
-    chunk = _TrunkEnd if work.mtp and shape.last else Chunk
-    return chunk(work, shape, builder, slot)
+    chunk = Chunk if form.mtp_moe is None or not shape.last else _TrunkEnd
+    return chunk(form, shape, builder, slot)
 
 
 class _TrunkEnd(Chunk):
@@ -41,10 +41,10 @@ class _TrunkEnd(Chunk):
 
     branch_gradient = _GRADIENT
 
-    def __init__(self, work: Work, shape: StageShape, builder: TemplateBuilder, slot: int) -> None:
-        super().__init__(work, shape, builder, slot)
+    def __init__(self, form: Form, shape: StageShape, builder: TemplateBuilder, slot: int) -> None:
+        super().__init__(form, shape, builder, slot)
         trunk = self._kept.x(shape.num_sites) if self.plain else "z"
-        self._head = _Head(work, shape.num_sites, trunk, builder, slot)
+        self._head = _Head(form, shape.num_sites, trunk, builder, slot)
 
     def leave(self) -> None:
         super().leave()
@@ -63,22 +63,22 @@ class _Head(Chunk):
     """The head as a chunk of one block, whose names all begin with ``mtp.``."""
 
     def __init__(
-        self, work: Work, first_site: int, trunk: str, builder: TemplateBuilder, slot: int
+        self, form: Form, first_site: int, trunk: str, builder: TemplateBuilder, slot: int
     ) -> None:
-        is_moe = work.model.is_moe_block(work.model.num_blocks - 1)
-        super().__init__(work, StageShape((is_moe,), True, True, False, False), builder, slot)
+        is_moe = form.mtp_moe is True
+        super().__init__(form, StageShape((is_moe,), True, True, False, False), builder, slot)
         self._trunk, self._first_site = _OUTSIDE + trunk, first_site
 
     def forward(self) -> None:
         self._norm_forward("h", self._trunk)
-        self._op("embedding", "F", COMPUTE, self._keys.vocabulary("embedding", "F"),
+        self._op("embedding", "F", COMPUTE, Key("embedding", "F"),
                  new=[self._hidden("next")])  # fmt: skip
         self._norm_forward("e", "next")
         made = self._state("x0") if self.plain else self._hidden("joined")
         self._op("mtp_project", "F", COMPUTE, self._project_key("F"), reads=["hn", "en"],
                  new=[made])  # fmt: skip
         if not self.plain:
-            self._op("mhc_expand", "F", COMPUTE, self._keys.mhc("mhc_expand", "F"), category="mhc",
+            self._op("mhc_expand", "F", COMPUTE, Key("mhc_expand", "F"), category="mhc",
                      reads=["joined"], new=[self._state("x0")], dead=["joined"])  # fmt: skip
         forward_layer(self, 0)
         self.leave()
@@ -99,7 +99,7 @@ class _Head(Chunk):
         self.attention_weights(0)
         held = [self._joined, "hn", "en"]
         self._op("mtp_project", "W", COMPUTE, self._project_key("W"), reads=held, dead=held)
-        key = self._keys.vocabulary("embedding", "W")
+        key = Key("embedding", "W")
         self._op("embedding", "W", COMPUTE, key, reads=["dnext"], dead=["dnext"])
 
     @property
@@ -107,16 +107,16 @@ class _Head(Chunk):
         """Gradient of what the projection made."""
         return "g0" if self.plain else "de"
 
-    def _project_key(self, pass_: str) -> OpKey:
-        width = -(-2 * self.work.model.hidden_size // 3)
-        return self._keys.hidden("shared_experts", pass_, ffn=width)
+    @staticmethod
+    def _project_key(pass_: str) -> Key:
+        return Key("shared_experts", pass_, part="mtp_project")
 
     def _norm_forward(self, name: str, source: str) -> None:
-        self._op("norm", "F", COMPUTE, self._keys.hidden("norm", "F"), name=f"norm.F.{name}",
+        self._op("norm", "F", COMPUTE, Key("norm", "F"), name=f"norm.F.{name}",
                  reads=[source], new=[self._hidden(f"{name}n")])  # fmt: skip
 
     def _norm_backward(self, name: str, source: str, made: New, *dead: str) -> None:
-        self._op("norm", "I", COMPUTE, self._keys.hidden("norm", "I"), name=f"norm.I.{name}",
+        self._op("norm", "I", COMPUTE, Key("norm", "I"), name=f"norm.I.{name}",
                  reads=[f"d{name}n", source], new=[made], dead=[f"d{name}n", *dead])  # fmt: skip
 
     # -- names: those of the stage's blocks are taken

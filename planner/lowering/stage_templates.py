@@ -1,20 +1,22 @@
 """What stages of one shape do, recorded once: templates of their actions, messages and releases,
 and of the end of a step.
 
-A template depends on a plan's :class:`~mhcplan.planner.lowering.work.Work` and on the shapes of
-its stages only, so plans that share them share the templates, also from one what-if to the next.
-Each bundle numbers its labels by itself; :mod:`mhcplan.planner.lowering.lower` puts them together.
+What is recorded depends on a plan's :class:`~mhcplan.planner.lowering.form.Form` and on the shapes
+of its stages only; filled with numbers, on its :class:`~mhcplan.planner.lowering.work.Work`. Plans
+that share either share the templates, also from one what-if to the next. Each bundle numbers its
+labels by itself; :mod:`mhcplan.planner.lowering.lower` puts them together.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from mhcplan.planner.lowering.mtp import make_chunk
+from mhcplan.planner.lowering.numbers import Numbers, op_key
 from mhcplan.planner.schedules.phase_orders import backward_layer, forward_layer, overlapped_layers
-from mhcplan.profiles.vocabulary import BF16, FP32, NO_COST, TransferKey, op_key
+from mhcplan.profiles.vocabulary import BF16, FP32, NO_COST, TransferKey
 from mhcplan.sim.build import (
     COMPUTE,
     GRAD_OUT,
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mhcplan.planner.lowering.chunks import Chunk
+    from mhcplan.planner.lowering.form import Form
     from mhcplan.planner.lowering.placement import Team
     from mhcplan.planner.lowering.work import StageShape, Work
 
@@ -64,22 +67,42 @@ class StageTemplates:
 
 @lru_cache(maxsize=_KEPT)
 def stage_templates(work: Work, shape: StageShape) -> StageTemplates:
-    """Record what stages of ``shape`` do."""
-    return _Recorder(work, shape).templates()
+    """What stages of ``shape`` do."""
+    recorded, numbers = _recorded_stage(work.form, shape), Numbers(work)
+    meaning = recorded.labels.meaning(numbers.key, numbers.payload_bytes)
+
+    def filled(templates: dict[str, Template]) -> dict[str, Template]:
+        return {name: template.filled(meaning) for name, template in templates.items()}
+
+    return replace(
+        recorded, labels=meaning.labels, chunk=recorded.chunk.filled(numbers.num_bytes),
+        messages=filled(recorded.messages), actions=filled(recorded.actions),
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=_KEPT)
 def pair_template(work: Work, forward: StageShape, backward: StageShape) -> Template:
     """F of one chunk beside B of another, layer by layer in the order of figure 4."""
-    first, second = stage_templates(work, forward), stage_templates(work, backward)
+    recorded, numbers = _recorded_pair(work.form, forward, backward), Numbers(work)
+    return recorded.filled(recorded.labels.meaning(numbers.key, numbers.payload_bytes))
+
+
+@lru_cache(maxsize=_KEPT)
+def _recorded_stage(form: Form, shape: StageShape) -> StageTemplates:
+    return _Recorder(form, shape).templates()
+
+
+@lru_cache(maxsize=_KEPT)
+def _recorded_pair(form: Form, forward: StageShape, backward: StageShape) -> Template:
+    first, second = _recorded_stage(form, forward), _recorded_stage(form, backward)
     hold = first.left_by_f, second.left_by_i
     builder = TemplateBuilder(Labels(), first.before_f, second.before_i, hold=hold)
-    f = make_chunk(work, forward, builder, 0)
-    b = make_chunk(work, backward, builder, 1)
+    f = make_chunk(form, forward, builder, 0)
+    b = make_chunk(form, backward, builder, 1)
     known = first.chunk.size, second.chunk.size
     f.enter()
     b.enter_backward()
-    overlapped_layers(f, len(forward.moe), b, len(backward.moe), work.overlap_order)
+    overlapped_layers(f, len(forward.moe), b, len(backward.moe), form.overlap_order)
     f.leave()
     b.leave_backward()
     b.enter_weights()
@@ -117,7 +140,7 @@ class Shard(NamedTuple):
 @lru_cache(maxsize=_KEPT)
 def reduce_template(work: Work, shape: StageShape, shards: tuple[Shard, ...]) -> Template:
     """Reduce a stage's gradients over the GPUs that hold the same weights."""
-    builder = TemplateBuilder(Labels(), ChunkState(stage_templates(work, shape).chunk))
+    builder = TemplateBuilder(Labels(), ChunkState(_recorded_stage(work.form, shape).chunk))
     for shard in shards:
         if shard.is_shared:
             key = shard.key("reduce_scatter", FP32)
@@ -132,7 +155,7 @@ def optimizer_template(
     work: Work, shapes: tuple[StageShape, ...], shards: tuple[tuple[Shard, ...], ...]
 ) -> Template:
     """AdamW on the own shards of every stage of a rank, then the gather of the new weights."""
-    states = [ChunkState(stage_templates(work, shape).chunk) for shape in shapes]
+    states = [ChunkState(_recorded_stage(work.form, shape).chunk) for shape in shapes]
     builder = TemplateBuilder(Labels(), *states)
     own = sum(shard.own_elements for of_stage in shards for shard in of_stage)
     builder.op(0, "adamw", "O", COMPUTE, op_key("adamw", "O", parameters=own),
@@ -152,8 +175,8 @@ def optimizer_template(
 
 
 class _Recorder:
-    def __init__(self, work: Work, shape: StageShape) -> None:
-        self.work, self.shape = work, shape
+    def __init__(self, form: Form, shape: StageShape) -> None:
+        self.form, self.shape = form, shape
         self.labels, self.chunk = Labels(), ChunkShape()
         self.messages: dict[str, Template] = {}
 
@@ -161,7 +184,7 @@ class _Recorder:
         shape, actions = self.shape, dict[str, Template]()
         state = ChunkState(self.chunk)
         if shape.input_local:
-            state.adopt("x0", -1, OUT, self.work.post_stream(is_ffn=True))
+            state.adopt("x0", -1, OUT, self.form.post_stream(is_ffn=True))
         elif not shape.first:
             state = self._receive(state, "F")
         before_f = state
@@ -169,7 +192,7 @@ class _Recorder:
         left_by_f = frozenset(state.pending)
         state = self._hand_over(state, "F", needed=not shape.last)
         if shape.output_local:
-            stream = COMPUTE if self.work.residual.is_plain else self.work.pre_stream
+            stream = COMPUTE if self.form.is_plain else self.form.pre_stream
             state.adopt(f"g{shape.num_sites}", 1, GRAD_OUT, stream)
         elif not shape.last:
             state = self._receive(state, "I")
@@ -196,7 +219,7 @@ class _Recorder:
         hold: frozenset[str] = frozenset(),
     ) -> tuple[Template, ChunkState]:
         builder = TemplateBuilder(self.labels, state, hold=(hold,))
-        emit(make_chunk(self.work, self.shape, builder, 0))
+        emit(make_chunk(self.form, self.shape, builder, 0))
         return builder.finish(), builder.states[0]
 
     def _release(self, state: ChunkState) -> Template | None:

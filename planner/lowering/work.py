@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
+from mhcplan.planner.lowering.form import Form
 from mhcplan.profiles.specs import SITES_PER_BLOCK, ModelSpec, ResidualSpec
 from mhcplan.profiles.vocabulary import BF16, TransferKey
-from mhcplan.sim.build import COMPUTE, HIGH
 
 if TYPE_CHECKING:
     from mhcplan.planner.schedules.phase_orders import OverlapOrder
@@ -89,17 +89,17 @@ class Work:
         ranks = self.expert_ranks_per_node
         return TransferKey("all_to_all", self.ep, ranks, self.routed_bytes)
 
-    def post_stream(self, *, is_ffn: bool) -> int:
-        """Stream of F_post,res (and of the plain residual's sum, which stands in its place)."""
-        high = self.priority == "all" or (is_ffn and self.priority != "none")
-        return HIGH if high else COMPUTE
-
-    @property
-    def pre_stream(self) -> int:
-        """Stream of the coefficients and F_pre."""
-        return HIGH if self.priority == "all" and not self.residual.is_plain else COMPUTE
-
-    @property
-    def recompute_stream(self) -> int:
-        """Stream of the mHC recompute."""
-        return HIGH if self.priority in ("recompute", "all") else COMPUTE
+    @cached_property
+    def form(self) -> Form:
+        """What of it decides more than numbers."""
+        model, moe = self.model, self.model.moe
+        return Form(
+            residual="plain" if self.residual.is_plain else self.residual.kind,
+            attention=model.attention.kind,
+            shared_experts=moe is not None and moe.num_shared_experts > 0,
+            mtp_moe=model.is_moe_block(model.num_blocks - 1) if self.mtp else None,
+            exchanges=self.ep > 1,
+            priority=self.priority, recompute_block=self.recompute_block,
+            overlap_recompute=self.overlap_recompute, overlap_order=self.overlap_order,
+            recompute_layers=self.recompute_layers,
+        )  # fmt: skip

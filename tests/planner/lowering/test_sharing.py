@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mhcplan.planner.lowering.lower import lower
+from mhcplan.planner.lowering.lower import lower, stage_shapes, work_of
 from mhcplan.planner.lowering.recompute import resolve_recompute_block
+from mhcplan.planner.lowering.stage_templates import pair_template, stage_templates
 from mhcplan.planner.plan.spec import PlanSpec, make_plan
 from mhcplan.planner.schedules.catalogue import SCHEDULES
 from mhcplan.sim import tiling
@@ -74,3 +76,28 @@ def test_another_n_shares_the_order_and_another_block_does_not() -> None:
     assert four.cost_keys != two.cost_keys
     other = lowered(plan(base | {"block": 2}))
     assert order_of(other) is not order_of(four)
+
+
+@pytest.mark.parametrize(
+    ("slider", "value", "is_shared"),
+    [("n", 2, True), ("micro_batch_size", 2, True), ("ep", 4, True), ("n", 1, False),
+     ("ep", 1, False), ("priority", "all", False), ("block", 2, False)],
+)  # fmt: skip
+def test_templates_are_recorded_once_for_plans_that_differ_in_numbers(
+    slider: str, value: object, *, is_shared: bool
+) -> None:
+    base = {"n": 4, "block": 3, "schedule": "dualpipe", "microbatches": 8, "dp": 1, "ep": 8,
+            "micro_batch_size": 1, "priority": "post"}  # fmt: skip
+    bundles: list[Any] = []
+    for one in (plan(base), plan(base | {slider: value})):
+        work, shapes = work_of(one, resolve_recompute_block(one)), stage_shapes(one)
+        stage = stage_templates(work, shapes[1])
+        pair = pair_template(work, shapes[1], shapes[2])
+        bundles.append((stage, stage.actions["B"], pair))
+    (stage, backward, pair), (other, other_backward, other_pair) = bundles
+    assert (backward.waits is other_backward.waits) == is_shared
+    assert (pair.waits is other_pair.waits) == is_shared
+    assert stage.labels.costs != other.labels.costs or slider in ("priority", "block")
+    if is_shared:
+        kinds = {cost.split()[0] for cost in stage.labels.costs}
+        assert kinds == {cost.split()[0] for cost in other.labels.costs}
