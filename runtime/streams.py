@@ -23,7 +23,7 @@ import torch
 from mhcplan.sim.program import NORMAL_PRIORITY
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
     from mhcplan.sim.program import Stream
 
@@ -136,10 +136,11 @@ class CudaStreams:
         self.device = pool.device
         self.streams = pool.take([stream.priority for stream in streams])
         if compute_sms is not None:
-            capped = _capped_stream(pool.device, compute_sms)
+            # torch destroys the context, and with it these streams, when nobody has it any more
+            self._context = _capped_context(pool.device, compute_sms)
             for i, stream in enumerate(streams):
                 if stream.group < 0:
-                    self.streams[i] = capped()
+                    self.streams[i] = self._context.Stream()
         self._events = [torch.cuda.Event() for _ in range(num_events)]
         self._current = self.streams[0]
 
@@ -182,12 +183,11 @@ class CudaStreams:
         torch.cuda.set_stream(self._caller)
 
 
-def _capped_stream(device: torch.device, sms: int) -> Callable[[], torch.cuda.Stream]:
-    """Makes streams whose kernels share ``sms`` SMs (CUDA's green contexts, torch >= 2.11)."""
+def _capped_context(device: torch.device, sms: int) -> Any:  # noqa: ANN401 - torch's has no type
+    """What makes streams whose kernels share ``sms`` SMs (CUDA's green contexts, torch >= 2.11)."""
     from torch.cuda.green_contexts import GreenContext
 
-    context: Any = GreenContext.create(num_sms=sms, device_id=device.index)
-    return context.Stream
+    return GreenContext.create(num_sms=sms, device_id=device.index)
 
 
 class CpuStreams:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -277,6 +280,36 @@ def test_no_program_runs_on_a_stream_of_a_process_group(monkeypatch: pytest.Monk
         assert len(set(streams)) == len(table)
         ours |= {*streams, pool.capture}
     assert not ours & of_groups
+
+
+def test_capped_streams_keep_the_context_that_they_are_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of the closed loop failed with "context is destroyed": nobody had it any more."""
+    contexts: list[weakref.ref[Any]] = []
+
+    class GreenContext:
+        """Its streams do not keep it."""
+
+        @classmethod
+        def create(cls, **_options: object) -> GreenContext:
+            context = cls()
+            contexts.append(weakref.ref(context))
+            return context
+
+        def Stream(self) -> str:
+            return "capped"
+
+    module = SimpleNamespace(GreenContext=GreenContext)
+    monkeypatch.setitem(sys.modules, "torch.cuda.green_contexts", module)
+    monkeypatch.setattr(streams_module.torch, "cuda", _Log())
+    table = [Stream(0, "compute", 0), Stream(0, "pp", 0, 0)]
+    streams = CudaStreams(table, 0, StreamPool(torch.device("cpu")), compute_sms=112)
+    gc.collect()
+    assert streams.streams[0] == "capped"
+    assert streams.streams[1] != "capped"
+    assert contexts[0]() is not None
+    del streams
+    gc.collect()
+    assert contexts[0]() is None
 
 
 # -- groups
