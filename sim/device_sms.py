@@ -16,7 +16,9 @@ event is spent on single CTAs. The rules were read off device traces of H100s;
   leaves some free; at high priority as soon as CTAs end. Those that find none follow later, and so
   many rounds the transfer takes. It starts when it has an SM on each member's rank.
 * **A kernel that lacks SMs** takes as many waves as it needs on the others: one that filled the
-  chip once takes twice as long. Where it is bound by memory it lacks nothing but bandwidth.
+  chip once takes twice as long. Attention, whose pieces are unequal, takes longer only for the time
+  until its SMs begin to fall idle. Where CTAs follow each other, fewer of them wait for the same
+  memory and each lives shorter. Where a kernel is bound by memory it lacks nothing but bandwidth.
 * **Memory.** The chains of loads and stores of a transfer are slower beside any kernel, most where
   it saturates memory; bytes that transfers move are missing to the kernel.
 * **Links.** Transfers of a rank that together want more than a link carries share it.
@@ -69,6 +71,8 @@ class Gpu(NamedTuple):
         used: SMs it uses outside of its tail.
         units, usual, fit, waves: CTAs or pieces, of which an SM takes ``usual`` and could take
             ``fit``; alone they take ``waves`` (:func:`waves_of`). units 0: any number of them.
+        fluid: share of its time that fewer SMs take longer for, any number of them; 0: it comes in
+            waves.
         lone: life of a CTA in a last wave that is nearly empty, of its life in a full one.
         own: CTAs that have a first piece of their own, and fetch others: those that come late do it
             when the others have ended.
@@ -103,6 +107,7 @@ class Gpu(NamedTuple):
     usual: Ints
     fit: Ints
     waves: Ints
+    fluid: Ints
     lone: Ints
     own: Ints
     bound: Ints
@@ -535,14 +540,17 @@ def _slowdown_in(waves: int, kernel: int, sms: int, burden: int, gpu: Gpu) -> in
 def _more_waves(kernel: int, sms: int, gpu: Gpu) -> int:
     """Waves of a kernel on ``sms`` SMs over waves on all of them."""
     all_sms, count = gpu.machine[_SMS], gpu.units[kernel]
-    if count == 0:
-        return SHARE * all_sms // sms
+    if gpu.fluid[kernel]:
+        return SHARE + gpu.fluid[kernel] * (all_sms - sms) // sms
     usual, fit = gpu.usual[kernel], gpu.fit[kernel]
     if usual < fit and count <= sms * fit:  # they crowd together instead
         each = (count + sms - 1) // sms
         return max(SHARE + gpu.machine[_CROWDING] * (each - usual) // usual, SHARE)
     late = max(gpu.own[kernel] - usual * sms, 0)
     waves = waves_of(count - late, usual * sms, gpu.lone[kernel])
+    if gpu.life[kernel] and not gpu.loose[kernel]:  # fewer CTAs at a time wait for the same memory
+        full = (count - 1) // (usual * sms)
+        waves -= full * (SHARE - gpu.lone[kernel]) * (all_sms - sms) // all_sms
     if late:
         waves += gpu.lone[kernel]
     return max(SHARE * waves // gpu.waves[kernel], SHARE)

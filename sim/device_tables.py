@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.int64]
 
-_NUM_COLUMNS = 14  # of a kernel: ``end`` .. ``drain_ns`` of Gpu
+_NUM_COLUMNS = 15  # of a kernel: ``end`` .. ``drain_ns`` of Gpu
 
 
 def gpu_of(program: Program, costs: CostTable) -> Gpu:
@@ -131,7 +131,9 @@ def _rows(
     They are stretched to fill the op's duration: gaps between kernels belong to the kernels.
     """
     if not kernels:
-        return [(duration_ns * FULL_RATE, 1, 0, 0, p.num_sms, 0, 1, 1, SHARE, SHARE, 0, 0, 1, 0)]
+        return [
+            (duration_ns * FULL_RATE, 1, 0, 0, p.num_sms, 0, 1, 1, SHARE, SHARE, SHARE, 0, 0, 1, 0)
+        ]
     stretch = duration_ns / sum(kernel.duration_ns for kernel in kernels)
     rows: list[tuple[int, ...]] = []
     done = 0.0
@@ -149,12 +151,15 @@ def _row(kernel: Kernel, duration_ns: float, p: Parameters, sms: int) -> tuple[i
     bound = _share(_bound(kernel, p))
     work = duration_ns * FULL_RATE
     if not kernel.ctas:
-        return (1, 0, 0, sms, 0, 1, 1, SHARE, SHARE, 0, bound, 1, 0)
+        return (1, 0, 0, sms, 0, 1, 1, SHARE, SHARE, SHARE, 0, bound, 1, 0)
     count, fit = units(kernel), kernel.ctas_per_sm
     usual = min(fit, -(-kernel.ctas // p.num_sms))
     # pieces of unknown number, or dealt anew to a grid that was made for fewer SMs
     is_fluid = not kernel.dealt and not kernel.pieces
     is_fluid |= kernel.persistent and usual * sms < kernel.ctas
+    fluid = SHARE if is_fluid else 0
+    if kernel.tail_share and not is_fluid:  # pieces are unequal, SMs fall idle one after another
+        fluid = SHARE - _share(kernel.tail_share / 2)
     waves = -(-count // (usual * sms))
     # a CTA that finds an SM when all others have ended waits for memory no more
     lone = max(SHARE - _share(share), 1)
@@ -166,7 +171,7 @@ def _row(kernel: Kernel, duration_ns: float, p: Parameters, sms: int) -> tuple[i
     return (
         0 if stays else max(round(wave), 1), round(tail), idle,
         min(sms, -(-min(kernel.ctas, count) // usual)), 0 if is_fluid else count, usual, fit,
-        waves_of(count, usual * p.num_sms, lone), lone, _own(kernel), bound, int(loose),
+        waves_of(count, usual * p.num_sms, lone), fluid, lone, _own(kernel), bound, int(loose),
         round(drain),
     )  # fmt: skip
 
