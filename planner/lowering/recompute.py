@@ -69,6 +69,15 @@ def resolve_recompute_block(plan: PlanSpec) -> int | None:
     return min(range(1, max(sites) + 1), key=worst)
 
 
+def as_played(plan: PlanSpec, recompute_block: int | None) -> PlanSpec:
+    """The plan with its residual as resolved: plans of which this is equal have the same step."""
+    if plan.residual.is_plain:
+        return plan.baseline()
+    block = "none" if recompute_block is None else recompute_block
+    residual = plan.residual.model_copy(update={"recompute_block": block})
+    return plan.model_copy(update={"residual": residual})
+
+
 def recomputes(plan: PlanSpec, recompute_block: int | None) -> bool:
     """Whether a backward runs any part of the forward again, mHC's or the sublayers' own."""
     return recompute_block is not None or plan.recompute_layers != "none"

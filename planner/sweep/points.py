@@ -1,8 +1,8 @@
 """Working out many plans, in whatever process it is: by the engine, or by the fast estimate.
 
 A worker is given plans and the name and digest of a profile, reads the profile once and keeps what
-plans share: prices, and the step times of baselines, which all n and all recompute blocks of one
-layout have in common.
+plans share: prices, and steps: baselines, which all n and all recompute blocks of one layout have
+in common, and those that two plans name differently.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from mhcplan.planner.lowering.lower import lower
-from mhcplan.planner.lowering.recompute import resolve_recompute_block
+from mhcplan.planner.lowering.recompute import as_played, resolve_recompute_block
 from mhcplan.planner.predict import settle
 from mhcplan.planner.report.schema import overhead_percent, tokens_per_second
 from mhcplan.planner.sweep.ranking import Refusal, estimate
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mhcplan.planner.sweep.row import Method
     from mhcplan.profiles.schema import Profile
 
-_MODELS_KEPT, _BASELINES_KEPT = 4, 4096
+_MODELS_KEPT, _STEPS_KEPT = 4, 4096
 
 
 class ProfileName(NamedTuple):
@@ -107,21 +107,18 @@ def _by_engine(plan: PlanSpec, profile: ProfileName) -> Outcome:
     model = cost_model(profile)
     block = resolve_recompute_block(plan)
     try:
-        step = simulated(plan, block, model)
-        baseline_ns = (
-            step.step_time_ns
-            if plan.residual.is_plain
-            else _baseline_step_time_ns(cast("Hashable", plan.baseline()), profile)
-        )
+        step = _step(cast("Hashable", as_played(plan, block)), block, profile)
+        baseline = _step(cast("Hashable", plan.baseline()), None, profile)
     except ProfileError as error:
         return Outcome(figures=None, reason=str(error))
     limit = memory_limit_bytes(plan, model.profile)
-    return Outcome(figures=_figures(plan, block, step, baseline_ns, limit))
+    return Outcome(figures=_figures(plan, block, step, baseline.step_time_ns, limit))
 
 
-@lru_cache(maxsize=_BASELINES_KEPT)
-def _baseline_step_time_ns(baseline: PlanSpec, profile: ProfileName) -> int:
-    return simulated(baseline, None, cost_model(profile)).step_time_ns
+@lru_cache(maxsize=_STEPS_KEPT)
+def _step(plan: PlanSpec, recompute_block: int | None, profile: ProfileName) -> Simulated:
+    """A step of a plan :func:`~mhcplan.planner.lowering.recompute.as_played`."""
+    return simulated(plan, recompute_block, cost_model(profile))
 
 
 def _figures(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from mhcplan.planner.lowering.lower import lower
-from mhcplan.planner.lowering.recompute import resolve_recompute_block
+from mhcplan.planner.lowering.recompute import as_played, resolve_recompute_block
 from mhcplan.planner.plan.spec import SpecError
 from mhcplan.planner.sweep.steady_state import Played, families_of, growth_ns
 from mhcplan.profiles.lookup import cost_model_of
@@ -75,7 +75,8 @@ def estimate(plans: Sequence[PlanSpec], profile: Profile) -> list[Estimate | Ref
 
     A plan that the profile cannot price is a :class:`Refusal`; the others go on. What plans have in
     common is worked out once, here and from one call to the next: the order of all ops if they
-    differ only in costs and sizes, the baseline if they differ only in the residual.
+    differ only in costs and sizes, the baseline if they differ only in the residual, all of a step
+    if it is the same: ``auto`` may be the block that another plan names.
     """
     estimator = _estimators.get(profile.digest)
     if estimator is None:
@@ -95,8 +96,8 @@ def shared_templates(plan: PlanSpec) -> tuple[object, ...]:
     """Plans of which this is equal share most templates, which are dearest to make."""
     layout, residual = plan.layout, plan.residual
     return (
-        plan.model.name, layout.pp, layout.ep, layout.dp, plan.micro_batch_size, residual.kind,
-        str(residual.recompute_block),
+        plan.model.name, layout.pp, layout.ep, layout.dp, plan.micro_batch_size,
+        *(("plain", "") if residual.is_plain else (residual.kind, str(residual.recompute_block))),
     )  # fmt: skip
 
 
@@ -124,35 +125,33 @@ class _Figures(NamedTuple):
 
 
 class _Estimator:
-    """Estimates under one profile; keeps its prices, baselines, and steps with few microbatches."""
+    """Estimates under one profile; keeps its prices, steps, and those with few microbatches."""
 
     def __init__(self, profile: Profile) -> None:
         self._model = cost_model_of(profile)
         self._limit_bytes = profile.hardware.memory_bytes
-        self._baselines_ns: dict[str, int] = {}
-        self._families: dict[tuple[str, int | None], tuple[_Figures, int] | None] = {}
+        self._steps: dict[str, _Figures] = {}
+        self._families: dict[str, tuple[_Figures, int] | None] = {}
 
     def estimate(self, plan: PlanSpec) -> Estimate:
         block = resolve_recompute_block(plan)
-        found = self._figures(plan, block)
-        is_plain = plan.residual.is_plain
+        found = self._step(as_played(plan, block), block)
         return Estimate(
-            plan, block, found.step_ns,
-            found.step_ns if is_plain else self._baseline_ns(plan.baseline()),
+            plan, block, found.step_ns, self._step(plan.baseline(), None).step_ns,
             peak_memory_bytes=found.peak_bytes,
             device_bytes=found.device_bytes,
             memory_limit_bytes=plan.memory_limit_bytes or self._limit_bytes,
         )  # fmt: skip
 
-    def _baseline_ns(self, plan: PlanSpec) -> int:
+    def _step(self, plan: PlanSpec, block: int | None) -> _Figures:
         digest = plan.digest()
-        if digest not in self._baselines_ns:
-            self._baselines_ns[digest] = self._figures(plan, None).step_ns
-        return self._baselines_ns[digest]
+        if digest not in self._steps:
+            self._steps[digest] = self._figures(plan, block)
+        return self._steps[digest]
 
     def _figures(self, plan: PlanSpec, block: int | None) -> _Figures:
         for family in families_of(plan):
-            key = family.short.digest(), block
+            key = family.short.digest()
             if key not in self._families:
                 self._families[key] = self._grown(family, block)
             grown = self._families[key]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mhcplan.planner.lowering.lower import lower, stage_shapes, work_of
-from mhcplan.planner.lowering.recompute import resolve_recompute_block
+from mhcplan.planner.lowering.recompute import as_played, resolve_recompute_block
 from mhcplan.planner.lowering.stage_templates import pair_template, stage_templates
 from mhcplan.planner.plan.spec import PlanSpec, make_plan
 from mhcplan.planner.schedules.catalogue import SCHEDULES
@@ -101,3 +102,18 @@ def test_templates_are_recorded_once_for_plans_that_differ_in_numbers(
     if is_shared:
         kinds = {cost.split()[0] for cost in stage.labels.costs}
         assert kinds == {cost.split()[0] for cost in other.labels.costs}
+
+
+@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize("block", ["auto", "none", "stage", 3, 99])
+def test_a_plan_as_played_has_the_same_program(n: int, block: object) -> None:
+    base = {"n": n, "block": block, "schedule": "1f1b", "microbatches": 8, "dp": 2, "ep": 8,
+            "micro_batch_size": 1, "priority": "post"}  # fmt: skip
+    named = plan(base)
+    resolved = resolve_recompute_block(named)
+    played = as_played(named, resolved)
+    assert resolve_recompute_block(played) == resolved
+    assert as_played(played, resolved) == played
+    assert played.residual.is_plain == (n == 1)
+    programs = (replace(lower(one, resolved), meta={}) for one in (named, played))
+    assert_same(*programs)
