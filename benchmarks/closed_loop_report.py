@@ -195,7 +195,7 @@ With the rows measured last, of each row the newest (pp2 10 rows, ep2 6, ablatio
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n", 1)[0])
     parser.add_argument("out", nargs="*", type=Path, help="folders of closed_loop.py to add")
     wanted = parser.parse_args()
     claims = read_lines(PREDICTIONS, Claim)
