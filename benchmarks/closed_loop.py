@@ -28,6 +28,7 @@ import contextlib
 import datetime
 import faulthandler
 import gc
+import importlib
 import json
 import os
 import platform
@@ -38,7 +39,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -113,7 +114,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n", 1)[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--gpus", type=int, choices=sorted(set(GPUS.values())), default=2)
     parser.add_argument("--set", nargs="+", choices=SETS, help="default: all blind ones of --gpus")
@@ -338,7 +339,8 @@ def versions(device: str) -> dict[str, str]:
     found = {"python": platform.python_version(), "torch": torch.__version__}
     if device == "cuda":
         found["cuda"] = str(torch.version.cuda)
-        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+        nccl: Any = importlib.import_module("torch.cuda.nccl")
+        found["nccl"] = ".".join(map(str, nccl.version()))
     return found
 
 

@@ -75,7 +75,7 @@ def summary(found: Claim) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n", 1)[0])
     parser.add_argument("--set", nargs="+", choices=SETS, default=[*BLIND, "ablation"])
     parser.add_argument("--profile", default="h100-sxm")
     parser.add_argument("--out", type=Path, default=PREDICTIONS)

@@ -363,6 +363,10 @@ class Profile(Spec):
         for row in data["ops"]:
             if row["run"] is None:
                 del row["run"]
+        model: dict[str, Any] = data.get("contention_model") or {}
+        for trait in model.get("traits", ()):
+            if trait["preemptible_times"] == 1.0:
+                del trait["preemptible_times"]
         text = json.dumps(data, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
