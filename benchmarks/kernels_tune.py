@@ -36,7 +36,7 @@ from mhcplan.kernels.triton_support import padded, padded_coefficients, residual
 from mhcplan.kernels.tuning import Config
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 SITES = 8  # of the recompute block
 NARROW = {"project", "post_project", "pre_backward", "pre_backward_input", "weight",
@@ -45,89 +45,80 @@ WIDE = {"wide_project", "wide_input", "wide_weight", "hc_wide_input"}  # from LE
 SAME_TILES = {"hc_project": "project", "hc_weight": "weight", "hc_wide_input": "wide_input"}
 
 
-def candidates(kernel: str) -> Iterator[Config]:
-    """Configurations worth a try for ``kernel`` at n = 4; others start from these."""
-    product = itertools.product
-    kernel = SAME_TILES.get(kernel, kernel)
-    if kernel == "project":
-        for bt, bk, warps, stages, per_sm in (
-            (64, 128, 4, 3, 2), (64, 128, 4, 4, 2), (64, 64, 4, 5, 2), (128, 128, 8, 3, 1),
-            (128, 128, 4, 4, 1), (128, 64, 4, 4, 2), (32, 128, 4, 3, 2),
-        ):  # fmt: skip
-            yield Config(BT=bt, BK=bk, warps=warps, stages=stages, per_sm=per_sm)
-    elif kernel == "pre":
-        for (bt, bc, warps), stages, bs in product(
-            ((4, 256, 4), (2, 512, 4), (4, 512, 8), (1, 1024, 4), (8, 256, 8)), (1, 3), (16, 64)
-        ):
-            yield Config(BT=bt, BC=bc, warps=warps, stages=stages, BS=bs)
-    elif kernel == "post":
-        for (bt, bc, warps), steps in product(
-            ((4, 256, 4), (2, 512, 4), (2, 256, 4), (1, 1024, 4), (8, 256, 8), (1, 512, 2)), (1, 2)
-        ):
-            yield Config(BT=bt, BC=bc, warps=warps, steps_c=steps)
-    elif kernel == "post_project":
-        for bt, bc, warps, stages, per_sm in (
-            (64, 64, 8, 3, 1), (64, 64, 8, 2, 1), (32, 64, 8, 3, 1), (32, 64, 8, 2, 2),
-            (32, 64, 4, 3, 1), (32, 64, 4, 2, 2), (64, 32, 4, 3, 2),
-        ):  # fmt: skip
-            yield Config(BT=bt, BC=bc, warps=warps, stages=stages, per_sm=per_sm)
-    elif kernel == "post_backward":
-        for (bt, bc, warps, v), stages in product(
-            ((4, 128, 4, 1), (4, 256, 4, 8), (4, 256, 4, 4), (2, 256, 4, 1), (8, 128, 8, 1),
-             (2, 512, 4, 8), (1, 512, 4, 1), (4, 512, 8, 8)), (1, 2, 3),
-        ):  # fmt: skip
-            yield Config(BT=bt, BC=bc, warps=warps, V=v, stages=stages)
-    elif kernel == "pre_reduce":
-        for (bt, bc, warps, v), bs in product(
-            ((4, 256, 4, 8), (2, 512, 4, 1), (2, 512, 4, 8), (8, 256, 8, 8), (4, 256, 4, 1)),
-            (16, 32, 64),
-        ):
-            yield Config(BT=bt, BC=bc, warps=warps, V=v, BS=bs)
-    elif kernel in ("pre_backward", "pre_backward_input"):
-        for bt, bc, warps, stages, per_sm in (
-            (16, 128, 8, 3, 1), (16, 128, 8, 4, 1), (16, 64, 4, 3, 2), (16, 64, 4, 4, 2),
-            (32, 64, 8, 3, 1), (64, 64, 8, 3, 1),
-        ):  # fmt: skip
-            yield Config(BT=bt, BC=bc, warps=warps, stages=stages, per_sm=per_sm)
-        if kernel == "pre_backward_input":  # no dphi to hold in registers
-            for bt, bc, warps, stages, per_sm in (
-                (32, 64, 4, 2, 2), (32, 128, 8, 3, 1), (16, 128, 4, 3, 2),
-            ):  # fmt: skip
-                yield Config(BT=bt, BC=bc, warps=warps, stages=stages, per_sm=per_sm)
-    elif kernel in ("hc_pre_backward", "hc_pre_backward_input"):  # little to hold but the state
-        for bt, bc, warps, stages, per_sm in (
-            (16, 128, 8, 3, 1), (16, 64, 4, 3, 2), (16, 64, 4, 4, 2), (16, 64, 4, 3, 3),
-            (32, 64, 8, 3, 1), (32, 64, 4, 2, 2), (16, 128, 4, 3, 2), (16, 256, 8, 2, 1),
-        ):  # fmt: skip
-            yield Config(BT=bt, BC=bc, warps=warps, stages=stages, per_sm=per_sm)
-    elif kernel == "hc_pre":
-        for (bt, bc, warps), stages in product(
-            ((4, 256, 4), (2, 512, 4), (4, 512, 8), (1, 1024, 4), (8, 256, 8)), (1, 3)
-        ):
-            yield Config(BT=bt, BC=bc, warps=warps, stages=stages)
-    elif kernel == "hc_reduce":
-        for (bt, bc, warps), per_sm in product(
-            ((8, 256, 8), (4, 256, 4), (4, 512, 8), (8, 512, 8), (16, 256, 8)), (4, 8)
-        ):
-            yield Config(BT=bt, BC=bc, warps=warps, per_sm=per_sm, V=8)
-    elif kernel == "weight":
-        for bt, bc, warps, stages, per_sm in product((64, 128), (64, 128), (4,), (3, 4), (2, 4)):
-            yield Config(BT=bt, BC=bc, warps=warps, stages=stages, per_sm=per_sm)
-    elif kernel == "wide_project":
-        for bt, bk, stages, per_sm in product((64, 128), (32, 64), (3, 4), (1, 2)):
-            yield Config(BT=bt, BK=bk, warps=8, stages=stages, per_sm=per_sm)
-    elif kernel == "wide_input":
-        for (bt, bc, warps), stages in product(
-            ((32, 64, 4), (64, 64, 8), (64, 32, 4), (32, 128, 8), (64, 64, 4)), (2, 3)
-        ):
-            yield Config(BT=bt, BC=bc, warps=warps, stages=stages)
-    elif kernel == "wide_weight":
-        for bt, bk, stages, per_sm in product((32, 64), (64, 128), (2, 3), (1, 2)):
-            yield Config(BT=bt, BK=bk, warps=8, stages=stages, per_sm=per_sm)
-    elif kernel == "recompute":
-        for bt, bc, warps in ((4, 256, 4), (2, 512, 4), (2, 256, 4), (1, 512, 4), (8, 128, 4),
-                              (1, 512, 2), (2, 256, 2)):  # fmt: skip
-            yield Config(BT=bt, BC=bc, warps=warps)
+def _tiles(fields: str, rows: Iterable[tuple[int, ...]], **same: int) -> list[Config]:
+    """A configuration a row, whose numbers are those of ``fields``."""
+    return [Config(**dict(zip(fields.split(), row, strict=True)), **same) for row in rows]
+
+
+def _crossed(rows: Iterable[tuple[int, ...]], *choices: Iterable[int]) -> Iterator[tuple[int, ...]]:
+    """Every row with every choice of the numbers that follow."""
+    for row in rows:
+        for chosen in itertools.product(*choices):
+            yield (*row, *chosen)
+
+
+_WIDE_LOADS = ((4, 256, 4), (2, 512, 4), (4, 512, 8), (1, 1024, 4), (8, 256, 8))
+_PRODUCTS = "BT BC warps stages per_sm"
+_PRE_BACKWARD = (
+    (16, 128, 8, 3, 1), (16, 128, 8, 4, 1), (16, 64, 4, 3, 2), (16, 64, 4, 4, 2),
+    (32, 64, 8, 3, 1), (64, 64, 8, 3, 1),
+)  # fmt: skip
+_HC_PRE_BACKWARD = _tiles(_PRODUCTS, (  # little to hold in registers but the state
+    (16, 128, 8, 3, 1), (16, 64, 4, 3, 2), (16, 64, 4, 4, 2), (16, 64, 4, 3, 3),
+    (32, 64, 8, 3, 1), (32, 64, 4, 2, 2), (16, 128, 4, 3, 2), (16, 256, 8, 2, 1),
+))  # fmt: skip
+
+# Configurations worth a try at n = 4; others start from these.
+CANDIDATES: dict[str, list[Config]] = {
+    "project": _tiles("BT BK warps stages per_sm", (
+        (64, 128, 4, 3, 2), (64, 128, 4, 4, 2), (64, 64, 4, 5, 2), (128, 128, 8, 3, 1),
+        (128, 128, 4, 4, 1), (128, 64, 4, 4, 2), (32, 128, 4, 3, 2),
+    )),
+    "pre": _tiles("BT BC warps stages BS", _crossed(_WIDE_LOADS, (1, 3), (16, 64))),
+    "post": _tiles("BT BC warps steps_c", _crossed(
+        ((4, 256, 4), (2, 512, 4), (2, 256, 4), (1, 1024, 4), (8, 256, 8), (1, 512, 2)), (1, 2)
+    )),
+    "post_project": _tiles(_PRODUCTS, (
+        (64, 64, 8, 3, 1), (64, 64, 8, 2, 1), (32, 64, 8, 3, 1), (32, 64, 8, 2, 2),
+        (32, 64, 4, 3, 1), (32, 64, 4, 2, 2), (64, 32, 4, 3, 2),
+    )),
+    "post_backward": _tiles("BT BC warps V stages", _crossed(
+        ((4, 128, 4, 1), (4, 256, 4, 8), (4, 256, 4, 4), (2, 256, 4, 1), (8, 128, 8, 1),
+         (2, 512, 4, 8), (1, 512, 4, 1), (4, 512, 8, 8)), (1, 2, 3),
+    )),
+    "pre_reduce": _tiles("BT BC warps V BS", _crossed(
+        ((4, 256, 4, 8), (2, 512, 4, 1), (2, 512, 4, 8), (8, 256, 8, 8), (4, 256, 4, 1)),
+        (16, 32, 64),
+    )),
+    "pre_backward": _tiles(_PRODUCTS, _PRE_BACKWARD),
+    "pre_backward_input": _tiles(_PRODUCTS, (  # no dphi to hold in registers
+        *_PRE_BACKWARD, (32, 64, 4, 2, 2), (32, 128, 8, 3, 1), (16, 128, 4, 3, 2),
+    )),
+    "hc_pre_backward": _HC_PRE_BACKWARD,
+    "hc_pre_backward_input": _HC_PRE_BACKWARD,
+    "hc_pre": _tiles("BT BC warps stages", _crossed(_WIDE_LOADS, (1, 3))),
+    "hc_reduce": _tiles("BT BC warps per_sm", _crossed(
+        ((8, 256, 8), (4, 256, 4), (4, 512, 8), (8, 512, 8), (16, 256, 8)), (4, 8)
+    ), V=8),
+    "weight": _tiles(_PRODUCTS, itertools.product((64, 128), (64, 128), (4,), (3, 4), (2, 4))),
+    "wide_project": _tiles("BT BK stages per_sm", itertools.product(
+        (64, 128), (32, 64), (3, 4), (1, 2)
+    ), warps=8),
+    "wide_input": _tiles("BT BC warps stages", _crossed(
+        ((32, 64, 4), (64, 64, 8), (64, 32, 4), (32, 128, 8), (64, 64, 4)), (2, 3)
+    )),
+    "wide_weight": _tiles("BT BK stages per_sm", itertools.product(
+        (32, 64), (64, 128), (2, 3), (1, 2)
+    ), warps=8),
+    "recompute": _tiles("BT BC warps", (
+        (4, 256, 4), (2, 512, 4), (2, 256, 4), (1, 512, 4), (8, 128, 4), (1, 512, 2), (2, 256, 2),
+    )),
+}  # fmt: skip
+
+
+def candidates(kernel: str) -> list[Config]:
+    """Configurations worth a try for ``kernel``; none if it has no choice."""
+    return CANDIDATES.get(SAME_TILES.get(kernel, kernel), [])
 
 
 def calls(tokens: int, n: int, channels: int, dtype: torch.dtype) -> dict[str, tuple]:
@@ -226,7 +217,7 @@ def main() -> None:
     widths = [int(c) for c in args.hidden.split(",")]
     kernels = args.kernels.split(",") if args.kernels else list(tuning.KERNELS)
     others = NARROW if args.n >= mhc_wide.LEAST_ROWS else WIDE
-    kernels = [k for k in kernels if k not in others and next(candidates(k), None)]
+    kernels = [k for k in kernels if k not in others and candidates(k)]
     jobs = [(k, args.n, c, dtype, cfg) for c in widths for k in kernels for cfg in candidates(k)]
     started = time.time()
     context = multiprocessing.get_context("spawn")
