@@ -171,20 +171,23 @@ class Pairs:
 
     def measured(self, row: Row) -> tuple[float, float] | None:
         """Mean slowdown of compute and of traffic over both runs and the ranks that had both; None
-        where a run was not as planned."""
+        where a run was not as planned. An op's time alone is that of the same run, where it is
+        known: the clock is another one a second later."""
         if row["late"]:
             return None
         ours = self.op_ns(row["compute"])
         theirs = self.message_ns(row["traffic"])
         lonely = row["traffic"]["busy"] == "first"
         found: list[float] = []
-        for side, alone in (("compute", ours), ("traffic", [theirs, theirs])):
-            weighed = [
-                (s["period_ns"] / base, min(s["ops"], 20))
-                for run in "AB"
-                for rank, (s, base) in enumerate(zip(row[run][side], alone, strict=True))
-                if s["ops"] and not (lonely and rank)
-            ]
+        for side in ("compute", "traffic"):
+            weighed: list[tuple[float, int]] = []
+            for run in (row["A"], row["B"]):
+                alone = _before_ns(run, ours) if side == "compute" else [theirs, theirs]
+                weighed += [
+                    (s["period_ns"] / base, min(s["ops"], 20))
+                    for rank, (s, base) in enumerate(zip(run[side], alone, strict=True))
+                    if s["ops"] and not (lonely and rank)
+                ]
             if not weighed:
                 return None
             found.append(sum(v * w for v, w in weighed) / sum(w for _, w in weighed))
@@ -205,6 +208,15 @@ class Pairs:
                 Pair(row["pair"], row["compute"], kernels, ours, self.message(row), measured)
             )
         return found
+
+
+def _before_ns(run: Row, alone: Sequence[float]) -> list[float]:
+    """Period of an op before the traffic of a run, on each rank; ``alone`` where there is none."""
+    before = run.get("before", [{"ops": 0}] * len(alone))
+    return [
+        float(side["median_ns"]) if side["ops"] else base
+        for side, base in zip(before, alone, strict=True)
+    ]
 
 
 def predict(pair: Pair, parameters: Parameters) -> tuple[float, float]:

@@ -2,8 +2,10 @@
 
 One process a GPU. Every pair of :mod:`mhcplan.profiles.capture.overlap_pairs` is enqueued behind
 matrix products that keep the chip hot, so that neither side starts before the other is in its
-queue, and read from the device trace: time in the queue apart from time in the kernel. On a CPU
-(gloo, two threads) the clock is used; that serves tests.
+queue, and read from the device trace: time in the queue apart from time in the kernel. Before the
+traffic may start a few ops run alone: what a chip's clock is depends on what it drew in the 50 ms
+before, so that an op's time alone has to be taken in the very run. On a CPU (gloo, two threads) the
+clock is used; that serves tests.
 
 ``python -m mhcplan.profiles.capture.contention --log FILE`` runs it by itself.
 """
@@ -47,6 +49,7 @@ _MOST_OPS, _MOST_MESSAGES = 150, 48  # launches that fit a stream's queue of 102
 _COMPUTE_NS = {"A": 2_500_000, "B": 7_000_000}
 _TRAFFIC_NS = {"A": 6_000_000, "B": 1_500_000}
 _FEWEST = 6
+_BEFORE_NS, _FEWEST_BEFORE = 400_000, 4  # of ops before the traffic; of the first nothing is kept
 
 
 @dataclass
@@ -171,7 +174,7 @@ class Bench:
 
     def run(
         self, compute: int, work: Callable[[], object] | None, messages: int,
-        send: Callable[[], Any] | None, hold_ns: float,
+        send: Callable[[], Any] | None, hold_ns: float, before: int = 0,
     ) -> tuple[Run, bool]:  # fmt: skip
         """Run both sides at once; on a GPU the returned run is empty: it is in the trace.
 
@@ -179,6 +182,7 @@ class Bench:
             compute, work: how often to call what; None: this rank has no part.
             messages, send: likewise.
             hold_ns: what the host needs to enqueue all that.
+            before: ops to run, beyond ``compute``, before the traffic may start.
 
         Returns:
             The run, and whether the host was too late: the streams had begun before it was done.
@@ -189,10 +193,15 @@ class Bench:
         main = torch.cuda.current_stream()
         self.timer.fill(1.3 * hold_ns + 1_500_000)
         torch.cuda._sleep(1)
-        go = torch.cuda.Event()
+        go, begun = torch.cuda.Event(), torch.cuda.Event()
         go.record(main)
         for stream in self.streams:
             stream.wait_event(go)
+        with torch.cuda.stream(self.streams[0]):
+            for _ in range(before if work is not None else 0):
+                work()  # type: ignore[misc]
+            begun.record()
+        self.streams[1].wait_event(begun)
         handles: list[Any] = []
         with torch.cuda.stream(self.streams[1]):
             for _ in range(messages if send is not None else 0):
@@ -364,6 +373,10 @@ def _counts(bench: Bench, item: Item, run: str) -> tuple[int, int]:
     return ops, messages
 
 
+def _before(ours: _Estimate) -> int:
+    return max(_FEWEST_BEFORE, round(_BEFORE_NS / max(1.0, ours.stream_ns)))
+
+
 def _measure(bench: Bench, item: Item) -> tuple[list[tuple[str, Run]], list[str]]:
     """The runs of one pair as (A or B, run), and which of them the host was late for."""
     name, traffic = item
@@ -375,8 +388,9 @@ def _measure(bench: Bench, item: Item) -> tuple[list[tuple[str, Run]], list[str]
     found, late = [], []
     for run in ("A", "B") if name != "-" and traffic is not None else ("A",):
         ops, messages = _counts(bench, item, run)
-        hold = ops * ours.host_ns + messages * theirs.host_ns
-        result, was_late = bench.run(ops, work, messages, send, hold)
+        before = _before(ours) if bench.gpu and work is not None and send is not None else 0
+        hold = (ops + before) * ours.host_ns + messages * theirs.host_ns
+        result, was_late = bench.run(ops, work, messages, send, hold, before)
         found.append((run, result))
         if was_late:
             late.append(f"{run}{bench.rank}")

@@ -2,7 +2,8 @@
 
 A pair is run twice, both sides enqueued before either may start: in run ``A`` there is so much
 traffic that it outlives the compute, in run ``B`` the other way round. Only what lies wholly inside
-the time in which both streams had work counts, without the first op of each side.
+the time in which both streams had work counts, without the first op of each side. What the compute
+takes alone is taken in the same runs, from its ops before the traffic.
 """
 
 from __future__ import annotations
@@ -136,6 +137,13 @@ def window_of(run: Run, per_op: int) -> tuple[int, int]:
     return (max(starts), min(ends)) if starts else (0, 0)
 
 
+def before_traffic(run: Run, per_op: int) -> dict[str, Any]:
+    """The compute side of a run before its traffic, as :func:`side` has it."""
+    if not run.traffic or len(run.compute) <= per_op:
+        return {"ops": 0}
+    return side(run.compute, per_op, (run.compute[per_op][0], run.traffic[0][0]))
+
+
 def meetings(first: Sequence[Sequence[int]], second: Sequence[Sequence[int]]) -> dict[str, Any]:
     """How long each of two ranks waited inside its kernel for the other to start, mean ns.
 
@@ -176,6 +184,8 @@ def row_of(
             "compute": [side(r.compute, per_op, w) for r, w in zip(ranks, windows, strict=True)],
             "traffic": [side(r.traffic, 1, w) for r, w in zip(ranks, windows, strict=True)],
         }
+        if traffic is not None and compute != "-":
+            row[name]["before"] = [before_traffic(run, per_op) for run in ranks]
         if len(ranks) > 1 and ranks[0].traffic and ranks[1].traffic:
             row[name]["meeting"] = meetings(ranks[0].traffic, ranks[1].traffic)
     every = [run for ranks in runs.values() for run in ranks]

@@ -101,6 +101,10 @@ def test_a_row_keeps_both_runs_of_every_rank() -> None:
     row = row_of("k", Traffic("send_recv", MIB), 1, {"A": [run, run], "B": [run, run]}, [])
     assert [s["period_ns"] for s in row["A"]["compute"] + row["B"]["traffic"]] == [12] * 4
     assert row["traffic_launch"] == [8, 512, 96, 0]
+    assert [s["ops"] for s in row["A"]["before"]] == [0, 0]  # the traffic was there from the start
+    late = Run(run.compute, [[25, 10], [40, 10]], run.names, run.launch, run.traffic_launch)
+    row = row_of("k", Traffic("send_recv", MIB), 1, {"A": [late, late]}, [])
+    assert [(s["ops"], s["period_ns"]) for s in row["A"]["before"]] == [(1, 12)] * 2
     alone = row_of("k", None, 1, {"A": [run]}, [])
     assert alone["kernels"] == [{"name": "k", "launch": [132, 128, 8, 0], "duration_ns": 10}]
 

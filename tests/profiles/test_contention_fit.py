@@ -107,6 +107,19 @@ def test_slowdowns_are_means_over_runs_and_ranks_that_had_both_sides() -> None:
     assert not message.eager  # both directions: each end needs the other
 
 
+def test_an_op_is_held_against_its_own_time_just_before_the_traffic() -> None:
+    rows = _rows()
+    pair = rows["gemm|send_recv_both 8388608 ctas=8 equal busy=all"]
+    alone = Pairs(rows).op_ns("gemm")[0]
+    slower = {**pair["A"], "before": [_side(1.1 * alone)] * 2}  # the clock has fallen since
+    compute, traffic = Pairs(rows).measured({**pair, "A": slower, "B": slower}) or (0.0, 0.0)
+    assert (compute, traffic) == pytest.approx((1.25 / 1.1, 2.0), rel=1e-3)
+    unknown = {**pair["A"], "before": [{"ops": 0}] * 2}
+    assert Pairs(rows).measured({**pair, "A": unknown, "B": unknown}) == pytest.approx(
+        (1.25, 2.0), rel=1e-4
+    )
+
+
 def test_a_send_that_fits_the_buffers_is_eager() -> None:
     for size, eager in ((8 << 20, True), (64 << 20, False)):
         item = _traffic(size, 8, high=False, pattern="send_recv")
