@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 TIMED_STEPS, WARM_UP = 20, 5
+COST_ROUNDS = 100
 
 
 def main(words: list[str] | None = None) -> None:
@@ -167,14 +168,20 @@ def time_steps(options: argparse.Namespace, settings: Settings, device: torch.de
 
 
 def time_recording(options: argparse.Namespace, settings: Settings, device: torch.device) -> None:
+    steps = np.array([settings.every - 1, 1])  # without a record and with one
     for name in options.runs:
         gc.collect()
-        times = recording_cost(Training(name, settings, device), rounds=10)
-        recorded, alone = map(statistics.median, times)
+        seconds, host = recording_cost(Training(name, settings, device), rounds=COST_ROUNDS)
+        percent = 100 / settings.every / np.median(seconds[:, 0])
+        cost = percent * (seconds[:, 1:] - seconds[:, :1]) @ steps
+        middle = np.median(cost)
+        error = 1.86 * np.median(np.abs(cost - middle)) / COST_ROUNDS**0.5  # of a median
+        inside = np.median(host[:, 1:], axis=0)
         print(
-            f"{name}: recording every {settings.every} steps costs"
-            f" {100 * (recorded / alone - 1):+.2f} % of a step"
-            f" ({1e3 * alone / settings.every:.1f} ms without)",
+            f"{name}: recording every {settings.every} steps costs {middle:+.2f} +- {error:.2f} %"
+            f" of a step ({1e3 * np.median(seconds[:, 0]):.1f} ms without); the host's time in the"
+            f" recorder is {percent * inside @ steps:.2f} %: {1e3 * inside[1]:.2f} ms a record,"
+            f" {1e3 * inside[0]:.2f} ms a step between",
             flush=True,
         )
 

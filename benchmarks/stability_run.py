@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from mhcplan.sim.program import Op
 
 WARM_UP_STEPS = 100
+COST_WARM_UP = 3  # rounds of recording_cost that are not counted
 DECAYS = ((0.8, 0.316), (0.9, 0.1))  # the mHC paper's, table 5
 # of the logit of an entry against the others of its row and column: H_res = I up to 1e-13
 _PINNED_LOGIT = 30.0
@@ -131,6 +132,7 @@ class WatchedBinding(ModelBinding):
     """Binds ops as the runtime does, and shows a recorder what passes by."""
 
     recorder: Recorder | None = None
+    recording_s = 0.0  # of the host, all that it did for the recorder
 
     def bind(self, op: Op, attached: Attachments) -> Bound | None:
         bound = super().bind(op, attached)
@@ -143,10 +145,14 @@ class WatchedBinding(ModelBinding):
             recorder = self.recorder
             if recorder is not None and see is None:
                 # of the optimizer: all gradients are there, and no parameter has changed yet
+                began = time.perf_counter()
                 recorder.step(self.batches.losses.mean(), self._gradient_norm())
+                self.recording_s += time.perf_counter() - began
             made = bound.run(i, o)
             if recorder is not None and see is not None and recorder.listening:
+                began = time.perf_counter()
                 see(recorder, op.site, i, made)
+                self.recording_s += time.perf_counter() - began
             return made
 
         return Bound(run, bound.layouts)
@@ -393,26 +399,28 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return rate
 
 
-def recording_cost(training: Training, rounds: int) -> tuple[list[float], list[float]]:
-    """Seconds of ``every`` steps with a recorder and without, in turns."""
-    s = training.settings
+def recording_cost(training: Training, rounds: int) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds of steps without a recorder, with one, and with one that makes a record, in turns:
+    the host's speed wanders by more than a recorder costs, but little from step to step.
+
+    Returns:
+        ``[rounds, 3]`` each: seconds of the step, and of them the host's inside the recorder.
+    """
+    s, binding = training.settings, training.binding
     device = training.trainer.session.device
-    times: tuple[list[float], list[float]] = [], []
+    seconds, host = np.zeros((2, COST_WARM_UP + rounds, 3))
     path = s.out / f"{training.name}.cost.recording"
-    start = -(-training.step_number // s.every) * s.every
-    training.step_number = start
-    with Recorder(training.sites, path, every=s.every, tokens=s.sampled) as recorder:
-        for turn in range(2 * rounds + 2):
-            training.binding.recorder = None if turn % 2 else recorder
+    with Recorder(training.sites, path, every=2, tokens=s.sampled) as recorder:
+        for turn, arm in np.ndindex(seconds.shape):
+            binding.recorder, binding.recording_s = recorder if arm else None, 0.0
             synchronize(device)
             began = time.perf_counter()
-            for _ in range(s.every):
-                training.advance()
+            training.advance()
             synchronize(device)
-            if turn >= 2:  # the first of both warm up
-                times[turn % 2].append(time.perf_counter() - began)
-        training.binding.recorder = None
-    return times
+            seconds[turn, arm] = time.perf_counter() - began
+            host[turn, arm] = binding.recording_s
+        binding.recorder = None
+    return seconds[COST_WARM_UP:], host[COST_WARM_UP:]
 
 
 def synchronize(device: torch.device) -> None:

@@ -13,17 +13,20 @@ that is made of explicit parts hands over states and gradients itself (:meth:`Re
 
 On most steps nothing happens but that two scalars are noted. On every ``every``-th, a few tokens'
 states and gradients are copied, and after the backward the maps of all sites are worked out from
-them in one batch (:mod:`mhcplan.kernels.diagnostics_maps`), in float64 from fp32 logits: what the
-recording shows is the scheme, not the rounding of a kernel. The result goes to pinned memory and is
-written when the next one comes, so that the host never waits for the GPU.
+them in one batch (:mod:`mhcplan.kernels.diagnostics_maps`), in float64: what the recording shows is
+the scheme, not the rounding of a kernel. The result goes to pinned memory, and a thread waits for
+it and writes it, so that the training loop waits neither for the GPU nor for a disk.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -85,11 +88,13 @@ class Recorder:
         known = about_sites(sites, every, tokens) | dict(about or {})
         keep = first_step - 1 if first_step else None
         self._writer = RecordingWriter(Path(path), known, dtype, keep_until=keep)
-        self.last_states: Tensor | None = None  # sampled for the last record: [L + 1, S, n, C]
-        self._states: Tensor | None = None
-        self._gradients: Tensor | None = None
+        self._states, self._gradients = _Samples(len(sites) + 1), _Samples(len(sites))
+        # loss and gradient norm of each step since the last record: those that the host knows, and
+        # those that a device does
+        self._known = np.full((2, every), np.nan)
         self._curve: Tensor | None = None
-        self._pending: tuple[Tensor, int, float, Any] | None = None
+        self._thread = ThreadPoolExecutor(1, "recorder")
+        self._writes: deque[Future[None]] = deque()
         self._hooks: list[Any] = []
 
     @classmethod
@@ -121,28 +126,29 @@ class Recorder:
         """Whether the running step is recorded: states and gradients of others are not needed."""
         return (self._step + 1) % self.every == 0
 
+    @property
+    def last_states(self) -> Tensor | None:
+        """Those sampled for the last record, ``[L + 1, S, n, C]``, until the next one overwrites
+        them.
+        """
+        return self._states.buffer
+
     @torch.no_grad()
     def state(self, index: int, x: Tensor) -> None:
         """Note the state ``[..., n, C]`` before site ``index``, or after the last one."""
         if self.listening:
-            sample = self._sample(x)
-            if self._states is None or self._states.shape[1:] != sample.shape:
-                self._states = sample.new_zeros(len(self.sites) + 1, *sample.shape)
-            self._states[index].copy_(sample)
+            self._states.note(index, self._sample(x))
 
     @torch.no_grad()
     def gradient(self, index: int, dy: Tensor) -> None:
         """Note the gradient of the state that leaves site ``index``, ``[..., n, C]``."""
         if self.listening:
-            sample = self._sample(dy)
-            if self._gradients is None or self._gradients.shape[1:] != sample.shape:
-                self._gradients = sample.new_full((len(self.sites), *sample.shape), torch.nan)
-            self._gradients[index].copy_(sample)
+            self._gradients.note(index, self._sample(dy))
 
     def _sample(self, x: Tensor) -> Tensor:
-        n = self.sites[0].expansion_rate
-        flat = x.reshape(-1, n, x.shape[-1])
-        return flat[:: max(flat.shape[0] // self.tokens, 1)][: self.tokens]
+        flat = x.reshape(-1, self.sites[0].expansion_rate, x.shape[-1])
+        stride = max(flat.shape[0] // self.tokens, 1)
+        return flat[: stride * self.tokens : stride]
 
     @torch.no_grad()
     def step(self, loss: Tensor | float, gradient_norm: Tensor | float = float("nan")) -> None:
@@ -151,61 +157,85 @@ class Recorder:
         Args:
             loss: of the step.
             gradient_norm: of all parameters.
+
+        Raises:
+            RuntimeError: the step is recorded and no site ran in it.
+            OSError: an earlier record could not be written.
         """
-        device = self._states.device if self._states is not None else torch.device("cpu")
-        if self._curve is None:
-            where = loss.device if isinstance(loss, Tensor) else device
-            self._curve = torch.full((2, self.every), torch.nan, dtype=torch.float64, device=where)
         for row, value in enumerate((loss, gradient_norm)):
-            slot = self._curve[row, self._step % self.every]
-            slot.copy_(value) if isinstance(value, Tensor) else slot.fill_(value)
+            self._note(row, self._step % self.every, value)
         if self.listening:
             self._record()
-            self._curve.fill_(torch.nan)
         self._step += 1
 
+    def _note(self, row: int, at: int, value: Tensor | float) -> None:
+        if not isinstance(value, Tensor):
+            self._known[row, at] = value
+        elif value.device.type == "cpu":
+            self._known[row, at] = value.item()
+        else:
+            if self._curve is None:
+                shape, nan = self._known.shape, float("nan")
+                self._curve = torch.full(shape, nan, dtype=torch.float64, device=value.device)
+            self._curve[row, at].copy_(value)
+
     def _record(self) -> None:
-        """Work out the record and start its way to the host."""
-        if self._states is None:
+        """Work out the record and send it on its way to the host and to the file."""
+        while self._writes and self._writes[0].done():
+            self._writes.popleft().result()  # raises what went wrong
+        states, gradients = self._states.take(), self._gradients.take()
+        if states is None:
             raise RuntimeError("no state was noted: did the sites run in this step?")
-        gradients = self._gradients
         if gradients is None:
-            gradients = self._states.new_full(self._states[1:].shape, torch.nan)
-        made = figures(self.sites, self._states, gradients)
-        assert self._curve is not None
-        curve = self._curve.to(self._states.device)
-        flat = torch.cat([curve.flatten(), *(made[name].flatten() for name in self._shapes)])
-        self.last_states, self._states, self._gradients = self._states, None, None
-        self.flush()  # the record before: it arrived long ago
-        host, event = flat, None
-        if flat.is_cuda:
-            host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
-            host.copy_(flat, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        self._pending = host, self._step, time.monotonic() - self._began, event
-        if event is None:
-            self.flush()
+            gradients = torch.full_like(states[1:], torch.nan)
+        made = figures(self.sites, states, gradients)
+        curve, known = self._curve, self._known
+        if curve is None:
+            curve = torch.full(known.shape, torch.nan, dtype=torch.float64, device=states.device)
+        parts = [*(made[name] for name in self._shapes), curve.to(states.device)]
+        host, arrived = _to_host(torch.cat([part.flatten() for part in parts]))
+        curve.fill_(torch.nan)
+        self._known = np.full_like(known, np.nan)
+        elapsed_s = time.monotonic() - self._began
+        write = self._thread.submit(self._write, self._step, elapsed_s, known, host, arrived)
+        self._writes.append(write)
+
+    def _write(
+        self,
+        step: int,
+        elapsed_s: float,
+        known: np.ndarray,
+        host: Tensor,
+        arrived: torch.cuda.Event | None,
+    ) -> None:
+        """In the thread: wait for a record and append it to the file."""
+        if arrived is not None:
+            arrived.synchronize()
+        figures_, curve = np.split(host.numpy(), [host.numel() - known.size])
+        curve = curve.reshape(known.shape)
+        curve = np.where(np.isnan(curve), known, curve)
+        self._writer.write(step, elapsed_s, np.concatenate([curve.ravel(), figures_]))
 
     def flush(self) -> None:
-        """Write the record that is on its way, if one is; call it before saving a checkpoint, so
-        that a run that goes on from there misses none.
+        """Wait until the records so far are written; call it before saving a checkpoint, so that a
+        run that goes on from there misses none.
+
+        Raises:
+            OSError: one could not be written.
         """
-        if self._pending is None:
-            return
-        values, step, elapsed_s, event = self._pending
-        self._pending = None
-        if event is not None:
-            event.synchronize()
-        self._writer.write(step, elapsed_s, values.numpy())
+        while self._writes:
+            self._writes.popleft().result()
 
     def close(self) -> None:
-        """Write what is on its way, take the hooks off and close the file."""
+        """Write what is on its way, take the hooks off and close the file; raises as ``flush``."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        self.flush()
-        self._writer.close()
+        try:
+            self.flush()
+        finally:
+            self._thread.shutdown()
+            self._writer.close()
 
     def __enter__(self) -> Self:
         """Record until the block ends."""
@@ -214,6 +244,46 @@ class Recorder:
     def __exit__(self, *_: object) -> None:
         """Close."""
         self.close()
+
+
+class _Samples:
+    """Samples of tensors that pass by, in memory that is asked for once: pieces that come and go
+    between a model's activations would tear holes into its memory.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.buffer: Tensor | None = None  # [number, S, n, C]
+        self._number = number
+        self._noted: set[int] = set()
+
+    def note(self, index: int, sample: Tensor) -> None:
+        """Copy a sample; one that was noted before is forgotten."""
+        if self.buffer is None or self.buffer.shape[1:] != sample.shape:
+            self.buffer = sample.new_empty(self._number, *sample.shape)
+            self._noted.clear()
+        self.buffer[index].copy_(sample)
+        self._noted.add(index)
+
+    def take(self) -> Tensor | None:
+        """All samples, with NaN where none was noted since the last call; None if none was."""
+        if not self._noted:
+            return None
+        assert self.buffer is not None
+        for index in set(range(self._number)) - self._noted:
+            self.buffer[index].fill_(torch.nan)
+        self._noted.clear()
+        return self.buffer
+
+
+def _to_host(x: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """A tensor on its way to the host, and what says that it has arrived."""
+    if not x.is_cuda:
+        return x, None
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    host.copy_(x, non_blocking=True)
+    arrived = torch.cuda.Event(blocking=True)  # whoever waits for it sleeps
+    arrived.record()
+    return host, arrived
 
 
 def about_sites(sites: Sequence[Site], every: int, tokens: int) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 Shapes: L sites in depth order, S sampled tokens, n rows, C channels. State 0 enters the first
 site, state l + 1 leaves site l. H_res is ``[o, i]``: row o is written, row i is read. Everything is
-float64 and batched over sites, and nothing here waits for a GPU.
+float64 and nothing here waits for a GPU. All sites are one batch and depth is halved, not walked:
+a launch costs the host of a training run more than these small tensors cost its GPU.
 
 Gains are the mHC paper's (arXiv 2512.24880, section 3.1 and figures 3, 7, 8): the *forward gain*
 of a map is its largest absolute row sum, what it does to a signal that all rows share; the
@@ -17,7 +18,6 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from mhcplan.kernels import reference
 from mhcplan.kernels.reference import (
     DEFAULT_NORM_EPS,
     DEFAULT_SINKHORN_STEPS,
@@ -29,7 +29,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 Kind = Literal["mhc", "hc", "identity", "plain"]
-_SQUARINGS = 20  # of H^T H; what stays undecided is below 1e-6 of the norm
+# H^T H to the power of 128^3 = 2^21: what stays undecided is below 1e-6 of the norm. A trace of 1
+# keeps its largest eigenvalue above 1 / n, whose 128th power float64 holds for any n up to 250.
+_POWER, _ROUNDS = 128, 3
+_TINY = 1e-300  # divides nothing by zero, and changes nothing else
 
 # Figures of a record by name with what one site has of them. A pair is (mean, most) over tokens.
 PER_TOKEN = (
@@ -131,18 +134,17 @@ def coefficients(sites: Sequence[Site], x: Tensor) -> Coefficients:
         x: ``[L, S, n, C]``, the state before each site.
     """
     kind, n = sites[0].kind, sites[0].expansion_rate
-    wide = {"dtype": torch.float64, "device": x.device}
     if kind == "plain":
-        ones = torch.ones(*x.shape[:-2], 1, **wide)
+        ones = x.new_ones(*x.shape[:-2], 1, dtype=torch.float64)
         return Coefficients(ones, ones, ones.unsqueeze(-1))
-    if kind == "hc":
-        return Coefficients.split(_hc_coefficients(sites, x), n)
     logits = _logits(sites, x)
+    if kind == "hc":
+        return Coefficients.split(logits, n)
     pre, post = torch.sigmoid(logits[..., :n]), 2 * torch.sigmoid(logits[..., n : 2 * n])
     if kind == "identity":
-        return Coefficients(pre, post, torch.eye(n, **wide).expand(*pre.shape, n))
+        return Coefficients(pre, post, _eye(n, pre).expand(*pre.shape, n))
     res = logits[..., 2 * n :].unflatten(-1, (n, n))
-    return Coefficients(pre, post, reference.sinkhorn(res, sites[0].sinkhorn_steps))
+    return Coefficients(pre, post, _sinkhorn(res, sites[0].sinkhorn_steps))
 
 
 def res_logits(sites: Sequence[Site], x: Tensor) -> Tensor:
@@ -151,29 +153,42 @@ def res_logits(sites: Sequence[Site], x: Tensor) -> Tensor:
     return _logits(sites, x)[..., 2 * n :].unflatten(-1, (n, n))
 
 
-def _stacked(sites: Sequence[Site]) -> list[Tensor]:
-    return [torch.stack(p).detach() for p in zip(*(s.parameters for s in sites), strict=True)]
-
-
 def _logits(sites: Sequence[Site], x: Tensor) -> Tensor:
-    """Logits of mHC and identity sites ``[L, S, M]`` (paper, eq. 14-16)."""
+    """Gate x projection + bias ``[L, S, M]``, float64: of HC sites their coefficients (paper, eq.
+    5), of mHC and identity sites what sigmoid and Sinkhorn start from (eq. 14-16).
+    """
     n = sites[0].expansion_rate
-    phi, bias, alpha = _stacked(sites)
-    flat = x.flatten(-2).to(phi.dtype)
-    inverse_rms = torch.rsqrt(flat.square().mean(-1, keepdim=True) + sites[0].norm_eps)
-    projection = torch.bmm(flat, phi.mT) * inverse_rms
+    projection, bias, alpha = (
+        torch.stack(p).detach().double() for p in zip(*(s.parameters for s in sites), strict=True)
+    )
+    x = x.double()
+    if sites[0].kind == "hc":  # every row is normalised and projected by itself
+        rows = torch.bmm(x.flatten(1, 2), projection.mT).unflatten(1, x.shape[1:3])
+        dynamic = torch.tanh(rows * _inverse_rms(x, sites[0].norm_eps)).mT.flatten(-2)
+    else:
+        flat = x.flatten(-2)
+        dynamic = torch.bmm(flat, projection.mT) * _inverse_rms(flat, sites[0].norm_eps)
     widths = [n, n, bias.shape[-1] - 2 * n][: alpha.shape[-1]]
     gates = torch.cat([a.expand(-1, w) for a, w in zip(alpha.split(1, -1), widths, strict=True)], 1)
-    return (projection * gates[:, None] + bias[:, None]).double()
+    return torch.addcmul(bias[:, None], gates[:, None], dynamic)
 
 
-def _hc_coefficients(sites: Sequence[Site], x: Tensor) -> Tensor:
-    """Packed coefficients of HC sites ``[L, S, M]`` (eq. 5)."""
+def _inverse_rms(x: Tensor, norm_eps: float) -> Tensor:
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.rsqrt(norm.square() / x.shape[-1] + norm_eps)
 
-    def one(x: Tensor, theta: Tensor, bias: Tensor, alpha: Tensor) -> Tensor:
-        return reference.hc_pre(x, theta, bias, alpha, sites[0].norm_eps)[1]
 
-    return torch.func.vmap(one)(x, *_stacked(sites)).double()
+def _sinkhorn(logits: Tensor, steps: int) -> Tensor:
+    """As :func:`~mhcplan.kernels.reference.sinkhorn`, in logarithms: each half of a step is one
+    launch, and no column is so small that it would be lost.
+    """
+    for _ in range(steps):
+        logits = logits.log_softmax(-2).log_softmax(-1)
+    return logits.exp()
+
+
+def _eye(n: int, like: Tensor) -> Tensor:
+    return torch.eye(n, dtype=like.dtype, device=like.device)
 
 
 # -- maps ------------------------------------------------------------------------------------------
@@ -187,12 +202,13 @@ def composites(res: Tensor) -> tuple[Tensor, Tensor]:
         ``backward[l] = H_{L-1} ... H_l``, whose transpose brings the last state's gradient to the
         state that enters site l.
     """
-    forward, backward = [res[0]], [res[-1]]
-    for h in res[1:]:
-        forward.append(h @ forward[-1])
-    for h in res[:-1].flip(0):
-        backward.append(backward[-1] @ h)
-    return torch.stack(forward), torch.stack(backward[::-1])
+    # the second is the first of the transposed maps from the last site on; after each round a
+    # product spans twice as many sites
+    products, span = torch.stack([res, res.flip(0).mT], 1), 1
+    while span < len(res):
+        longer = products[span:] @ products[:-span]
+        products, span = torch.cat([products[:span], longer]), 2 * span
+    return products[:, 0], products[:, 1].flip(0).mT
 
 
 def forward_gain(maps: Tensor) -> Tensor:
@@ -208,32 +224,34 @@ def backward_gain(maps: Tensor) -> Tensor:
 def spectral_norm(maps: Tensor) -> Tensor:
     """Largest singular value of ``[..., n, n]``, without the host's help that an SVD takes.
 
-    Powers of ``H^T H`` by squaring turn into the projection on its top eigenspace. A share p of a
-    lower eigenvalue that is left over makes the result smaller by that share of the difference, so
-    that values which cannot be told apart do no harm.
+    High powers of ``H^T H`` turn into the projection on its top eigenspace. A share p of a lower
+    eigenvalue that is left over makes the result smaller by that share of the difference, so that
+    values which cannot be told apart do no harm.
     """
     gram = maps.mT @ maps
-    trace = _trace(gram)
-    power = gram / torch.where(trace > 0, trace, torch.ones_like(trace))[..., None, None]
-    for _ in range(_SQUARINGS):
-        power = power @ power
-        scale = _trace(power)
-        power = power / torch.where(scale > 0, scale, torch.ones_like(scale))[..., None, None]
+    power = _unit_trace(gram)
+    for _ in range(_ROUNDS):
+        power = _unit_trace(torch.linalg.matrix_power(power, _POWER))
     return (power * gram).sum((-2, -1)).clamp_min(0).sqrt()
 
 
-def _trace(maps: Tensor) -> Tensor:
-    return maps.diagonal(dim1=-2, dim2=-1).sum(-1)
+def _unit_trace(maps: Tensor) -> Tensor:
+    trace = maps.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return maps / trace.clamp_min(_TINY)[..., None, None]
 
 
-def row_similarity(x: Tensor) -> Tensor:
-    """Mean cosine between the rows of states ``[..., n, C]``: 1 means that they are copies."""
-    n = x.shape[-2]
+def row_similarity(gram: Tensor) -> Tensor:
+    """Mean cosine between the rows of a state: 1 means that they are copies.
+
+    Args:
+        gram: products of the rows ``[..., n, n]``.
+    """
+    n = gram.shape[-1]
     if n == 1:
-        return x.new_ones(x.shape[:-2])
-    unit = torch.nn.functional.normalize(x, dim=-1)
-    # |sum of unit vectors|^2 counts every pair twice and every vector once
-    return (unit.sum(-2).square().sum(-1) - unit.square().sum((-2, -1))) / (n * (n - 1))
+        return torch.ones_like(gram[..., 0, 0])
+    norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    cosines = gram / (norms[..., None] * norms[..., None, :]).clamp_min(_TINY)
+    return (cosines.sum((-2, -1)) - n) / (n * (n - 1))
 
 
 # -- a record --------------------------------------------------------------------------------------
@@ -247,39 +265,42 @@ def figures(sites: Sequence[Site], states: Tensor, gradients: Tensor) -> Mapping
         states: ``[L + 1, S, n, C]``.
         gradients: of the loss to the state that leaves each site, ``[L, S, n, C]``.
     """
-    mix = coefficients(sites, states[:-1])
-    n = sites[0].expansion_rate
+    n, x = sites[0].expansion_rate, states.double()
+    mix = coefficients(sites, x[:-1])
     forward, backward = composites(mix.res)
-    x = states.double()
-    eye = torch.eye(n, dtype=torch.float64, device=x.device)
-    norms = spectral_norm(torch.stack([mix.res, forward]))
+    maps = torch.stack([mix.res, forward, backward])
+    forward_gains, backward_gains = forward_gain(maps), backward_gain(maps)
+    norms = spectral_norm(maps[:2])
+    gram = x @ x.mT
+    energy = gram.diagonal(dim1=-2, dim2=-1)  # of each row, [L + 1, S, n]
+    total = energy.sum(-1)
     per_token = {
-        "forward_gain": forward_gain(mix.res),
-        "backward_gain": backward_gain(mix.res),
-        "composite_forward_gain": forward_gain(forward),
-        "composite_backward_gain": backward_gain(backward),
+        "forward_gain": forward_gains[0],
+        "backward_gain": backward_gains[0],
+        "composite_forward_gain": forward_gains[1],
+        "composite_backward_gain": backward_gains[2],
         "row_error": (mix.res.sum(-1) - 1).abs().amax(-1),
         "column_error": (mix.res.sum(-2) - 1).abs().amax(-1),
         "spectral_norm": norms[0],
         "composite_spectral_norm": norms[1],
-        "identity_distance": (mix.res - eye).square().sum((-2, -1)).sqrt(),
-        "uniform_distance": (mix.res - 1 / n).square().sum((-2, -1)).sqrt(),
-        "row_similarity": row_similarity(x[1:]),
+        "identity_distance": torch.linalg.matrix_norm(mix.res - _eye(n, x)),
+        "uniform_distance": torch.linalg.matrix_norm(mix.res - 1 / n),
+        "row_similarity": row_similarity(gram[1:]),
     }
     assert tuple(per_token) == PER_TOKEN
-    energy = x[1:].square().sum(-1)
-    return {
-        name: torch.stack([value.mean(-1), value.amax(-1)], -1) for name, value in per_token.items()
-    } | {
-        "layer_similarity": torch.cosine_similarity(
-            x[:-1].flatten(-2), x[1:].flatten(-2), dim=-1
-        ).mean(-1),
-        "state_rms": energy.mean((-2, -1)).div(x.shape[-1]).sqrt(),
-        "gradient_rms": gradients.double().square().mean((-3, -2, -1)).sqrt(),
-        "res_map": mix.res.mean(1),
-        "forward_map": forward.mean(1),
-        "backward_map": backward.mean(1),
+    tokens = torch.stack(list(per_token.values()))
+    pairs = torch.stack([tokens.mean(-1), tokens.amax(-1)], -1)
+    product = (x[:-1] * x[1:]).sum((-2, -1))
+    gradient_norm = torch.linalg.vector_norm(gradients.flatten(1), dim=-1, dtype=torch.float64)
+    res_map, forward_map, backward_map = maps.mean(2)
+    return dict(zip(PER_TOKEN, pairs, strict=True)) | {
+        "layer_similarity": (product / (total[:-1] * total[1:]).sqrt().clamp_min(_TINY)).mean(-1),
+        "state_rms": (total[1:].mean(-1) / x[0, 0].numel()).sqrt(),
+        "gradient_rms": gradient_norm / gradients[0].numel() ** 0.5,
+        "res_map": res_map,
+        "forward_map": forward_map,
+        "backward_map": backward_map,
         "pre_map": mix.pre.mean(1),
         "post_map": mix.post.mean(1),
-        "row_share": (energy / energy.sum(-1, keepdim=True).clamp_min(1e-300)).mean(1),
+        "row_share": (energy[1:] / total[1:, :, None].clamp_min(_TINY)).mean(1),
     }

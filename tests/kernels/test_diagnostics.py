@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,11 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mhcplan.kernels import mhc, modules, reference
 from mhcplan.kernels.diagnostics import Recorder
 from mhcplan.kernels.diagnostics_checkpoint import CheckpointError, find_sites, record_checkpoint
-from mhcplan.kernels.diagnostics_file import RecordingError
+from mhcplan.kernels.diagnostics_file import RecordingError, RecordingWriter
 from mhcplan.kernels.diagnostics_maps import (
     Site,
     backward_gain,
@@ -28,6 +30,7 @@ from mhcplan.kernels.diagnostics_maps import (
     row_similarity,
     spectral_norm,
 )
+from mhcplan.planner.diagnose.recording import RecordingError as DiagnosisError
 from mhcplan.planner.diagnose.recording import read_recording
 
 if TYPE_CHECKING:
@@ -143,9 +146,15 @@ def test_spectral_norm_is_that_of_the_svd(n: int, seed: int, towards_identity: f
 
 
 def test_row_similarity_of_copies_and_of_orthogonal_rows() -> None:
+    def of(x: Tensor) -> float:
+        return row_similarity(x @ x.mT).item()
+
     row = torch.randn(1, C).double()
-    assert row_similarity(row.expand(4, C)).item() == pytest.approx(1)
-    assert row_similarity(torch.eye(4).double()).item() == pytest.approx(0)
+    assert of(row.expand(4, C)) == pytest.approx(1)
+    assert of(torch.eye(4).double()) == pytest.approx(0)
+    assert of(torch.tensor([[1.0, 0], [1, 1], [0, 0]]).double()) == pytest.approx(
+        (2**0.5 - 1) / 6  # one pair of three has a cosine; a row of zeros is no copy of itself
+    )
 
 
 def test_one_row_is_the_identity() -> None:
@@ -252,6 +261,102 @@ def test_a_model_without_sites_or_with_mixed_ones_is_refused(tmp_path: Path) -> 
     with pytest.raises(ValueError, match="one kind and size"):
         Recorder.attach(mixed, tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+class Calls(TorchDispatchMode):
+    """Counts what is asked of a device: ops that return a view of their input are free."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[str] = []
+
+    def __torch_dispatch__(
+        self,
+        func: torch._ops.OpOverload,
+        _types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        name = str(func.overloadpacket)
+        if not func.is_view and name != "aten._unsafe_view":
+            self.made.append(name)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_launches_of_a_record_do_not_grow_with_depth_but_for_the_samples(
+    kind: str, tmp_path: Path
+) -> None:
+    """A launch costs the host some 10 us: a thousand of them are a tenth of a step."""
+    n = 1 if kind == "plain" else 4
+    state, made = torch.randn(16, n, C), dict[int, list[str]]()
+    for depth in (3, 48):
+        with Recorder.attach(network(kind, depth), tmp_path / "a", every=2) as recorder:
+            for step in range(4):
+                with Calls() as calls:
+                    for index in range(depth + 1):
+                        recorder.state(index, state)
+                    for index in range(depth):
+                        recorder.gradient(index, state)
+                    recorder.step(1.0, 2.0)
+                if step % 2 == 0:
+                    assert calls.made == []
+            made[depth] = calls.made  # of the second record: the first asks for memory
+    samples = {depth: calls.count("aten.copy_") for depth, calls in made.items()}
+    assert samples == {3: 7, 48: 97}
+    # products over twice the depth take one round more: a product and a join
+    assert len(made[48]) - 97 == len(made[3]) - 7 + 4 * 2
+    assert len(made[48]) - 97 <= 170
+    waits = {"aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten._linalg_svd"}
+    assert not waits & set(made[48])
+
+
+def test_neither_a_disk_nor_what_is_on_its_way_holds_a_step_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, gate, write = tmp_path / "a", threading.Event(), RecordingWriter.write
+
+    def slow(*given: object) -> None:
+        assert gate.wait(60)
+        write(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(RecordingWriter, "write", slow)
+    model = network("mhc")
+    with Recorder.attach(model, path, every=1) as recorder:
+        train(model, recorder, 3)  # would wait for ever if it waited for a write
+        with pytest.raises(DiagnosisError, match="has no whole record"):
+            read_recording(path)
+        gate.set()
+        recorder.flush()
+        assert read_recording(path).steps.tolist() == [0, 1, 2]
+
+
+def test_a_record_that_cannot_be_written_is_an_error_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(RecordingWriter, "write", full)
+    model = network("mhc")
+    recorder = Recorder.attach(model, tmp_path / "a", every=2)
+    train(model, recorder, 2)
+    with pytest.raises(OSError, match="no space left"):
+        recorder.close()
+
+
+def test_what_was_not_noted_is_not_a_number(tmp_path: Path) -> None:
+    with Recorder.attach(network("mhc"), tmp_path / "a", every=1) as recorder:
+        with pytest.raises(RuntimeError, match="did the sites run"):
+            recorder.step(1.0)
+        for _ in range(2):
+            for index in range(4):
+                recorder.state(index, torch.randn(8, 4, C))
+            for index in range(3 - recorder._step):  # the last site's gradient comes no more
+                recorder.gradient(index, torch.randn(8, 4, C))
+            recorder.step(1.0)
+    found = read_recording(tmp_path / "a").figure("gradient_rms")
+    assert np.isnan(found).tolist() == [[False] * 3, [False, False, True]]
 
 
 # -- checkpoints -----------------------------------------------------------------------------------

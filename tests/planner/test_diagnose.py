@@ -204,8 +204,14 @@ def test_a_diverged_run_can_be_judged() -> None:
 
 def test_unconverged_sinkhorn_sounds_for_mhc_only() -> None:
     records = calm_records()
-    records["column_error"][-1, 1, 1] = 0.3
-    assert names(records) == {"sinkhorn"}
+    records["column_error"][-1, 1, 1] = 0.0999
+    assert names(records) == set()
+    records["column_error"][-1, 1, 1] = 0.1001
+    (alarm,) = judge(recording(records)).alarms
+    assert (alarm.name, alarm.site, alarm.step) == ("sinkhorn", "b", records["step"][-1])
+    assert (
+        "20 Sinkhorn steps leave column sums off by 0.1, more than 0.1, at 1 of 3" in alarm.message
+    )
     assert names(records, kind="hc") == set()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,14 @@ import pytest
 import torch
 
 from benchmarks import stability, stability_report, stability_sinkhorn
-from benchmarks.stability_run import MODELS, SEVEN, learning_rate, pinned_bias
+from benchmarks.stability_run import (
+    MODELS,
+    SEVEN,
+    Training,
+    learning_rate,
+    pinned_bias,
+    recording_cost,
+)
 from mhcplan.kernels import mhc, reference
 from mhcplan.planner.diagnose.judge import judge
 from mhcplan.planner.diagnose.recording import Recording, read_recording
@@ -20,7 +28,7 @@ from mhcplan.planner.plan.spec import make_plan
 from mhcplan.runtime.spec import RunError, RunSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 ROOT = Path(__file__).parents[2]
 
@@ -138,6 +146,41 @@ def test_price_of_the_constraint_by_another_sinkhorn(
         assert row["gain_mean"] == pytest.approx(np.max([gains, *shorter], axis=0).mean())
     assert found[4]["column_error_most"] < found[1]["column_error_most"]
     assert "some.logits.npy" in capsys.readouterr().out
+
+
+def test_no_timing_is_a_cold_one_and_each_round_has_an_order_of_its_own() -> None:
+    order: list[tuple[int, str]] = []
+    calls = {(t, "forward_us"): partial(order.append, (t, "forward_us")) for t in range(8)}
+
+    def measure(call: Callable[[], object]) -> float:
+        """The first eight are cold; the others take t, and longer by when they come in a round."""
+        call()
+        return 1000.0 if len(order) <= 8 else order[-1][0] + 0.01 * (len(order) % 8)
+
+    found = stability_sinkhorn.median_of_rounds(calls, measure)
+    assert all(value == pytest.approx(t, abs=0.1) for (t, _), value in found.items())
+    rounds = [tuple(order[i : i + 8]) for i in range(0, len(order), 8)]
+    assert len(set(rounds)) == len(rounds) == 1 + stability_sinkhorn.ROUNDS
+
+
+def test_the_cost_of_recording_is_that_of_a_record_and_of_the_steps_between(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(training: Training, rounds: int) -> tuple[np.ndarray, np.ndarray]:
+        """What is measured is sound; what is printed of it is worked out from round numbers."""
+        seconds, host = recording_cost(training, rounds)
+        assert seconds.shape == host.shape == (rounds, 3)
+        assert (host < seconds).all()
+        assert (host[:, 0] == 0).all()
+        assert (host[:, 1] < host[:, 2]).all()
+        return np.tile([1.0, 1.01, 1.11], (rounds, 1)), np.tile([0.0, 0.002, 0.05], (rounds, 1))
+
+    monkeypatch.setattr(stability, "COST_ROUNDS", 2)
+    monkeypatch.setattr(stability, "recording_cost", measured)
+    run(tmp_path, "--runs", "mhc", "--cost", "--every", "10", "--steps", "10")
+    text = capsys.readouterr().out
+    assert "costs +2.00 +- 0.00 % of a step (1000.0 ms without)" in text  # (9 x 1 + 11) / 10
+    assert "in the recorder is 0.68 %: 50.00 ms a record, 2.00 ms a step between" in text
 
 
 @pytest.mark.parametrize("name", ["100m-h100", "deep-cpu"])
