@@ -208,6 +208,13 @@ def assumptions(profile: Profile, settings: GpuSettings) -> Iterator[str]:
         " bytes by their time, a matrix product has its operands at least"
     )
     yield from dict.fromkeys(row.citation for row in model.traffic if row.source == "assumed")
+    num_sms = fitted_parameters(model).num_sms
+    if settings.compute_sms is not None and settings.compute_sms < num_sms:
+        yield (
+            f"compute_sms={settings.compute_sms} takes SMs from kernels whose grids are made for"
+            f" {num_sms}: what filled the GPU once takes two waves; what CUDA graphs add to each op"
+            " on such streams is not in it (docs/accuracy.md)"
+        )
     if settings.attention == "preemptible":
         yield (
             "attention's CTAs end one by one: the library's kernels for it take the time of its"

@@ -111,8 +111,8 @@ class Loads:
         kernels: of each cost key, in order; none for a transfer, and where they are unknown.
         traffic: of each cost key that is a transfer's.
         parameters: of the machine.
-        compute_sms: SMs that compute kernels may use (a green context), None for all; grids of
-            persistent kernels are made for so many.
+        compute_sms: SMs that compute kernels may use (a green context), None for all; grids are
+            those of the whole GPU, as libraries launch them.
         connections: hardware queues that streams are dealt to (CUDA_DEVICE_MAX_CONNECTIONS).
     """
 

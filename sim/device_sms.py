@@ -19,6 +19,7 @@ event is spent on single CTAs. The rules were read off device traces of H100s;
   chip once takes twice as long. Attention, whose pieces are unequal, takes longer only for the time
   until its SMs begin to fall idle. Where CTAs follow each other, fewer of them wait for the same
   memory and each lives shorter. Where a kernel is bound by memory it lacks nothing but bandwidth.
+  SMs that a green context keeps from compute are lacking as those that communication holds.
 * **Memory.** The chains of loads and stores of a transfer are slower beside any kernel, most where
   it saturates memory; bytes that transfers move are missing to the kernel.
 * **Links.** Transfers of a rank that together want more than a link carries share it.
@@ -520,7 +521,7 @@ def _slowdown(kernel: int, is_placed: bool, sms: int, burden: int, gpu: Gpu, sta
     question = ((2 * like + is_placed) * (gpu.machine[_SMS] + 1) + sms) * SHARE + burden
     slot = 2 * ((97 * like + 31 * sms + burden) % KNOWN)
     if state.known[slot] != question:
-        waves = SHARE if is_placed else _more_waves(kernel, sms, gpu)
+        waves = _more_waves(kernel, gpu.machine[_COMPUTE_SMS] if is_placed else sms, gpu)
         state.known[slot] = question
         state.known[slot + 1] = _slowdown_in(waves, kernel, sms, burden, gpu)
     return state.known[slot + 1]
@@ -540,6 +541,8 @@ def _slowdown_in(waves: int, kernel: int, sms: int, burden: int, gpu: Gpu) -> in
 def _more_waves(kernel: int, sms: int, gpu: Gpu) -> int:
     """Waves of a kernel on ``sms`` SMs over waves on all of them."""
     all_sms, count = gpu.machine[_SMS], gpu.units[kernel]
+    if sms == all_sms:
+        return SHARE
     if gpu.fluid[kernel]:
         return SHARE + gpu.fluid[kernel] * (all_sms - sms) // sms
     usual, fit = gpu.usual[kernel], gpu.fit[kernel]

@@ -154,9 +154,7 @@ def _row(kernel: Kernel, duration_ns: float, p: Parameters, sms: int) -> tuple[i
         return (1, 0, 0, sms, 0, 1, 1, SHARE, SHARE, SHARE, 0, bound, 1, 0)
     count, fit = units(kernel), kernel.ctas_per_sm
     usual = min(fit, -(-kernel.ctas // p.num_sms))
-    # pieces of unknown number, or dealt anew to a grid that was made for fewer SMs
-    is_fluid = not kernel.dealt and not kernel.pieces
-    is_fluid |= kernel.persistent and usual * sms < kernel.ctas
+    is_fluid = not kernel.dealt and not kernel.pieces  # pieces of unknown number
     fluid = SHARE if is_fluid else 0
     if kernel.tail_share and not is_fluid:  # pieces are unequal, SMs fall idle one after another
         fluid = SHARE - _share(kernel.tail_share / 2)

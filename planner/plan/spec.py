@@ -193,7 +193,10 @@ class PlanSpec(Spec):
     ] = "normal"
     compute_sms: Annotated[
         Annotated[int, _count(1024)] | None,
-        _about("SMs that compute kernels may use, as by a green context; without it, all"),
+        _about(
+            "SMs that compute kernels may use, as by a green context; without it, all. Kernels are"
+            " launched as for all, so those that fill the GPU once take two waves"
+        ),
     ] = None
     attention: Annotated[
         Attention,

@@ -162,6 +162,15 @@ def test_a_profile_without_a_contention_model_plays_none_and_says_so() -> None:
     assert "no contention model" in text
 
 
+def test_fewer_sms_than_the_gpu_has_come_with_a_warning() -> None:
+    usual, all_sms, fewer = (
+        list(assumptions(h100().profile, GpuSettings(compute_sms=sms))) for sms in (None, 132, 112)
+    )
+    assert usual == all_sms
+    (warning,) = set(fewer) - set(usual)
+    assert warning.startswith("compute_sms=112 takes SMs from kernels whose grids are made for 132")
+
+
 def test_settings_change_the_step_only_where_they_should() -> None:
     keys = ["all_to_all 8/8 67108864"]
     plain, fewer = (loads_of(keys, s) for s in (DEFAULT, GpuSettings(compute_sms=112)))

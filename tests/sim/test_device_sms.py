@@ -288,6 +288,19 @@ def test_compute_on_fewer_sms_takes_more_waves_and_leaves_room() -> None:
     assert (line.start_ns[sent], line.end_ns[op]) == (300, pytest.approx(1200, abs=2))
 
 
+@pytest.mark.parametrize("kernel", [WAVE, PERSISTENT])
+def test_a_grid_made_for_the_whole_gpu_takes_a_second_wave_on_fewer_sms(kernel: Kernel) -> None:
+    """Also where a message comes in its second wave, which leaves SMs for it."""
+    maker = Maker()
+    gap, pair = (maker.group(name, 0, size=2, medium=name) for name in ("gap", "pair"))
+    wait = maker.transfer(0, gap, 1500)
+    sent = maker.transfer(0, pair, 100, waits=[wait])
+    op = maker.op(0, 1000)
+    line = played(maker, {op: kernel, wait: Traffic(0), sent: Traffic(60)}, compute_sms=84)
+    assert line.start_ns[sent] == 1500
+    assert line.end_ns[op] == pytest.approx(2000, abs=2)
+
+
 def test_one_hardware_queue_makes_streams_wait_for_what_was_launched_before() -> None:
     def start_of_the_last(connections: int) -> int:
         maker = Maker()
