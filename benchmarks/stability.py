@@ -17,7 +17,7 @@ itself, and the same command takes everything up where it stopped. Then, on any 
 what recording costs. ``--device cpu --model tiny`` is a dry run.
 
 On one H100, two runs at a time on two GPUs of one host, 1200 steps took with starting, compiling
-and saving: ``plain`` 81 s, the four of mHC 115 to 142 s, ``hc`` 485 s, its coefficients eager then.
+and saving: ``plain`` 81 s, the four of mHC 115 to 142 s, HC some 150 s (485 s without kernels).
 (Runs of mHC execute the same kernels whatever they pin: what lies between them is the host.)
 """
 

@@ -41,7 +41,7 @@ def main(words: list[str] | None = None) -> None:
     print(about(recordings), end="\n\n")
     table(("run", "loss", "gradient norm", "forward gain", "backward gain", "column error",
            "cosine of rows", "alarms"), verdicts(recordings))  # fmt: skip
-    deep = [r for r in recordings if r.about["scheme"] in ("hc", "mhc")]
+    deep = [r for r in recordings if r.about["scheme"] in ("hc", "hc-no-decay", "mhc")]
     if deep:
         sites, rows = gains_over_depth(deep)
         table(("composite gain at site", *map(str, sites)), rows)
