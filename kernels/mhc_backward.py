@@ -11,6 +11,7 @@ At n = 4 a site's backward moves 28C elements, (6n+4)C, in three heavy kernels:
   dx_i = sum_o H_res[o,i] dY_o + H_pre[i] du + dp phi_i + s x_i, where s x is the gradient through
   the norm. At n <= 4 it also accumulates dphi = dp^T x, holding its tile of dphi in registers
   while it walks over the tokens; the sums per split of the tokens are added in order at the end.
+  Where they are large they stay in memory that dx is written to afterwards.
 
 ``weight_backward`` is dphi alone, for a schedule that defers weight gradients, and where dphi does
 not fit beside the rest. From n = 8 on other kernels do this part: :mod:`mhcplan.kernels.mhc_wide`.
@@ -21,6 +22,8 @@ No atomics: results repeat bit by bit. T tokens, n rows, C channels, M = n^2 + 2
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -28,7 +31,7 @@ from torch import Tensor
 
 from mhcplan.kernels import mhc_wide, tuning
 from mhcplan.kernels.mhc_forward import first_sinkhorn_step, normalise
-from mhcplan.kernels.mhc_partition import shares, sum_partials
+from mhcplan.kernels.mhc_partition import Shares, shares, sum_partials
 from mhcplan.kernels.reference import expansion_rate, num_coefficients
 from mhcplan.kernels.triton_support import (
     columns,
@@ -48,6 +51,10 @@ from mhcplan.kernels.triton_support import (
 # Most slices of phi (n; HC's: one) whose dphi fits in registers beside the rest, by bytes an
 # element.
 FUSED_MOST_SLICES = {2: 4, 4: 2}
+# Partial sums of dphi of so many bytes or more, in a dx at least so many times as large, lie in
+# dx's own memory until they are added up; what of dx belongs there is then written last.
+LEAST_LENT_BYTES = 4 * 2**20
+LEAST_TIMES_LENT = 8
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -257,10 +264,10 @@ def _sum_small_kernel(
     tl.store(dalpha_ptr + 2, tl.sum(tl.where(is_res, by_column, 0.0)))
 
 
-@triton.jit(do_not_specialize=["T", "tiles", "share"])
+@triton.jit(do_not_specialize=["T", "T_DX", "tiles", "share"])
 def _pre_backward_kernel(
     dy_ptr, x_ptr, du_ptr, coefficients_ptr, dp_ptr, s_ptr, phi_ptr, dx_ptr, partial_ptr,
-    T, tiles, share,
+    T, T_DX, tiles, share,
     N: tl.constexpr, C: tl.constexpr, OUTPUTS: tl.constexpr, PHIS: tl.constexpr,
     MP: tl.constexpr, PARTS: tl.constexpr,
     WITH_W: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
@@ -272,6 +279,7 @@ def _pre_backward_kernel(
     # into the same registers. dx, written in bf16 itself, takes the rounded dp and phi.
     # mHC projects all rows of a token at once: phi is PHIS = n slices and dp one line a token. HC
     # projects each row by itself and all alike: one slice, n lines.
+    # dx is written of the first T_DX tokens; dphi is of all T.
     M: tl.constexpr = N * N + 2 * N
     LINES: tl.constexpr = N // PHIS
     DT: tl.constexpr = x_ptr.dtype.element_ty
@@ -296,9 +304,9 @@ def _pre_backward_kernel(
         for tile in tl.range(begin - piece * tiles, stop - piece * tiles, num_stages=STAGES):
             t = (tile * BT + tl.arange(0, BT)).to(tl.int64)
             token = (t < T)[:, None]
-            mask = token & (c < C)[None, :]
             offsets = t[:, None] * (N * C) + c[None, :]
-            du = tl.load(du_ptr + t[:, None] * C + c[None, :], mask=mask, other=0.0)
+            of_dx = (t < T_DX)[:, None] & (c < C)[None, :]
+            du = tl.load(du_ptr + t[:, None] * C + c[None, :], mask=of_dx, other=0.0)
             if LINES == 1:
                 s = (tl.load(s_ptr + t, mask=t < T, other=0.0),)
             else:
@@ -310,8 +318,8 @@ def _pre_backward_kernel(
                 dp = dp + (tl.load(dp_ptrs, mask=token, other=0.0),)
                 if WITH_W and PARTS == 2:
                     remainder = remainder + (tl.load(dp_ptrs + MP, mask=token, other=0.0),)
-            dy = load_rows(dy_ptr, offsets, mask, N, C)
-            x = load_rows(x_ptr, offsets, mask, N, C)
+            dy = load_rows(dy_ptr, offsets, of_dx, N, C)
+            x = load_rows(x_ptr, offsets, token & (c < C)[None, :], N, C)
             mix_ptrs = coefficients_ptr + t[:, None] * M
             pre = columns(tl.load(mix_ptrs + gates[None, :], mask=token, other=0.0))
             res = columns(tl.load(mix_ptrs + cells[None, :], mask=token, other=0.0))
@@ -326,7 +334,7 @@ def _pre_backward_kernel(
                 dx += of_norm + pre[i][:, None] * du.to(tl.float32)
                 for o in tl.static_range(N):
                     dx += res[o * N + i][:, None] * dy[o].to(tl.float32)
-                tl.store(dx_ptr + i * C + offsets, dx.to(DT), mask=mask)
+                tl.store(dx_ptr + i * C + offsets, dx.to(DT), mask=of_dx)
         if WITH_W:
             slot = tl.program_id(0) - piece * tiles // share
             line = column[:, None] * (PHIS * C) + c[None, :]
@@ -440,31 +448,78 @@ def pre_backward(
     """dx ``[T, n, C]``, and dphi if asked for, in the same pass over the state where that fits.
 
     phi is ``[M, n C]`` and dp ``[T, parts * padded(M)]``, or HC's: theta ``[n + 2, C]`` and
-    ``[T, n, parts * padded(n + 2)]``.
+    ``[T, n, parts * padded(n + 2)]``. ``out``: memory for dx, which no other argument may lie in.
     """
     tokens, n, channels = x.shape
-    outputs, slices = phi.shape[0], phi.shape[1] // channels
-    family = "" if slices == n else "hc_"
+    given = (dy, x, du, coefficients, dp, s)
     dx = torch.empty_like(x) if out is None else out
-    # of HC's dphi there is one slice, not n
-    fused = with_weight and slices <= FUSED_MOST_SLICES[x.dtype.itemsize]
     if n >= mhc_wide.LEAST_ROWS:
-        mhc_wide.input_gradient(dy, x, du, coefficients, dp, s, phi, dx)
+        mhc_wide.input_gradient(*given, phi, dx)
         return dx, weight_backward(x, dp) if with_weight else None
-    kernel = f"{family}pre_backward" if fused else f"{family}pre_backward_input"
-    cfg = tuning.config(kernel, n, channels, x.dtype)
+    # of HC's dphi there is one slice, not n
+    if not (with_weight and phi.shape[1] // channels <= FUSED_MOST_SLICES[x.dtype.itemsize]):
+        _input_gradient(*given, phi, dx)
+        return dx, weight_backward(x, dp) if with_weight else None
+    cfg = tuning.config(f"{_family(x, phi)}pre_backward", n, channels, x.dtype)
     shared = shares(triton.cdiv(channels, cfg.BC), tokens, cfg, x.device)
-    shape = (shared.slots, *phi.shape) if fused else (1,)
-    partial = x.new_empty(shape, dtype=torch.float32)
+    shape = (shared.slots, *phi.shape)
+    lent = _lent_tokens(dx, math.prod(shape), cfg.BT)
+    if not lent:
+        partial = x.new_empty(shape, dtype=torch.float32)
+        _launch_pre_backward(*given, phi, dx, tokens, partial, cfg, shared)
+        return dx, sum_partials(partial, shared, channels, cfg.BC)
+    first = tokens - lent
+    partial = dx[first:].view(-1).view(torch.float32)[: math.prod(shape)].view(shape)
+    _launch_pre_backward(*given, phi, dx, first, partial, cfg, shared)
+    dphi = sum_partials(partial, shared, channels, cfg.BC)
+    _input_gradient(*(tensor[first:] for tensor in given), phi, dx[first:])
+    return dx, dphi
+
+
+def _family(x: Tensor, phi: Tensor) -> str:
+    """What HC's tiles are called: its phi is one slice."""
+    return "hc_" if phi.shape[1] == x.shape[2] else ""
+
+
+def _lent_tokens(dx: Tensor, numbers: int, block: int) -> int:
+    """Tokens at the end of dx, from a multiple of ``block`` on, whose memory holds fp32 numbers.
+
+    None where the numbers are too few to be worth the second launch that dx then takes, or so many
+    that it would have much to do.
+    """
+    size, (tokens, n, channels) = 4 * numbers, dx.shape
+    if size < LEAST_LENT_BYTES or size > dx.nbytes // LEAST_TIMES_LENT:
+        return 0
+    lent = triton.cdiv(size, n * channels * dx.itemsize)
+    return tokens - (tokens - lent) // block * block
+
+
+def _input_gradient(
+    dy: Tensor, x: Tensor, du: Tensor, coefficients: Tensor, dp: Tensor, s: Tensor, phi: Tensor,
+    dx: Tensor,
+) -> None:  # fmt: skip
+    """Write dx."""
+    tokens, n, channels = x.shape
+    cfg = tuning.config(f"{_family(x, phi)}pre_backward_input", n, channels, x.dtype)
+    shared = shares(triton.cdiv(channels, cfg.BC), tokens, cfg, x.device)
+    _launch_pre_backward(
+        dy, x, du, coefficients, dp, s, phi, dx, tokens, None, cfg, shared
+    )  # fmt: skip
+
+
+def _launch_pre_backward(
+    dy: Tensor, x: Tensor, du: Tensor, coefficients: Tensor, dp: Tensor, s: Tensor, phi: Tensor,
+    dx: Tensor, dx_tokens: int, partial: Tensor | None, cfg: tuning.Config, shared: Shares,
+) -> None:  # fmt: skip
+    """Write dx of the first ``dx_tokens`` tokens and, into ``partial`` if given, dphi of all."""
+    tokens, n, channels = x.shape
+    outputs, width = phi.shape
     _pre_backward_kernel[(shared.programs,)](
-        dy, x, du, coefficients, dp, s, phi, dx, partial, tokens, shared.tiles, shared.share,
-        N=n, C=channels, OUTPUTS=outputs, PHIS=slices, MP=padded(outputs),
-        PARTS=residual_parts(x.dtype), WITH_W=fused,
+        dy, x, du, coefficients, dp, s, phi, dx, partial, tokens, dx_tokens, shared.tiles,
+        shared.share, N=n, C=channels, OUTPUTS=outputs, PHIS=width // channels, MP=padded(outputs),
+        PARTS=residual_parts(x.dtype), WITH_W=partial is not None,
         BT=cfg.BT, BC=cfg.BC, STAGES=cfg.stages, num_warps=cfg.warps,
     )  # fmt: skip
-    if fused:
-        return dx, sum_partials(partial, shared, channels, cfg.BC)
-    return dx, weight_backward(x, dp) if with_weight else None
 
 
 def weight_backward(x: Tensor, dp: Tensor) -> Tensor:

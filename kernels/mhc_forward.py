@@ -40,7 +40,8 @@ from mhcplan.kernels.triton_support import (
     sum_parts,
 )
 
-# Token counts and the like are not specialised on: a new batch shape must not compile anything.
+# Token counts and the like are not specialised on: a new batch shape must not compile anything (but
+# once coefficients and pre, where tuning.py has other tiles for few tokens).
 # A sum that is smaller is not divided by; reference.SINKHORN_TINY, as a constant of the kernels.
 _TINY = tl.constexpr(1e-30)
 
@@ -342,7 +343,7 @@ def coefficients_and_pre(
     """``(u, coefficients, projection)`` from the partial sums of :func:`project` (eq. 16-19)."""
     tokens, n, channels = x.shape
     m = num_coefficients(n)
-    cfg = tuning.config("pre", n, channels, x.dtype)
+    cfg = tuning.config("pre", n, channels, x.dtype, tokens)
     u, coefficients, projection = out or (
         x.new_empty((tokens, channels)),
         x.new_empty((tokens, m), dtype=torch.float32),

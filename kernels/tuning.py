@@ -130,13 +130,17 @@ _OTHER: dict[tuple[int, int], dict[str, Config]] = {
 }
 
 # Tuned: {(n, bytes an element): {kernel: {C: Config}}}.
-_TUNED: dict[tuple[int, int], dict[str, dict[int, Config]]] = {
-    # Four warps: dp of 16 tokens is 256 numbers of two bytes, and asynchronous copies take four.
+_ByWidth = dict[str, dict[int, Config]]
+_TUNED: dict[tuple[int, int], _ByWidth] = {
+    # Four warps at n = 2 and for HC: dp of 16 tokens (HC's: of a row) is 256 numbers of two bytes,
+    # and asynchronous copies take four.
     (2, 2): {
         "pre_backward": {2560: Config(BT=16, BC=64, warps=4, stages=4)},
         "pre_backward_input": {2560: Config(BT=16, BC=128, warps=4, stages=3)},
     },
     (4, 2): {
+        "hc_pre_backward": {2560: Config(BT=16, BC=128, warps=4, stages=3)},
+        "hc_pre_backward_input": {2560: Config(BT=16, BC=128, warps=4, stages=3)},
         "pre": {
             2560: Config(BT=2, BC=512, warps=4, stages=3, BS=64),
             4096: Config(BT=1, BC=1024, warps=4, stages=3, BS=64),
@@ -159,6 +163,19 @@ _TUNED: dict[tuple[int, int], dict[str, dict[int, Config]]] = {
     },
 }
 
+# Tuned for no more tokens than that, where other tiles win than for many: programs that work out
+# coefficients, of fewer tokens each, are then still enough to fill the chip.
+_FEW_TOKENS = 4096
+_TUNED_FOR_FEW: dict[tuple[int, int], _ByWidth] = {
+    (4, 2): {
+        "pre": {
+            2560: Config(BT=2, BC=512, warps=4, stages=3, BS=16),
+            4096: Config(BT=1, BC=1024, warps=4, stages=3, BS=64),
+        },
+    },
+    (8, 2): {"pre": {2560: Config(BT=4, BC=256, warps=4, BS=16)}},
+}
+
 KERNELS = tuple(_DEFAULT)
 _OVERRIDE: dict[str, Config] = {}
 
@@ -171,16 +188,22 @@ def override(kernel: str, chosen: Config | None) -> None:
         _OVERRIDE[kernel] = chosen
 
 
-def config(kernel: str, n: int, channels: int, dtype: torch.dtype) -> Config:
+def config(
+    kernel: str, n: int, channels: int, dtype: torch.dtype, tokens: int | None = None
+) -> Config:
     """Configuration of ``kernel`` for states of ``n`` rows, ``channels`` wide.
+
+    ``tokens``: given for kernels only whose tiles depend on how many there are.
 
     Raises:
         KeyError: there is no kernel of that name.
     """
     if kernel in _OVERRIDE:
         return _OVERRIDE[kernel]
-    default = _OTHER.get((n, dtype.itemsize), {}).get(kernel, _DEFAULT[kernel])
-    by_channels = _TUNED.get((n, dtype.itemsize), {}).get(kernel)
+    kind = n, dtype.itemsize
+    by_channels = _TUNED.get(kind, {}).get(kernel)
+    if tokens is not None and tokens <= _FEW_TOKENS:
+        by_channels = _TUNED_FOR_FEW.get(kind, {}).get(kernel, by_channels)
     if not by_channels:
-        return default
+        return _OTHER.get(kind, {}).get(kernel, _DEFAULT[kernel])
     return by_channels[min(by_channels, key=lambda c: (abs(c - channels), c))]

@@ -8,8 +8,19 @@ from contextlib import AbstractContextManager, contextmanager
 import pytest
 import torch
 
+from tests.support.compile_ahead import compile_ahead
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="session")
+def _compiled_ahead(request: pytest.FixtureRequest) -> None:
+    """Kernels of all GPU tests that will run."""
+    modules = {
+        item.module: None for item in request.session.items if isinstance(item, pytest.Function)
+    }
+    compile_ahead(job for module in modules for job in getattr(module, "COMPILE_AHEAD", ()))
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +32,7 @@ def sound_device(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.node.get_closest_marker("gpu") is None:
         yield
         return
+    request.getfixturevalue("_compiled_ahead")
     try:
         torch.cuda.synchronize()
     except RuntimeError:

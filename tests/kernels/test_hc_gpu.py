@@ -11,6 +11,7 @@ import torch
 
 from mhcplan.kernels import hc, mhc
 from mhcplan.kernels.layers import Env, make_case
+from tests.support.compile_ahead import run_site
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,33 +31,38 @@ cases = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(cases)
 
 
-@pytest.mark.parametrize(
-    ("tokens", "n", "channels", "dtype"),
-    [
-        (4096, 4, 2560, torch.bfloat16),
-        (333, 4, 1344, torch.bfloat16),  # 64 divides C, and no larger power of two
-        (300, 2, 1920, torch.bfloat16),
-        (300, 8, 1920, torch.bfloat16),
-        (64, 16, 640, torch.bfloat16),
-        (300, 4, 640, torch.float32),
-        (300, 8, 640, torch.float32),
-        (64, 16, 128, torch.float32),
-    ],
-)
+SITES = [
+    (64, 16, 640, torch.bfloat16),
+    (64, 16, 128, torch.float32),
+    (300, 8, 640, torch.float32),
+    (300, 8, 1920, torch.bfloat16),
+    (4096, 4, 2560, torch.bfloat16),
+    (333, 4, 1344, torch.bfloat16),  # 64 divides C, and no larger power of two
+    (300, 4, 640, torch.float32),
+    (300, 2, 1920, torch.bfloat16),
+]
+COMPILE_AHEAD = [(run_site, ("test_hc_kernels", *site[1:])) for site in SITES]
+
+
+@pytest.fixture(scope="module")
+def case() -> cases.Case:
+    """A site of the 27B model."""
+    return cases.Case(4096, 4, 2560, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("tokens", "n", "channels", "dtype"), SITES)
 def test_a_site(tokens: int, n: int, channels: int, dtype: torch.dtype) -> None:
     cases.Case(tokens, n, channels, dtype).check()
 
 
-def test_results_repeat_bit_by_bit() -> None:
-    case = cases.Case(4096, 4, 2560, torch.bfloat16)
+def test_results_repeat_bit_by_bit(case: cases.Case) -> None:
     first = case.run()
     for _ in range(3):
         again = case.run()
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-def test_recompute_equals_the_forward() -> None:
-    case = cases.Case(1024, 4, 2560, torch.bfloat16)
+def test_recompute_equals_the_forward(case: cases.Case) -> None:
     u, mix, _ = hc.hc_pre_forward(case.x, case.theta, case.bias, case.alpha)
     y = mhc.mhc_post_forward(case.x, case.f, mix)
     u_next, mix_next, _ = hc.hc_pre_forward(y, case.theta, case.bias, case.alpha)
@@ -66,8 +72,7 @@ def test_recompute_equals_the_forward() -> None:
     assert torch.equal(xs[0], y)
 
 
-def test_a_site_in_a_cuda_graph() -> None:
-    case = cases.Case(4096, 4, 2560, torch.bfloat16)
+def test_a_site_in_a_cuda_graph(case: cases.Case) -> None:
     want = case.run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

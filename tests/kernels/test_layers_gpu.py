@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mhcplan.kernels.layers import Env, make_case
+from tests.support.compile_ahead import run_op
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -41,6 +42,10 @@ SHAPES: dict[str, dict[str, int]] = {
 }  # fmt: skip
 CASES = [(kind, None) for kind in SHAPES if not kind.startswith("attention")]
 CASES += [(f"attention_{k}", b) for k in ("mla", "gqa") for b in ("cudnn", "flash")]
+COMPILE_AHEAD = [
+    (run_op, (kind, SHAPES[kind], {} if backend is None else {"backend": backend}))
+    for kind, backend in CASES
+]
 # bf16 operands and intermediate results, sums in fp32
 TOLERANCE = 1.5e-2
 
