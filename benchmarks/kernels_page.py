@@ -4,7 +4,7 @@
 
 Prints the tables, or writes them into the page between its marks. ``kernels_h100.json`` holds
 ``rows``, one run of ``benchmarks/kernels.py``; ``hc``, what it wrote with ``--residual hc``;
-``beside_peers``, a run with peers beside ours; ``elsewhere``, public peers measured side by side on
+``beside_peers``, runs with peers beside ours; ``elsewhere``, public peers measured side by side on
 another H100; and ``counters`` of Nsight Compute.
 """
 
@@ -151,8 +151,7 @@ def hyper_connections(run: dict[str, Any]) -> str:
 
 def peers(run: dict[str, Any]) -> str:
     """Public ways to run a site of 4096 tokens x 2560, each against the copy of its own run."""
-    beside, elsewhere = run["beside_peers"], run["elsewhere"]
-    at = shape(beside)
+    elsewhere, at = run["elsewhere"], (4096, 2560)
 
     def line(name: str, row: Row, copy: float, where: str) -> list[str]:
         def cell(elements: int, us: float | None) -> str:
@@ -165,7 +164,8 @@ def peers(run: dict[str, Any]) -> str:
         ]  # fmt: skip
 
     here = [
-        line(name, row, beside["copy_bytes_per_second"], "beside")
+        line(name, row, beside["copy_bytes_per_second"], f"beside {number}")
+        for number, beside in enumerate(run["beside_peers"], 1)
         for name, row in beside.items()
         if isinstance(row, dict)
     ]

@@ -3,8 +3,8 @@
 ``config`` looks a kernel up by its rows n and bytes an element, and takes the tuned entry for the
 nearest C if there is one. ``benchmarks/kernels_tune.py`` times candidates on the GPU at hand and
 prints the winners in the form of ``_TUNED``. The entries for n = 4 and 8 in bf16 were timed on an
-H100 SXM, and those of n = 2 in ``_TUNED``; others were chosen by what the compiler makes of them
-(no spills, shared memory that fits). In fp32 a product has 16 rows for each of its warps or is too
+H100 SXM, and what else is in ``_TUNED``; others were chosen by what the compiler makes of them (no
+spills, shared memory that fits). In fp32 a product has 16 rows for each of its warps or is too
 small for warpgroups: of one whose warps repeat rows, ptxas makes code that reads outside shared
 memory.
 """
