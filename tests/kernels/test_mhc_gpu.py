@@ -64,6 +64,7 @@ def test_peak_memory_is_no_more_than_the_leanest_public_kernels(case: cases.Case
     """203.4 MiB were TileKernels'; with it everything that forward and backward return."""
     parameters = (case.phi, case.bias, case.alpha)
     torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # a free block that is up to 1 MiB larger would be taken, and counted
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     u, mix, projection = mhc.mhc_pre_forward(case.x, *parameters)
