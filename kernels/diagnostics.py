@@ -133,17 +133,17 @@ class Recorder:
         """
         return self._states.buffer
 
-    @torch.no_grad()
     def state(self, index: int, x: Tensor) -> None:
         """Note the state ``[..., n, C]`` before site ``index``, or after the last one."""
         if self.listening:
-            self._states.note(index, self._sample(x))
+            with torch.no_grad():
+                self._states.note(index, self._sample(x))
 
-    @torch.no_grad()
     def gradient(self, index: int, dy: Tensor) -> None:
         """Note the gradient of the state that leaves site ``index``, ``[..., n, C]``."""
         if self.listening:
-            self._gradients.note(index, self._sample(dy))
+            with torch.no_grad():
+                self._gradients.note(index, self._sample(dy))
 
     def _sample(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, self.sites[0].expansion_rate, x.shape[-1])
