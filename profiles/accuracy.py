@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 Mode = Literal["issued", "captured"]
 Resource = Literal["memory", "matrix"]
 RESOURCES: tuple[Resource, ...] = ("memory", "matrix")
+ABLATION = "ablation"  # set of rows that try settings one by one: they judge those, not the model
 BLOCK = "block"  # anchor of whole blocks: what the resources' own scales leave over
 MHC, BASELINE = (
     "mhc",
@@ -321,6 +322,12 @@ def joined(measurements: Iterable[Measurement], claims: Iterable[Claim]) -> list
 def latest(claims: Iterable[Claim]) -> dict[str, Claim]:
     """The claim that counts for the next run of each row."""
     return {claim.row: claim for claim in claims}
+
+
+def newest(rows: Iterable[Row]) -> list[Row]:
+    """The newest measurement of each row. Where a row is run again, the model was mended: an older
+    error is no error of the model that there is."""
+    return list({row.claim.row: row for row in rows}.values())
 
 
 def read_lines(path: Path | Traversable, kind: type[SomeLine]) -> list[SomeLine]:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mhcplan.planner.report.schema import Intervals
-from mhcplan.profiles.accuracy import shipped_rows
+from mhcplan.profiles.accuracy import ABLATION, newest, shipped_rows
 from mhcplan.sim.longest_path import StepGraph
 from mhcplan.sim.memory import memory_report
 from mhcplan.sim.order import order_of
@@ -65,6 +65,13 @@ class ModelErrors:
     memory: tuple[float, ...] = ()
 
 
+def rows_that_judge(rows: Iterable[Row]) -> list[Row]:
+    """Rows whose errors are those of the model that there is: of each the newest measurement, as
+    older ones are of models that have been mended since, and none of the ablation, whose settings
+    hardly any plan has."""
+    return [row for row in newest(rows) if row.claim.set != ABLATION]
+
+
 def measured_errors(rows: Iterable[Row]) -> ModelErrors:
     """The model's error in runs that were predicted before they were measured.
 
@@ -88,7 +95,7 @@ def intervals(prediction: Prediction, errors: ModelErrors | None = None) -> Inte
 
     ``errors`` None takes those of the measured runs that come with mhcplan.
     """
-    errors = measured_errors(shipped_rows()) if errors is None else errors
+    errors = measured_errors(rows_that_judge(shipped_rows())) if errors is None else errors
     draws = np.random.default_rng(_SEED)
     common = _latin_hypercube(draws)
     answer = prediction.step.timeline.step_ns, prediction.baseline.timeline.step_ns

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
-from benchmarks.closed_loop_report import PAGE, joined, misordered, page_lines, why_not_blind
+from benchmarks.closed_loop_report import (
+    LIMITS,
+    PAGE,
+    bars,
+    joined,
+    misordered,
+    page_lines,
+    why_not_blind,
+)
 from mhcplan.planner.measured.claim import claim
 from mhcplan.planner.plan.spec import PlanSpec, make_plan
 from mhcplan.planner.predict import predict
+from mhcplan.planner.report.uncertainty import rows_that_judge
 from mhcplan.profiles.accuracy import (
     BASELINE,
     MHC,
@@ -20,6 +30,7 @@ from mhcplan.profiles.accuracy import (
     Row,
     Times,
     append_lines,
+    newest,
     read_lines,
     scaled,
     shipped_claims,
@@ -36,9 +47,12 @@ def plan_of(n: int = 4, **fields: object) -> PlanSpec:
     return make_plan({"model": "mhc-9b", "layout": {"pp": 2, "ep": 4}, "schedule": "1f1b"} | fields)
 
 
-def made(n: int = 4, row: str = "row", profile: Profile | None = None, **fields: object) -> Claim:
+def made(
+    n: int = 4, row: str = "row", profile: Profile | None = None, set_: str = "pp2",
+    **fields: object,
+) -> Claim:  # fmt: skip
     profile = (profile or synthetic_profile()).model_copy(update={"name": "made-up"})
-    return claim(plan_of(n, **fields), row, "pp2", profile)
+    return claim(plan_of(n, **fields), row, set_, profile)
 
 
 def measured(of: Claim, factor: float = 1.0, **fields: object) -> Measurement:
@@ -124,9 +138,59 @@ def test_the_page_has_every_row_and_every_claim() -> None:
     assert "| waits |" in page
 
 
+def test_the_newest_measurement_of_a_row_comes_first_and_alone_is_judged() -> None:
+    of = made(row="again")
+    old, new = Row(of, measured(of, 2.0)), Row(of, measured(of, 1.01))
+    assert newest([old, new]) == [new]
+    page = "\n".join(page_lines([of], [old, new]))
+    today, earlier = page.split("## Older measurements: 1\n")
+    assert (today.count("| again |"), earlier.count("| again |")) == (2, 1)  # also in its waits
+    assert "| step, worst error | 0.99 of 6 %: held |" in today
+    assert "-50.00 %" in earlier
+
+
+def test_limits_are_held_or_missed() -> None:
+    of, plain = made(row="mhc"), made(1, row="plain")
+    rows = [Row(of, measured(of, 1.1)), Row(plain, measured(plain))]
+    assert bars("pp2", rows) == [
+        "4.55 of 3 %: **missed**", "9.09 of 6 %: **missed**", "0.00 of 1 points: held",
+        "0.00 of 1 %: held", "50.00 of 3 %: **missed**", "1 of 1: held",
+    ]  # fmt: skip
+    assert bars("ep2", rows)[:2] == ["4.55 of 5 %: held", "9.09 %"]
+    assert "ablation" not in LIMITS
+
+
+def test_rows_of_an_ablation_are_compared_with_the_base_of_their_run() -> None:
+    claims = {name: made(row=name, set_="ablation") for name in ("base", "other")}
+    rows = [
+        Row(claims[name], measured(claims[name], factor, command=run))
+        for name, factor, run in (
+            ("base", 1.0, "first"), ("other", 1.2, "first"), ("base", 3.0, "second")
+        )
+    ]  # fmt: skip
+    assert "| other | +20.0 % | +0.0 % |" in "\n".join(page_lines(list(claims.values()), rows))
+
+
 def test_the_shipped_page_is_current() -> None:
     page = "\n".join(page_lines(shipped_claims(), shipped_rows()))
     assert PAGE.read_text(encoding="utf-8") == page, "python benchmarks/closed_loop_report.py"
+
+
+def test_the_readme_says_how_far_off_the_newest_rows_are() -> None:
+    """The profile alone: nobody has measured the machine that a reader has."""
+    rows = rows_that_judge(shipped_rows())
+    errors = [abs(row.step_error_percent(anchored=False)) for row in rows]
+    said = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"{len(rows)} training steps of a small model on two H100s" in said
+    assert f"off by {fmean(errors):.1f} % on average and {max(errors):.1f} % at worst" in said
+    for name, where in (("pp2", "in pipelines"), ("ep2", "where experts' traffic overlaps")):
+        points = [
+            abs(p)
+            for row in rows
+            if row.claim.set == name
+            and (p := row.overhead_error_points(anchored=False)) is not None
+        ]
+        assert f"up to {max(points):.1f} points {where}" in said.replace(" of the step", "")
 
 
 # -- files

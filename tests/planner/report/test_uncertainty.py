@@ -13,7 +13,14 @@ from mhcplan.planner.predict import Prediction, Step, predict
 from mhcplan.planner.report import uncertainty
 from mhcplan.planner.report.make import make_report
 from mhcplan.planner.report.text import certainty, remarks
-from mhcplan.planner.report.uncertainty import ModelErrors, intervals, measured_errors, step_ratios
+from mhcplan.planner.report.uncertainty import (
+    ModelErrors,
+    intervals,
+    measured_errors,
+    rows_that_judge,
+    step_ratios,
+)
+from mhcplan.profiles.accuracy import shipped_rows
 from tests.support.synthetic_profile import synthetic_profile
 
 PLAN = {"model": "mhc-3b", "layout": {"pp": 2}, "microbatches": 4}
@@ -166,3 +173,16 @@ def test_errors_of_measured_runs_correct_the_prediction() -> None:
     assert found.memory == pytest.approx((0.8, 1))
     assert found.overhead_points == (-2,)
     assert measured_errors([]) == ModelErrors()
+
+
+def test_only_the_newest_measurement_of_a_row_is_the_models_own_error() -> None:
+    """And no row that tries a setting which hardly any plan has."""
+    rows = shipped_rows()
+    judging = rows_that_judge(rows)
+    names = [row.claim.row for row in judging]
+    assert len(set(names)) == len(names) < len(rows)
+    for row in judging:
+        of_row = [each.measured.measured for each in rows if each.claim.row == row.claim.row]
+        assert row.measured.measured == max(of_row)
+    assert not any(name.startswith("ablation-") for name in names)
+    assert intervals(small()).num_measured_runs == len(judging)
