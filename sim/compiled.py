@@ -64,10 +64,9 @@ class _Room(NamedTuple):
     waited: Csr
     links: Csr
     members: Csr
-    stream: Array
+    kernel_end: Array
     stream_rank: Array
     stream_place: Array
-    size: Array
     host_sync: Array
     member: Array
     meeting: Array
@@ -95,9 +94,10 @@ def _room_of(program: Program) -> _Room:
     at = np.empty(program.num_ops, np.int64)
     at[by_stream.values] = np.arange(program.num_ops)
     in_kernel = (at - at[order.first])[members.values]
+    kernel_end = np.arange(program.num_ops) + size[by_stream.values]
     return _Room(
-        by_stream, order.waited, links, members, ints(program.stream), stream_rank,
-        stream_place, ints(size), ints(program.host_sync), member, ints(members.owners),
+        by_stream, order.waited, links, members, ints(kernel_end), stream_rank,
+        stream_place, ints(program.host_sync), member, ints(members.owners),
         stream_place[program.stream[members.values]] + in_kernel,
         ints(device.turns_of_transfers(program, order.meeting)), ints(place_stream),
         np.searchsorted(stream_rank[place_stream], np.arange(program.num_ranks + 1)),
@@ -111,12 +111,11 @@ def _step(program: Program, costs: CostTable, room: _Room, behind: Array) -> Ste
     return Step(
         stream_begin=ints(room.by_stream.offsets),
         by_stream=ints(room.by_stream.values),
+        kernel_end=room.kernel_end,
         stream_rank=room.stream_rank,
         stream_place=room.stream_place,
-        stream=room.stream,
         cost=ints(program.cost),
         host_sync=room.host_sync,
-        size=room.size,
         member=room.member,
         wait_begin=ints(room.waited.offsets),
         recorder=ints(room.waited.values),
@@ -184,6 +183,8 @@ def _loop(program: Program, room: _Room) -> Loop:
         next_watcher=next_watcher,
         begin_watcher=np.full(ops, NOBODY),
         sleeper=sleeper,
+        host_due=np.full(ranks, FAR),
+        host_waits=np.full(ranks, NOBODY),
         issued=ints(program.rank_offsets[:-1].copy()),
         absent=np.diff(room.members.offsets),
         running=running,

@@ -7,8 +7,8 @@ that wait for the same op, or for the same host, form a linked list.
 
 Every op that may run at the same time as others has a *place*: one a stream, or one an op of the
 stream's largest batch. What changes while an op runs is kept there: of tens of thousands of ops
-some dozens have a place at a time, and these stay in the processor's nearest memory. Places of a
-rank lie next to each other, so what is due next on it is found faster than by a queue.
+some dozens have a place at a time, and these stay in the processor's nearest memory. Of the ops on
+a rank two or three run at a time, so what is due next on it is found faster than by a queue.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Step(NamedTuple):
 
     Attributes:
         by_stream: ops of stream s are ``by_stream[stream_begin[s] : stream_begin[s + 1]]``.
+        kernel_end: of a place in by_stream where a kernel begins, the one behind its last op.
         stream_rank, stream_place: of a stream, its rank and the first of its places.
-        stream, cost, host_sync: of an op.
-        size: of an op that opens a kernel, how many ops the kernel has.
+        cost, host_sync: of an op.
         member: of an op, its number among the members of all transfers, or -1.
         wait_begin, recorder: of an op, the ops whose end it waits for; a negative number for an
             event that nobody records.
@@ -47,12 +47,11 @@ class Step(NamedTuple):
 
     stream_begin: Ints
     by_stream: Ints
+    kernel_end: Ints
     stream_rank: Ints
     stream_place: Ints
-    stream: Ints
     cost: Ints
     host_sync: Ints
-    size: Ints
     member: Ints
     wait_begin: Ints
     recorder: Ints
@@ -102,12 +101,11 @@ class Loop(NamedTuple):
     """What changes while the step is played.
 
     Attributes:
-        op: that has a place; -1: nobody, and if the place is due, its stream's next kernel will
-            have been issued then.
+        op: that has a place, or -1.
         given_rate, watched: of the op at a place, by its rank's device: its rate, and when the rank
             is to be looked at again.
-        due, rank_due: when what is at a place, or anything on a rank, is due next; stale: ranks of
-            which that is to be worked out anew.
+        due, rank_due: when what runs at a place, or anything on a rank, is due next; stale: ranks
+            of which that is to be worked out anew.
         place_rank, place_stream: rank and stream of a place.
         cursor: how many ops of a stream are behind it; wait_op, wait_at: how far it has checked
             what its next kernel waits for.
@@ -115,8 +113,9 @@ class Loop(NamedTuple):
             and how many of them have not ended.
         watcher, next_watcher: first stream that waits for an op to end, and the one after a stream.
         begin_watcher: first stream that waits for an op to begin.
-        sleeper: first stream that waits for a rank's host.
-        issued: the next op that a rank's host issues.
+        sleeper, host_due: first stream that waits for a rank's host, and when the first of these
+            may go on; FAR where the host waits itself.
+        issued, host_waits: the next op that a rank's host issues, and the one that it waits for.
         absent: members of a transfer that have not reached it.
         running, given, watch: see :func:`device.share_device`, :func:`device_sms.share_gpu`; those
             of a rank begin at rank_places; moved: places whose rate or next watch has changed.
@@ -141,7 +140,9 @@ class Loop(NamedTuple):
     next_watcher: Ints
     begin_watcher: Ints
     sleeper: Ints
+    host_due: Ints
     issued: Ints
+    host_waits: Ints
     absent: Ints
     running: Ints
     rank_places: Ints
@@ -196,9 +197,7 @@ def _goes_on_now(loop: Loop) -> bool:
 
 
 @usable_in_compiled
-def _set_due(loop: Loop, place: int, at: int) -> None:
-    rank = loop.place_rank[place]
-    loop.due[place] = at
+def _mark_stale(loop: Loop, rank: int) -> None:
     if loop.rank_due[rank] != NEVER:
         loop.rank_due[rank] = NEVER
         loop.stale[loop.counts[_NUM_STALE]] = rank
@@ -209,14 +208,15 @@ def _set_due(loop: Loop, place: int, at: int) -> None:
 def _next_due(loop: Loop) -> int:
     """The next instant at which anything is due."""
     for i in range(loop.counts[_NUM_STALE]):
-        rank, least = loop.stale[i], FAR
-        for place in range(loop.rank_places[rank], loop.rank_places[rank + 1]):
-            least = min(least, loop.due[place])
+        rank = loop.stale[i]
+        least, begin = loop.host_due[rank], loop.rank_places[rank]
+        for at in range(begin, begin + loop.num_running[rank]):
+            least = min(least, loop.due[loop.running[at]])
         loop.rank_due[rank] = least
     loop.counts[_NUM_STALE] = 0
     least = FAR
-    for at in loop.rank_due:
-        least = min(least, at)
+    for due in loop.rank_due:
+        least = min(least, due)
     return least
 
 
@@ -224,11 +224,17 @@ def _next_due(loop: Loop) -> int:
 def _complete(step: Step, loop: Loop, times: Times, physics: Physics, now: int) -> None:
     """All that is due now."""
     for rank in range(len(loop.rank_due)):
-        if loop.rank_due[rank] == now:
-            for place in range(loop.rank_places[rank], loop.rank_places[rank + 1]):
-                if loop.due[place] == now:
-                    _set_due(loop, place, FAR)
-                    _complete_one(step, loop, times, physics, place, now)
+        if loop.rank_due[rank] != now:
+            continue
+        _mark_stale(loop, rank)
+        if loop.host_due[rank] == now:
+            _wake_sleepers(loop, rank)
+        begin = loop.rank_places[rank]
+        at = begin + loop.num_running[rank]
+        while at > begin:  # from the last on: where one is taken off, the last one is put
+            at -= 1
+            if loop.due[loop.running[at]] == now:
+                _complete_one(step, loop, times, physics, loop.running[at], rank, now)
 
 
 # -- hosts and streams
@@ -238,13 +244,22 @@ def _complete(step: Step, loop: Loop, times: Times, physics: Physics, now: int) 
 def _issue(step: Step, loop: Loop, times: Times, rank: int, now: int) -> None:
     """The host issues ops up to the next one that it waits for."""
     op, at = loop.issued[rank], now
+    loop.host_waits[rank] = NOBODY
     while op < step.rank_begin[rank + 1]:
         at += step.host_ns[step.cost[op]]
         times.issue_ns[op] = at
         op += 1
         if step.host_sync[op - 1]:
+            loop.host_waits[rank] = op - 1
             break
     loop.issued[rank] = op
+    _wake_sleepers(loop, rank)
+
+
+@usable_in_compiled
+def _wake_sleepers(loop: Loop, rank: int) -> None:
+    """The host has gone on: let all look that wait for it."""
+    loop.host_due[rank] = FAR
     stream, loop.sleeper[rank] = loop.sleeper[rank], NOBODY
     while stream != NOBODY:
         _wake(loop, stream)
@@ -262,8 +277,7 @@ def _advance(step: Step, loop: Loop, times: Times, physics: Physics, stream: int
     """Let a stream go on until it has to wait."""
     while loop.cursor[stream] < step.stream_begin[stream + 1]:
         begin = loop.cursor[stream]
-        first = step.by_stream[begin]
-        end = begin + step.size[first]
+        first, end = step.by_stream[begin], step.kernel_end[begin]
         if _must_wait(step, loop, times, stream, first, end, now):
             return
         loop.cursor[stream] = loop.wait_op[stream] = end
@@ -277,7 +291,7 @@ def _advance(step: Step, loop: Loop, times: Times, physics: Physics, stream: int
             _put_on_rank(loop, place, step.stream_rank[stream])
             return
         _begin(loop, times, first, now)
-        _finish(step, loop, times, first, now)
+        _finish(step, loop, times, first, step.stream_rank[stream], now)
 
 
 @usable_in_compiled
@@ -286,12 +300,12 @@ def _must_wait(
 ) -> bool:
     """Whether a stream's next kernel cannot start; sees to it that the stream is woken."""
     issue = times.issue_ns[step.by_stream[end - 1]]
-    if issue == NEVER:
+    if issue == NEVER or issue > now:
         rank = step.stream_rank[stream]
         loop.next_watcher[stream], loop.sleeper[rank] = loop.sleeper[rank], stream
-        return True
-    if issue > now:
-        _set_due(loop, step.stream_place[stream], issue)
+        if issue > now:
+            loop.host_due[rank] = min(loop.host_due[rank], issue)
+            _mark_stale(loop, rank)
         return True
     while loop.wait_op[stream] < end:
         op = step.by_stream[loop.wait_op[stream]]
@@ -320,6 +334,7 @@ def _take_place(step: Step, loop: Loop, physics: Physics, place: int, op: int) -
     traits, gpu, state = physics.traits, physics.gpu, physics.state
     loop.op[place] = op
     loop.given_rate[place], loop.watched[place] = device_sms.NOT_PLACED, FAR
+    loop.due[place] = FAR
     traits.number[place], traits.is_transfer[place] = op, 0
     gpu.cost[place], gpu.ctas[place] = step.cost[op], -1
     state.work[place] = step.work[step.cost[op]]
@@ -336,22 +351,25 @@ def _begin(loop: Loop, times: Times, op: int, now: int) -> None:
 
 @usable_in_compiled
 def _wake_behind(loop: Loop, op: int) -> None:
-    stream, loop.begin_watcher[op] = loop.begin_watcher[op], NOBODY
+    stream = loop.begin_watcher[op]
+    if stream == NOBODY:
+        return
+    loop.begin_watcher[op] = NOBODY
     while stream != NOBODY:
         _wake(loop, stream)
         stream = loop.next_watcher[stream]
 
 
 @usable_in_compiled
-def _finish(step: Step, loop: Loop, times: Times, op: int, now: int) -> None:
+def _finish(step: Step, loop: Loop, times: Times, op: int, rank: int, now: int) -> None:
     """An op ends: what waits for it goes on."""
     times.end_ns[op] = now
     stream = loop.watcher[op]
     while stream != NOBODY:
         _wake(loop, stream)
         stream = loop.next_watcher[stream]
-    if step.host_sync[op]:
-        _issue(step, loop, times, step.stream_rank[step.stream[op]], now)
+    if op == loop.host_waits[rank]:
+        _issue(step, loop, times, rank, now)
 
 
 # -- completions
@@ -359,22 +377,20 @@ def _finish(step: Step, loop: Loop, times: Times, op: int, now: int) -> None:
 
 @usable_in_compiled
 def _complete_one(
-    step: Step, loop: Loop, times: Times, physics: Physics, place: int, now: int
+    step: Step, loop: Loop, times: Times, physics: Physics, place: int, rank: int, now: int
 ) -> None:
     """Whatever is due at a place."""
-    op, stream, state = loop.op[place], loop.place_stream[place], physics.state
-    if op < 0:
-        _wake(loop, stream)
-    elif step.member[op] >= 0:
+    op, state = loop.op[place], physics.state
+    if physics.traits.is_transfer[place]:
         _end_transfer(step, loop, times, step.meeting[step.member[op]], now)
     elif device.work_left(state.work[place], state.rate[place], now - state.rated_at[place]):
-        loop.watched[place] = NEVER
-        _mark_changed(loop, step.stream_rank[stream])
+        loop.due[place], loop.watched[place] = FAR, NEVER
+        _mark_changed(loop, rank)
     else:
         loop.op[place] = NOBODY
-        _take_off_rank(loop, place, step.stream_rank[stream])
-        _finish(step, loop, times, op, now)
-        _wake(loop, stream)
+        _take_off_rank(loop, place, rank)
+        _finish(step, loop, times, op, rank, now)
+        _wake(loop, loop.place_stream[place])
 
 
 @usable_in_compiled
@@ -388,21 +404,21 @@ def _end_transfer(step: Step, loop: Loop, times: Times, meeting: int, now: int) 
             _add_candidate(loop, waiting)
             waiting = loop.next_on_link[waiting]
     for i in range(step.member_begin[meeting], step.member_begin[meeting + 1]):
-        op, place = step.member_op[i], step.member_place[i]
-        stream = step.stream[op]
-        _take_off_rank(loop, place, step.stream_rank[stream])
+        place = step.member_place[i]
+        stream, rank = loop.place_stream[place], loop.place_rank[place]
+        _take_off_rank(loop, place, rank)
         loop.op[place] = NOBODY
-        times.release_ns[op] = now
+        times.release_ns[step.member_op[i]] = now
         loop.under_way[stream] -= 1
         if not loop.under_way[stream]:  # a batch ends with its last transfer
-            _end_kernel(step, loop, times, stream, now)
+            _end_kernel(step, loop, times, stream, rank, now)
 
 
 @usable_in_compiled
-def _end_kernel(step: Step, loop: Loop, times: Times, stream: int, now: int) -> None:
+def _end_kernel(step: Step, loop: Loop, times: Times, stream: int, rank: int, now: int) -> None:
     """All ops of the kernel that a stream has come to end."""
     for i in range(loop.kernel[stream], loop.cursor[stream]):
-        _finish(step, loop, times, step.by_stream[i], now)
+        _finish(step, loop, times, step.by_stream[i], rank, now)
     _wake(loop, stream)
 
 
@@ -486,7 +502,7 @@ def _try_to_start_transfer(
     for i in range(step.member_begin[meeting], step.member_begin[meeting + 1]):
         op, place = step.member_op[i], step.member_place[i]
         times.start_ns[op] = physics.state.start_ns[place] = now
-        _put_on_rank(loop, place, step.stream_rank[step.stream[op]])
+        _put_on_rank(loop, place, loop.place_rank[place])
 
 
 @usable_in_compiled
@@ -544,14 +560,14 @@ def _share(loop: Loop, times: Times, physics: Physics, rank: int, now: int) -> N
 def _go_on(step: Step, loop: Loop, times: Times, physics: Physics, place: int, now: int) -> None:
     """Go on at the rate that the device gives now: to a transfer, the least of its ranks'."""
     rate, op = loop.given_rate[place], loop.op[place]
-    member, begun = step.member[op], physics.state.start_ns[place] != NEVER
-    if member < 0:
+    begun = physics.state.start_ns[place] != NEVER
+    if not physics.traits.is_transfer[place]:
         if rate and not begun:
             physics.state.start_ns[place] = now
             _begin(loop, times, op, now)
         _set_rate(loop, physics, place, rate, now)
         return
-    meeting = step.meeting[member]
+    meeting = step.meeting[step.member[op]]
     for i in range(step.member_begin[meeting], step.member_begin[meeting + 1]):
         if loop.op[step.member_place[i]] != step.member_op[i]:
             return  # it is not there yet
@@ -571,9 +587,9 @@ def _start_transfer(
 ) -> None:
     """All members have SMs: it moves bytes from now on, which their ranks will feel."""
     for i in range(step.member_begin[meeting], step.member_begin[meeting + 1]):
-        op = step.member_op[i]
-        times.start_ns[op] = physics.state.start_ns[step.member_place[i]] = now
-        _mark_changed(loop, step.stream_rank[step.stream[op]])
+        place = step.member_place[i]
+        times.start_ns[step.member_op[i]] = physics.state.start_ns[place] = now
+        _mark_changed(loop, loop.place_rank[place])
 
 
 @usable_in_compiled
@@ -588,4 +604,5 @@ def _set_rate(loop: Loop, physics: Physics, place: int, rate: int, now: int) -> 
     if rate:
         due = state.rated_at[place] + device.time_to_finish_ns(state.work[place], rate)
         due = min(due, loop.watched[place])
-    _set_due(loop, place, due)
+    loop.due[place] = due
+    _mark_stale(loop, loop.place_rank[place])

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from functools import cache, lru_cache, partial
-from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -15,7 +14,7 @@ from mhcplan.sim.jit import ints
 from mhcplan.sim.order import order_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     Array = NDArray[np.int64]
 
 _NUM_COLUMNS = 15  # of a kernel: ``end`` .. ``drain_ns`` of Gpu
+_SCALED = [0, 1, 2, 14]  # of these ``end``, ``life``, ``tail`` and ``drain_ns``
 
 
 def gpu_of(program: Program, costs: CostTable) -> Gpu:
@@ -49,40 +49,46 @@ def tables_of(costs: CostTable) -> tuple[Array, ...]:
     if loads is None:
         return tuple(ints([]) for _ in Gpu._fields[Gpu._fields.index("begin") :])
     p, limit = loads.parameters, loads.compute_sms
-    durations: list[int] = costs.duration_ns.tolist()
     # ranks that differ in their clock only have keys with the same kernels: look at each once
-    first: dict[int, tuple[int, int, int]] = {}
-    for kernels in loads.kernels:
-        if id(kernels) not in first:
-            first[id(kernels)] = (*_beside(kernels, p), _memory(kernels, p))
-    beside = np.array([first[id(kernels)] for kernels in loads.kernels], np.int64).reshape(-1, 3)
-    known: dict[tuple[int, int], list[tuple[int, ...]]] = {}
-    rows: list[list[tuple[int, ...]]] = []
-    for kernels, duration in zip(loads.kernels, durations, strict=True):
-        found = known.get((id(kernels), duration))
-        if found is None:
-            found = known[id(kernels), duration] = _rows(kernels, duration, p, limit)
-        rows.append(found)
-    columns = np.fromiter(
-        chain.from_iterable(chain.from_iterable(rows)), np.int64
-    ).reshape(-1, _NUM_COLUMNS).T  # fmt: skip
-    counts = [len(of_key) for of_key in rows]
-    begin = ints(np.cumsum([0, *counts]))
-    first_begin: dict[int, int] = {}
-    for kernels, at in zip(loads.kernels, begin.tolist(), strict=False):
-        first_begin.setdefault(id(kernels), at)
-    first_begins = [first_begin[id(kernels)] for kernels in loads.kernels]
-    earlier = begin[:-1] - np.array(first_begins, np.int64)
-    like = np.arange(len(columns[0])) - np.repeat(earlier, counts)
+    number: dict[int, int] = {}
+    likeness = np.array([number.setdefault(id(k), len(number)) for k in loads.kernels], np.int64)
+    first_key = np.unique(likeness, return_index=True)[1]
+    demands = [_demand(kernels, p, limit) for kernels in {id(k): k for k in loads.kernels}.values()]
+    counts = np.array([len(demand.rows) for demand in demands], np.int64)
+    begin = _offsets(counts[likeness])
+    # from every row to the first key's, and to its place among the demands' rows
+    to_like = begin[:-1] - begin[first_key][likeness]
+    to_demand = begin[:-1] - _offsets(counts)[:-1][likeness]
+    numbers = np.arange(int(begin[-1]))
+    durations = np.repeat(costs.duration_ns, counts[likeness])
+    columns = _columns(demands, numbers - np.repeat(to_demand, counts[likeness]), durations)
+    beside = np.array([demand.beside for demand in demands], np.int64).reshape(-1, 3)[likeness]
     machine = [
         p.num_sms, min(limit or p.num_sms, p.num_sms), _share(p.compute_delay),
         _share(p.crowding), _share(p.least_life), _share(p.together),
     ]  # fmt: skip
     tables = (
-        begin, like, *columns, beside[:, 0], beside[:, 1],
-        *_transfer_keys(loads.traffic, durations), beside[:, 2], np.array(machine, np.int64),
+        begin, numbers - np.repeat(to_like, counts[likeness]), *columns, beside[:, 0], beside[:, 1],
+        *_transfer_keys(loads.traffic, costs.duration_ns), beside[:, 2],
+        np.array(machine, np.int64),
     )  # fmt: skip
     return tuple(map(ints, tables))
+
+
+def _offsets(counts: Array) -> Array:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+
+
+def _columns(demands: Sequence[_Demand], rows: Array, durations_ns: Array) -> Array:
+    """Columns ``end`` .. ``drain_ns`` of :class:`Gpu`, a kernel's op taking ``durations_ns``."""
+    if not demands:
+        return np.zeros((_NUM_COLUMNS, 0), np.int64)
+    columns = np.concatenate([demand.rows for demand in demands]).T[:, rows]
+    shares = np.concatenate([demand.shares for demand in demands]).T[:, rows]
+    scaled = np.rint(shares * durations_ns).astype(np.int64)
+    scaled[0] *= FULL_RATE  # kernels end at whole nanoseconds
+    columns[_SCALED] = np.maximum(columns[_SCALED], scaled)
+    return columns
 
 
 def queued_behind(program: Program, costs: CostTable) -> Array:
@@ -122,36 +128,51 @@ def _share(value: float) -> int:
     return round(value * SHARE)
 
 
-@lru_cache(maxsize=4096)
-def _rows(
-    kernels: tuple[Kernel, ...], duration_ns: int, p: Parameters, limit: int | None
-) -> list[tuple[int, ...]]:
-    """Columns ``end`` .. ``drain_ns`` of :class:`Gpu` for the kernels of one op.
+class _Demand(NamedTuple):
+    """What the kernels of an op ask of a GPU, however long the op takes.
 
     They are stretched to fill the op's duration: gaps between kernels belong to the kernels.
+
+    Attributes:
+        rows: by kernel, columns ``end`` .. ``drain_ns`` of :class:`Gpu`; those that grow with the
+            duration, :data:`_SCALED`, hold the least that they can be.
+        shares: by kernel, what these grow by with every nanosecond of the op.
+        beside: columns ``delay``, ``squeeze`` and ``memory``.
     """
+
+    rows: Array
+    shares: NDArray[np.float64]
+    beside: tuple[int, int, int]
+
+
+@lru_cache(maxsize=4096)
+def _demand(kernels: tuple[Kernel, ...], p: Parameters, limit: int | None) -> _Demand:
+    beside = (*_beside(kernels, p), _memory(kernels, p))
     if not kernels:
-        return [
-            (duration_ns * FULL_RATE, 1, 0, 0, p.num_sms, 0, 1, 1, SHARE, SHARE, SHARE, 0, 0, 1, 0)
-        ]
-    stretch = duration_ns / sum(kernel.duration_ns for kernel in kernels)
+        row = (0, 1, 0, 0, p.num_sms, 0, 1, 1, SHARE, SHARE, SHARE, 0, 0, 1, 0)
+        return _Demand(np.array([row]), np.array([[1.0, 0.0, 0.0, 0.0]]), beside)
+    sms = min(limit or p.num_sms, p.num_sms)
+    ends = np.cumsum([kernel.duration_ns for kernel in kernels], dtype=np.float64)
     rows: list[tuple[int, ...]] = []
-    done = 0.0
-    for i, kernel in enumerate(kernels):
-        done += kernel.duration_ns * stretch
-        end = duration_ns if i == len(kernels) - 1 else min(round(done), duration_ns)
-        row = _row(kernel, kernel.duration_ns * stretch, p, min(limit or p.num_sms, p.num_sms))
-        rows.append((end * FULL_RATE, *row))
-    return rows
+    shares: list[tuple[float, ...]] = []
+    for kernel, end in zip(kernels, (ends / ends[-1]).tolist(), strict=True):
+        row, grows = _row(kernel, kernel.duration_ns / float(ends[-1]), p, sms)
+        rows.append((0, *row))
+        shares.append((end, *grows))
+    return _Demand(np.array(rows, np.int64), np.array(shares), beside)
 
 
-def _row(kernel: Kernel, duration_ns: float, p: Parameters, sms: int) -> tuple[int, ...]:
-    """Columns ``life`` .. ``drain_ns`` of a kernel that runs on ``sms`` SMs."""
-    share = hbm_share(kernel, p)
+def _row(
+    kernel: Kernel, share: float, p: Parameters, sms: int
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Columns ``life`` .. ``drain_ns`` of a kernel that runs on ``sms`` SMs for a share of its op's
+    duration: what they are at least, and what ``life``, ``tail`` and ``drain_ns`` grow by."""
+    memory = hbm_share(kernel, p)
     bound = _share(_bound(kernel, p))
-    work = duration_ns * FULL_RATE
+    work = share * FULL_RATE
     if not kernel.ctas:
-        return (1, 0, 0, sms, 0, 1, 1, SHARE, SHARE, SHARE, 0, bound, 1, 0)
+        row = (1, 0, 0, sms, 0, 1, 1, SHARE, SHARE, SHARE, 0, bound, 1, 0)
+        return row, (0.0, 0.0, 0.0)
     count, fit = units(kernel), kernel.ctas_per_sm
     usual = min(fit, -(-kernel.ctas // p.num_sms))
     is_fluid = not kernel.dealt and not kernel.pieces  # pieces of unknown number
@@ -160,18 +181,18 @@ def _row(kernel: Kernel, duration_ns: float, p: Parameters, sms: int) -> tuple[i
         fluid = SHARE - _share(kernel.tail_share / 2)
     waves = -(-count // (usual * sms))
     # a CTA that finds an SM when all others have ended waits for memory no more
-    lone = max(SHARE - _share(share), 1)
+    lone = max(SHARE - _share(memory), 1)
     wave = work / waves
     tail, idle = _tail(kernel, usual, sms, wave, work, p)
     stays = kernel.persistent or waves == 1
-    loose = not stays and (kernel.tail_share > 0 or share > p.bound_from)
+    loose = not stays and (kernel.tail_share > 0 or memory > p.bound_from)
     drain = 0.0 if stays or usual == 1 else p.drain_lives * wave / FULL_RATE
-    return (
-        0 if stays else max(round(wave), 1), round(tail), idle,
+    row = (
+        0 if stays else 1, 0, idle,
         min(sms, -(-min(kernel.ctas, count) // usual)), 0 if is_fluid else count, usual, fit,
-        waves_of(count, usual * p.num_sms, lone), fluid, lone, _own(kernel), bound, int(loose),
-        round(drain),
+        waves_of(count, usual * p.num_sms, lone), fluid, lone, _own(kernel), bound, int(loose), 0,
     )  # fmt: skip
+    return row, (0.0 if stays else wave, tail, drain)
 
 
 def _own(kernel: Kernel) -> int:
@@ -186,7 +207,6 @@ def _bound(kernel: Kernel, p: Parameters) -> float:
     return min(max(1.5 * (share - p.bound_from) / (1 - p.bound_from), 0.0), 1.0)
 
 
-@lru_cache(maxsize=4096)
 def _memory(kernels: tuple[Kernel, ...], p: Parameters) -> int:
     """Column ``memory``: the mean over an op's time."""
     total = sum(kernel.duration_ns for kernel in kernels)
@@ -207,7 +227,6 @@ def _tail(
     return wave, p.num_sms - min(sms, -(-last // usual))
 
 
-@lru_cache(maxsize=4096)
 def _beside(kernels: tuple[Kernel, ...], p: Parameters) -> tuple[int, int]:
     """Columns ``delay`` and ``squeeze``: harmonic means, as transfers pass beside all kernels."""
     if not kernels:
@@ -229,33 +248,48 @@ def transfer_columns(program: Program, costs: CostTable, ops: Array) -> tuple[Ar
         return tuple(ints([]) for _ in range(4))
     ctas, sent, received = np.full((3, len(loads.traffic)), -1, np.int64)
     rate = SHARE / loads.parameters.hbm_bytes_per_ns
-    for key, (traffic, duration) in enumerate(zip(loads.traffic, costs.duration_ns, strict=True)):
+    for key, traffic in enumerate(loads.traffic):
         if traffic is not None:
-            per_ns = rate / max(int(duration), 1)
+            per_ns = rate / max(int(costs.duration_ns[key]), 1)
             ctas[key] = traffic.ctas
             sent[key] = min(round(traffic.sent_hbm_bytes * per_ns), SHARE)
             received[key] = min(round(traffic.received_hbm_bytes * per_ns), SHARE)
-    cost, is_send, collective = program.cost[ops], program.is_send[ops], program.peer[ops] < 0
-    first = order_of(program).first[ops]
-    batch = np.bincount(first, minlength=1)[first]
-    media = {medium: i for i, medium in enumerate(dict.fromkeys(g.medium for g in program.groups))}
-    medium = np.array([media[group.medium] for group in program.groups], np.int64)
-    medium = medium[program.group[ops]]
+    cost, call = program.cost[ops], program.shared(_calls_of)
     columns = (
-        -(-np.maximum(ctas[cost], 0) // batch),
-        np.where(is_send, sent[cost], received[cost]),
-        np.where(is_send | collective, medium, -1),
-        np.where(~is_send | collective, medium, -1),
-    )
+        -(-np.maximum(ctas[cost], 0) // call.batch[ops]),
+        np.where(program.is_send[ops], sent[cost], received[cost]),
+        call.out_link[ops], call.in_link[ops],
+    )  # fmt: skip
     return tuple(map(ints, columns))
 
 
-def _transfer_keys(traffic: tuple[Traffic | None, ...], durations: list[int]) -> tuple[Array, ...]:
+class _Calls(NamedTuple):
+    """Of every op, whatever it costs: how many ops its batch has, and a transfer's links."""
+
+    batch: Array
+    out_link: Array
+    in_link: Array
+
+
+def _calls_of(program: Program) -> _Calls:
+    first = order_of(program).first
+    media = {medium: i for i, medium in enumerate(dict.fromkeys(g.medium for g in program.groups))}
+    of_group = np.array([*(media[group.medium] for group in program.groups), -1], np.int64)
+    medium, collective = of_group[program.group], program.peer < 0
+    return _Calls(
+        np.bincount(first, minlength=1)[first],
+        np.where(program.is_send | collective, medium, -1),
+        np.where(~program.is_send | collective, medium, -1),
+    )
+
+
+def _transfer_keys(traffic: tuple[Traffic | None, ...], durations_ns: Array) -> Array:
     """Columns ``alone`` .. ``link`` of :class:`Gpu`."""
     columns = np.zeros((4, len(traffic)), np.int64)
-    for key, (one, alone) in enumerate(zip(traffic, durations, strict=True)):
-        if one is not None:
-            fixed = min(one.fixed_ns, alone)
-            chain = min(one.chain_ns, alone - fixed)
-            columns[:, key] = alone, fixed, chain, _share(one.link_share)
-    return tuple(columns)
+    keys = [key for key, one in enumerate(traffic) if one is not None]
+    known = [(one.fixed_ns, one.chain_ns, _share(one.link_share)) for one in traffic if one]
+    fixed, chain, link = np.array(known, np.int64).reshape(-1, 3).T
+    alone = durations_ns[keys]
+    fixed = np.minimum(fixed, alone)
+    columns[:, keys] = alone, fixed, np.minimum(chain, alone - fixed), link
+    return columns
