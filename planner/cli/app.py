@@ -8,6 +8,7 @@ bad input is a bug and keeps its traceback.
 
 from __future__ import annotations
 
+import atexit
 import errno
 import gc
 import os
@@ -169,8 +170,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code: 0 done, 1 nothing feasible, 2 bad input."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     # imports and plans make many small objects and no cycles: looking for those took a tenth of
-    # the first answer's time
+    # the first answer's time, and a last look at what the process leaves behind as much again
     gc.set_threshold(200_000, 20, 20)
+    atexit.register(gc.freeze)
     try:
         code = _run(arguments)
         sys.stdout.flush()

@@ -318,6 +318,11 @@ def test_version_loads_nothing() -> None:
     assert not {"cyclopts", "numpy", "pydantic", "rich", "plotly", "torch"} & set(loaded)
 
 
+def test_process_that_ends_is_not_searched_for_cycles() -> None:
+    code = "import atexit, gc; atexit.register(lambda: print(len(gc.get_objects())))"
+    assert int(spawn(code, "--version").stdout.split()[-1]) < 1000  # all others are frozen
+
+
 def test_predict_runs_where_torch_and_triton_are_not_installed(profile: str) -> None:
     code = "sys.modules['torch'] = sys.modules['triton'] = None"
     done = spawn(code, "predict", *SMALL, "--profile", profile, "--json")
