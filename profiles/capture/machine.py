@@ -61,11 +61,20 @@ def unlike(hardware: HardwareSpec, name: str, num_sms: int, memory_bytes: int) -
     )
 
 
+def smi_command(fields: str) -> list[str]:
+    """The nvidia-smi command that asks for ``fields`` of torch's first device.
+
+    By its UUID: CUDA_VISIBLE_DEVICES numbers devices anew, nvidia-smi does not heed it.
+    """
+    uuid = torch.cuda.get_device_properties(0).uuid
+    return ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits",
+            "-i", f"GPU-{uuid}"]  # fmt: skip
+
+
 def _query(fields: str, load: GpuTimer | None) -> list[str]:
-    """nvidia-smi's answer for the first device, asked under load; nothing where it is missing."""
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits", "-i", "0"]
+    """nvidia-smi's answer, asked under load; nothing where it is missing."""
     try:
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(smi_command(fields), stdout=subprocess.PIPE, text=True) as process:
             while load is not None and process.poll() is None:
                 load.heat(0.05)
             found = process.communicate(timeout=20)[0]

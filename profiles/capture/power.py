@@ -57,8 +57,7 @@ Reading = tuple[float, ...]  # of _FIELDS
 @contextmanager
 def metered() -> Iterator[list[Reading]]:
     """Read power and clock meanwhile; the list is filled at the end, in order."""
-    command = ["nvidia-smi", f"--query-gpu={_FIELDS}", "--format=csv,noheader,nounits",
-               "-i", "0", "-lms", str(_PERIOD_MS)]  # fmt: skip
+    command = [*machine.smi_command(_FIELDS), "-lms", str(_PERIOD_MS)]
     found: list[Reading] = []
     with tempfile.TemporaryFile("w+") as file:
         process = subprocess.Popen(command, stdout=file, text=True)
@@ -143,7 +142,7 @@ def measure_power_part(log: Path, device_type: str, budget_seconds: float) -> No
     if device_type != "cuda":
         raise ValueError(f"device={device_type}: the part power needs a CUDA device")
     device = torch.device("cuda")
-    stamp = {"device": machine.device_name(device), "limit_watts": _limit_watts()}
+    stamp = {"device": machine.device_name(device), "limit_watts": limit_watts()}
     done = {row.name for row, _ in read_rows(log, stamp["device"])} if log.exists() else set[str]()
     deadline = time.monotonic() + min(budget_seconds, POWER_SECONDS)
     keys = block_keys(*_BLOCK, 1) | block_keys(*_BLOCK, 4)
@@ -170,9 +169,16 @@ def with_power(profile: Profile, log: Path) -> Profile:
     return profile.model_copy(update={"power_model": model})
 
 
-def _limit_watts() -> float:
-    command = ["nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader,nounits", "-i", "0"]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+def limit_watts() -> float:
+    """The power limit that the driver enforces.
+
+    Raises:
+        OSError: nvidia-smi is missing.
+    """
+    asked = subprocess.run(
+        machine.smi_command("power.limit"), capture_output=True, text=True, check=True
+    )
+    return float(asked.stdout)
 
 
 def graph_of(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mhcplan.profiles.capture import grid, machine, measure
+from mhcplan.profiles.capture import grid, machine, measure, power
 from mhcplan.profiles.capture.__main__ import main
 from mhcplan.profiles.capture.comm import launched, uneven_splits, without_starved
 from mhcplan.profiles.capture.ops import Log, Session, append_line, groups, measure_ops
@@ -179,6 +180,21 @@ def test_rows_of_other_code_or_device_are_measured_again(tmp_path: Path) -> None
     other = session()
     other.code_sha256 = "changed"
     assert Log(tmp_path / "log.jsonl", other).rows == {}
+
+
+def test_the_driver_is_asked_of_the_device_that_torch_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of its own first one, whose watts an H200's loads were once given."""
+    seen = SimpleNamespace(uuid="5f1a-second-of-the-host")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: seen)
+    asked: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> SimpleNamespace:
+        asked.append(command)
+        return SimpleNamespace(stdout="700.00\n")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert power.limit_watts() == 700.0
+    assert asked[0][-2:] == ["-i", "GPU-5f1a-second-of-the-host"]
 
 
 def test_deadline_leaves_keys_for_the_next_run(tmp_path: Path) -> None:
