@@ -205,15 +205,17 @@ def held(found: float, limit: float, unit: str) -> str:
 
 
 def compared_lines(name: str, rows: Sequence[Row], every: Sequence[Row]) -> Iterator[str]:
-    """Rows that are compared with the first of their set, as the same run measured it."""
-    base = rows[0].claim.row
+    """Rows that are compared with the base of their set, where the same run measured it."""
+    base = f"{name}-base"
     bases = {row.measured.command: row for row in every if row.claim.row == base}
     yield f"## Settings one by one: {name}\n"
     yield from row_lines(rows)
     yield f"| against `{base}` of the same run | measured | predicted |"
     yield "|---|---:|---:|"
-    for row in rows[1:]:
-        other = bases[row.measured.command]
+    for row in rows:
+        other = bases.get(row.measured.command)
+        if other is None or row.claim.row == base:
+            continue
         change = (100 * (ns(row) / ns(other) - 1) for ns in (measured_ns, predicted_ns))
         yield f"| {row.claim.row} | {' | '.join(f'{percent:+.1f} %' for percent in change)} |"
     yield ""

@@ -161,14 +161,18 @@ def test_limits_are_held_or_missed() -> None:
 
 
 def test_rows_of_an_ablation_are_compared_with_the_base_of_their_run() -> None:
-    claims = {name: made(row=name, set_="ablation") for name in ("base", "other")}
+    names = ("ablation-base", "other", "alone")
+    claims = {name: made(row=name, set_="ablation") for name in names}
     rows = [
         Row(claims[name], measured(claims[name], factor, command=run))
         for name, factor, run in (
-            ("base", 1.0, "first"), ("other", 1.2, "first"), ("base", 3.0, "second")
+            ("ablation-base", 1.0, "first"), ("other", 1.2, "first"),
+            ("ablation-base", 3.0, "second"), ("alone", 1.0, "third"),
         )
     ]  # fmt: skip
-    assert "| other | +20.0 % | +0.0 % |" in "\n".join(page_lines(list(claims.values()), rows))
+    page = "\n".join(page_lines(list(claims.values()), rows))
+    _, compared = page.split("| against `ablation-base` of the same run | measured | predicted |")
+    assert compared.split("\n\n")[0].splitlines()[2:] == ["| other | +20.0 % | +0.0 % |"]
 
 
 def test_the_shipped_page_is_current() -> None:
