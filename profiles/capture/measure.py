@@ -275,7 +275,8 @@ def _of_run(rows: Iterable[OpTiming], run: int) -> tuple[OpTiming, ...]:
 
 
 def extend(base: Profile, ops: OpsPart | None, comms: Sequence[CommPart]) -> Profile:
-    """``base`` with what the parts measured added; of equal rows the parts' count.
+    """``base`` with what the parts measured added; of equal rows the parts' count, and the last
+    part's word on what a communicator takes.
 
     Raises:
         ProfileError: a part is of another device.
@@ -293,9 +294,13 @@ def extend(base: Profile, ops: OpsPart | None, comms: Sequence[CommPart]) -> Pro
         (row.pattern, row.medium, row.group_size, row.bytes): row
         for row in (*base.transfers, *(row for comm in comms for row in comm.transfers))
     }
+    overheads = base.overheads
+    for comm in comms:
+        overheads = overheads.model_copy(update={"communicator_bytes": comm.communicator_bytes})
     return base.model_copy(
         update={
             "provenance": (*base.provenance, *(part.provenance for part in parts)),
+            "overheads": overheads,
             "ops": tuple(rows[key] for key in sorted(rows)),
             "transfers": tuple(transfers[key] for key in sorted(transfers)),
         }

@@ -100,6 +100,8 @@ def test_transfers_of_larger_groups_are_added(tmp_path: Path) -> None:
         {"provenance": run.model_dump(), "communicator_bytes": 1, "transfers": [row]}
     )
     found = extend(base, None, [part])
+    assert found.overheads.communicator_bytes == part.communicator_bytes
+    assert base.overheads.communicator_bytes != part.communicator_bytes
     assert [t.group_size for t in found.transfers] == [4]
     assert found.ops == base.ops
     other = part.model_copy(update={"provenance": run.model_copy(update={"device": "another"})})
