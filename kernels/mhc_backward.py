@@ -44,6 +44,7 @@ from mhcplan.kernels.triton_support import (
     parts_and_columns,
     replaced,
     residual_parts,
+    settled,
     split,
     sum_parts,
 )
@@ -335,6 +336,9 @@ def _pre_backward_kernel(
                 for o in tl.static_range(N):
                     dx += res[o * N + i][:, None] * dy[o].to(tl.float32)
                 tl.store(dx_ptr + i * C + offsets, dx.to(DT), mask=of_dx)
+            if WITH_W:  # those of other rows are done when the first of the next is
+                last: tl.constexpr = (N - 1) % PHIS
+                dphi = replaced(dphi, last, settled(dphi[last]))
         if WITH_W:
             slot = tl.program_id(0) - piece * tiles // share
             line = column[:, None] * (PHIS * C) + c[None, :]

@@ -36,6 +36,7 @@ from mhcplan.kernels.triton_support import (
     padded_coefficients,
     parts_and_columns,
     residual_parts,
+    settled,
     split_phi,
     sum_parts,
 )
@@ -89,7 +90,7 @@ def _project_kernel(
     for k in tl.range(k_first, min(k_first + split_steps * BK, K), BK, num_stages=STAGES):
         x = tl.load(x_base + k, mask=token[:, None], other=0.0)
         phi = tl.load(phi_base + k, mask=(column < M)[:, None], other=0.0)
-        acc = dot(x, tl.trans(phi), acc)
+        acc = settled(dot(x, tl.trans(phi), acc))
         wide = x.to(tl.float32)
         square += fold(wide * wide, 8)
     _write_partial(partial_ptr, piece * T + t, token, sum_parts(acc, PARTS), square, M, MP)

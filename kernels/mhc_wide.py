@@ -27,6 +27,7 @@ from mhcplan.kernels.triton_support import (
     padded,
     padded_coefficients,
     residual_parts,
+    settled,
     split_phi,
 )
 
@@ -59,6 +60,8 @@ def _wide_project_kernel(
             phi = phi_ptr + part * (M * K) + (k + kk)[None, :]
             of_gates = dot(x, tl.trans(tl.load(phi + gates[:, None] * K)), of_gates)
             of_cells = dot(x, tl.trans(tl.load(phi + cells[:, None] * K)), of_cells)
+        of_gates = settled(of_gates)
+        of_cells = settled(of_cells)
         wide = x.to(tl.float32)
         square += tl.sum(wide * wide, axis=1)
     out = partial_ptr + (piece * T + t) * MP

@@ -71,6 +71,22 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def settled(product):
+    """A product that a loop accumulates, once the tensor cores are through with it.
+
+    Left to itself, Triton 3.6 lets the last product of an iteration run on into the next. It keeps
+    a buffer more for a factor that only products read; that of a factor which is read otherwise
+    too is overwritten, with zeros in the last iterations, while the product may still read it.
+    """
+    if _INTERPRETED:
+        return product
+    else:  # any use of it in the loop makes the compiler wait; this one costs nothing
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [product], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
 def split(tile, dtype: tl.constexpr):
     """An fp32 tile as its value rounded to ``dtype`` and the remainder in ``dtype``."""
     high = tile.to(dtype)

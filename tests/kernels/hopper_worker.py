@@ -2,7 +2,7 @@
 
 Launches are turned into compilations for compute capability 9.0, with the launchers' own grids,
 tiles and specialisations. One JSON line a kernel: name, bytes of shared memory, bytes spilled,
-and products whose rows are fewer than their warps cover.
+products whose rows are fewer than their warps cover, and factors loaded over while a product runs.
 
     python tests/kernels/hopper_worker.py N bf16|fp32 C [products|hc]
 
@@ -71,6 +71,27 @@ def short_products(ttgir: str) -> list[str]:
     return [product for product, rows, name in results if int(rows) < 16 * warps[name]]
 
 
+def overwritten_factors(ttgir: str) -> list[str]:
+    """Warpgroup products that run on into the next iteration, while a factor is loaded over.
+
+    A factor that is also read into registers has one buffer for each load ahead and none more: the
+    load that this iteration starts goes where the product still reads.
+    """
+    source = dict(re.findall(r"(%\w+) = ttg.memdesc_trans (%\w+)", ttgir))
+    read = set(re.findall(r"ttg.local_load (%\w+) token", ttgir))
+    found: list[str] = []
+    running: list[str] = []
+    for line in ttgir.splitlines():
+        if product := re.search(r"ttng.warp_group_dot (%\w+), (%\w+)", line):
+            running += [name for name in product.groups() if source.get(name, name) in read]
+        elif "warp_group_dot_wait" in line and "pendings = 0" in line:
+            running = []
+        elif "scf.yield" in line:
+            found += running
+            running = []
+    return found
+
+
 def report_instead_of_launching() -> None:
     launch = JITFunction.run
 
@@ -81,6 +102,7 @@ def report_instead_of_launching() -> None:
             "shared_bytes": kernel.metadata.shared,
             "spilled_bytes": spilled_bytes(kernel.asm["ptx"]),
             "short_products": short_products(kernel.asm["ttgir"]),
+            "overwritten_factors": overwritten_factors(kernel.asm["ttgir"]),
         }
         print(json.dumps(made), flush=True)
         return kernel

@@ -44,6 +44,7 @@ def check(kernels: list[dict[str, Any]]) -> None:
         assert kernel["shared_bytes"] <= SHARED_BYTES, kernel
         assert kernel["spilled_bytes"] <= 64, kernel  # registers that did not fit
         assert kernel["short_products"] == [], kernel
+        assert kernel["overwritten_factors"] == [], kernel
 
 
 @needs_compiler
