@@ -4,8 +4,8 @@
 
 Prints the tables, or writes them into the page between its marks. ``kernels_h100.json`` holds
 ``rows``, one run of ``benchmarks/kernels.py``; ``hc``, what it wrote with ``--residual hc``;
-``beside_peers``, runs with peers beside ours; ``elsewhere``, public peers measured side by side on
-another H100; and ``counters`` of Nsight Compute.
+``h200``, both on an H200; ``beside_peers``, runs with peers beside ours; ``elsewhere``, public
+peers measured side by side on another H100; and ``counters`` of Nsight Compute.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def bars(run: dict[str, Any]) -> str:
     def ran(site: str, chosen: list[Row]) -> str:
         return slashed([row[site]["percent"] for row in chosen])
 
-    peak = small["peak_mib"]
+    peak = next(row["peak_mib"] for row in run["h200"]["rows"] if shape(row) == shape(small))
     faster = [forward[shape(row)] / row["site forward, cross-site"]["us"] for row in long]
     lean = next(
         peer["peak_mib"] for peer in run["elsewhere"]["peers"]
@@ -101,7 +101,7 @@ def bars(run: dict[str, Any]) -> str:
             ["recompute of 8 sites, 4096 x 2560, %", "77", "90",
              slashed([small["recompute 8 sites"]["percent"]])],
             ["peak memory of forward + backward, 4096 x 2560, MiB", f"{lean:.1f}",
-             f"{lean:.1f}", f"{peak:.1f} (missed)" if peak > lean else f"{peak:.1f}"],
+             f"{lean:.1f}", f"{peak:.1f}{' (missed)' if peak > lean else ''}, on the H200"],
             *[[f"error of {name} against float64, 4096 x 2560", f"{bar:.1e}", f"{bar:.1e}",
                f"{small['errors'][name]:.1e}"] for name, bar in ERROR_BARS.items()],
             ["bitwise equal run to run", "some", "yes",
@@ -206,6 +206,11 @@ def tables(run: dict[str, Any]) -> str:
         "### Bars", bars(run),
         "### Times", kernels(ordered(run)),
         "### Times of HC", hyper_connections(run["hc"]),
+        "### Times on an H200",
+        f"{run['h200']['device']}; a copy ran at "
+        f"{run['h200']['copy_bytes_per_second'] / 1e9:.0f} GB/s.",
+        kernels(ordered(run["h200"])),
+        "HC:", hyper_connections(run["h200"]["hc"]),
         "### Peers", peers(run),
         "### Counters", counters(run),
     ])  # fmt: skip
