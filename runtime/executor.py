@@ -193,24 +193,30 @@ class Executor:
     def _run(
         self, instructions: list[Instruction], observer: Observer | None, fill: float | None
     ) -> None:
-        self.streams.begin()
+        streams = self.streams
+        streams.begin()
         with torch.no_grad():
-            for index, instruction in enumerate(instructions):
-                self._issue(index, instruction, observer, fill)
-        self.streams.join()
-        if self._values:
-            left = sorted(self._values)[:5]
-            raise RunError(f"{len(self._values)} buffers are never freed, such as {left}")
+            for index, it in enumerate(instructions):
+                if it.place:
+                    streams.enter(COMPUTE, ())
+                    self.place(it, fill)
+                streams.enter(it.stream, it.waits)
+                self.perform(index, it, observer)
+                for event in it.records:
+                    streams.leave(event)
+                if it.host_sync:
+                    streams.host_wait()
+        streams.join()
+        self._check_freed()
 
-    def _issue(
-        self, index: int, it: Instruction, observer: Observer | None, fill: float | None
-    ) -> None:
-        streams, values = self.streams, self._values
-        if it.place:
-            streams.enter(COMPUTE, ())
-            for buffer, layout in it.place:
-                values[buffer] = allocate(layout, streams.device, fill)
-        streams.enter(it.stream, it.waits)
+    def place(self, it: Instruction, fill: float | None = None) -> None:
+        """Allocate what the Program has allocated here; the compute stream must be current."""
+        for buffer, layout in it.place:
+            self._values[buffer] = allocate(layout, self.streams.device, fill)
+
+    def perform(self, index: int, it: Instruction, observer: Observer | None = None) -> None:
+        """Put an instruction on the current stream, and drop what it frees."""
+        values = self._values
         if observer is not None:
             observer.before(index)
         if it.run is not None:
@@ -218,20 +224,21 @@ class Executor:
             out = [values.get(b) for b in it.writes]
             made = it.run(inputs, out)
             if it.is_transfer:
-                streams.transferred(made)
+                self.streams.transferred(made)
             else:
                 for buffer, value in zip(it.writes, made, strict=True):
                     values[buffer] = value
             inputs = out = made = None  # a value freed below must have no other owner
         if observer is not None:
             observer.after(index)
-        for event in it.records:
-            streams.leave(event)
         for buffer in it.frees:
             del values[buffer]
             self.attached.drop(buffer)
-        if it.host_sync:
-            streams.host_wait()
+
+    def _check_freed(self) -> None:
+        if self._values:
+            left = sorted(self._values)[:5]
+            raise RunError(f"{len(self._values)} buffers are never freed, such as {left}")
 
     # -- from ops to instructions
 

@@ -50,7 +50,7 @@ class Measured:
         memory: of every process, without what other Programs held.
         losses: mean loss of the first steps, over all processes.
         issued: steps that the host issued op by op.
-        captured: steps as a CUDA graph; None where there is none.
+        captured: steps as CUDA graphs; None where there are none.
         trace: of a step that was captured if ``captured`` is there, else issued.
     """
 

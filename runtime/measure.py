@@ -225,7 +225,7 @@ def trace_step(trainer: Trainer, step: int, *, captured: bool = False) -> Trace 
     Args:
         trainer: whose step.
         step: whose microbatches.
-        captured: as one CUDA graph; all its ops count as issued when it begins.
+        captured: as CUDA graphs; all its ops count as issued when it begins.
     """
     instructions = trainer.executor.instructions
     recorder = _Recorder(instructions, trainer.session.device, external=captured)

@@ -64,7 +64,6 @@ class StreamPool:
         self.device = device
         self._made: dict[int, list[torch.cuda.Stream]] = {}
         self._of_groups = {NORMAL_PRIORITY: 1}
-        self._capture: torch.cuda.Stream | None = None
 
     def take(self, priorities: Sequence[int]) -> list[torch.cuda.Stream]:
         """A stream for each priority, different ones: the same for equal arguments.
@@ -82,13 +81,6 @@ class StreamPool:
             taken[priority] += 1
         return found
 
-    @property
-    def capture(self) -> torch.cuda.Stream:
-        """The stream from which steps are captured; none of a Program's."""
-        if self._capture is None:
-            self._capture = self._new(NORMAL_PRIORITY)
-        return self._capture
-
     def count_group(self, priority: int) -> None:
         """Note that a process group takes a stream.
 
@@ -104,8 +96,6 @@ class StreamPool:
 
     def _check(self, priority: int, more: int = 0) -> None:
         count = len(self._made.get(priority, ())) + self._of_groups.get(priority, 0) + more
-        if priority == NORMAL_PRIORITY:
-            count += 2  # captures from, and torch's own for captures
         if count > MAX_STREAMS_PER_PRIORITY:
             raise ValueError(
                 f"{count} streams of priority {priority}: torch has {MAX_STREAMS_PER_PRIORITY}"

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
+from mhcplan.runtime import captured
 from mhcplan.runtime.captured import CapturedStep
 from mhcplan.runtime.measure import time_steps, trace_step
 from mhcplan.runtime.spec import RunSpec
@@ -53,18 +54,28 @@ class Event:
         return (end.ns - self.ns) / 1e6
 
 
+class Pool:
+    id = (0, 1)
+
+
 class Graph:
+    def capture_begin(self, *, pool: object, capture_error_mode: str) -> None:
+        assert pool == Pool.id
+        assert capture_error_mode == "thread_local"
+        Event.log.capturing = True
+
+    def capture_end(self) -> None:
+        Event.log.capturing = False
+
     def replay(self) -> None:
         Event.log.append("replay")
 
 
 @contextmanager
-def graph(_graph: Graph, *, stream: object, capture_error_mode: str) -> Iterator[None]:
-    assert stream is not None
-    assert capture_error_mode == "thread_local"
-    Event.log.capturing = True
+def use_mem_pool(pool: Pool) -> Iterator[None]:
+    assert isinstance(pool, Pool)
+    assert not Event.log.capturing  # torch refuses a pool that a capture fills
     yield
-    Event.log.capturing = False
 
 
 @pytest.fixture
@@ -79,7 +90,7 @@ def trainer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Trainer]:
     session.device = torch.device("cuda", 0)
     Event.log = Log()
     stand_in: dict[str, Any] = {
-        "Event": Event, "CUDAGraph": Graph, "graph": graph, "Stream": lambda *_, **__: object(),
+        "Event": Event, "CUDAGraph": Graph, "MemPool": Pool, "use_mem_pool": use_mem_pool,
         "synchronize": lambda _device=None: None, "get_device_name": lambda _device=None: "made up",
         "_sleep": lambda _cycles: Event.log.append("sleep"),
     }  # fmt: skip
@@ -94,11 +105,25 @@ def test_a_captured_step_is_started_behind_a_lead(trainer: Trainer) -> None:
     step.load(0)
     Event.log.clear()
     step.step()
-    assert Event.log == ["sleep", "record", "replay", "record"]
+    replays = len(Event.log) - 3
+    assert Event.log == ["sleep", "record", *["replay"] * replays, "record"]
     assert step.elapsed_ns() > 0
     times = time_steps({"captured": step}, steps=3, warm_up=1)["captured"]
     assert len(times.step_ns) == 3
-    assert Event.log.count("replay") == 5
+    assert Event.log.count("replay") == 5 * replays
+
+
+def test_a_graph_is_of_one_stream_and_no_event_is_within(trainer: Trainer) -> None:
+    """The device's streams wait for what the issued step's wait for, and for nothing else."""
+    instructions = trainer.executor.instructions
+    parts = captured.parts_of(instructions)
+    assert [it for part in parts for it in part] == instructions
+    assert len(parts) < len(instructions) / 2
+    for part in parts:
+        assert len({it.stream for it in part}) == 1
+        assert not any(it.waits for it in part[1:])
+        assert not any(it.records for it in part[:-1])
+        assert len(part) == 1 or not any(it.is_transfer for it in part)
 
 
 def test_a_captured_trace_has_no_host(trainer: Trainer) -> None:
