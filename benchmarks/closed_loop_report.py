@@ -80,11 +80,12 @@ in `profiles/data/predictions.jsonl`, measurements in `profiles/data/accuracy.js
 
 LEGEND = """\
 *Step* is the median of at least 20 steps that nothing watches, of the slowest process; *host* is
-how much longer the step takes when the hosts issue it op by op than as a CUDA graph; *traced* is
-how much longer it takes with an event around every op. Errors are predicted over measured, minus 1:
-*anchored* ones after the machine's anchors (a copy, a matrix product and a block of another shape,
-measured just before the rows) have scaled the profile; these are judged. Memory is the allocator's,
-of the process that is farthest off. *Blind*: git shows that claim and profile came first.
+how much longer the step takes when the hosts issue it op by op than as a CUDA graph (one of all
+streams, so far); *traced* is how much longer it takes with an event around every op. Errors are
+predicted over measured, minus 1: *anchored* ones after the machine's anchors (a copy, a matrix
+product and a block of another shape, measured just before the rows) have scaled the profile; these
+are judged. Memory is the allocator's, of the process that is farthest off. *Blind*: git shows that
+claim and profile came first.
 """
 
 

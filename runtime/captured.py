@@ -7,8 +7,8 @@ step, so this is for timing and not for training. Every kernel must have run bef
 
 Each graph holds what follows each other on one stream, up to the next event that somebody waits
 for; streams and events between them are real ones. A whole step as one graph was up to 5 % longer:
-where the driver lays out many branches, memsets (attention and products have some) wait for up to
-0.1 ms while nothing runs (docs/accuracy.md).
+where the driver lays out many branches, messages and memsets (attention and products have some)
+begin up to 0.1 ms late and more (docs/accuracy.md).
 """
 
 from __future__ import annotations
