@@ -13,6 +13,7 @@ begin up to 0.1 ms late and more (docs/accuracy.md).
 
 from __future__ import annotations
 
+import gc
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -48,6 +49,8 @@ class CapturedStep:
         # of all graphs: what one writes another reads; torch has no type for its id as a handle
         self._pool: Any = torch.cuda.MemPool()
         torch.cuda.synchronize()
+        gc.collect()
+        torch.cuda.empty_cache()  # nothing is given back while a capture wants memory
         self._streams.begin()
         with torch.no_grad():
             self._parts = self._capture(trainer.executor, observer)
