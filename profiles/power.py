@@ -84,13 +84,18 @@ def slowdown(
     found = arithmetic_of(program.cost_keys, costs.duration_ns, model)
     windows = max(1, round(timeline.step_ns / (model.window_ms * 1e6)))
     length_ns = max(timeline.step_ns / windows, 1.0)
-    spent = timeline.end_ns - timeline.start_ns
-    middle = timeline.start_ns + spent // 2
-    window = np.minimum((middle / length_ns).astype(np.int64), windows - 1)
-    place = program.rank * windows + window
-    size = program.num_ranks * windows
-    flops = np.bincount(place, found.flops[program.cost], size)
-    busy = np.bincount(place, found.is_kernel[program.cost] * spent, size) / length_ns
+    middle = (timeline.start_ns + timeline.end_ns) / (2 * length_ns)
+    window = np.minimum(middle.astype(np.int64), windows - 1)
+    # how many ops of each cost key a window has, and their time: far fewer figures than ops
+    keys = len(program.cost_keys)
+    place = (program.rank * windows + window) * keys + program.cost
+    shape = program.num_ranks * windows, keys
+    count, spent_ns = (
+        np.bincount(place, weights, shape[0] * keys).reshape(shape)
+        for weights in (None, timeline.end_ns - timeline.start_ns)
+    )
+    flops = (count * found.flops).sum(1)
+    busy = (spent_ns * found.is_kernel).sum(1) / length_ns
     watts = (
         model.idle_watts
         + (model.active_watts - model.idle_watts) * np.minimum(busy, 1.0)
