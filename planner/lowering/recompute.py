@@ -8,10 +8,11 @@ a rank has L sites a stage, several live chunks, and blocks that end where the s
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import ceil, sqrt
 from typing import TYPE_CHECKING
 
-from mhcplan.planner.plan.spec import schedule_of
+from mhcplan.planner.schedules.catalogue import build_schedule
 from mhcplan.profiles.specs import SITES_PER_BLOCK
 
 if TYPE_CHECKING:
@@ -55,8 +56,7 @@ def resolve_recompute_block(plan: PlanSpec) -> int | None:
         return max(sites)
     if wish != "auto":
         return min(wish, max(sites))
-    schedule = schedule_of(plan)
-    ranks = {tuple(live_peak(schedule, rank).items()) for rank in range(schedule.num_ranks)}
+    ranks = _live_peaks(plan.schedule, plan.layout.pp, plan.microbatches)
 
     def worst(block: int) -> int:
         n = plan.residual.expansion_rate
@@ -81,6 +81,15 @@ def as_played(plan: PlanSpec, recompute_block: int | None) -> PlanSpec:
 def recomputes(plan: PlanSpec, recompute_block: int | None) -> bool:
     """Whether a backward runs any part of the forward again, mHC's or the sublayers' own."""
     return recompute_block is not None or plan.recompute_layers != "none"
+
+
+@lru_cache(maxsize=64)
+def _live_peaks(
+    schedule: str, num_ranks: int, num_microbatches: int
+) -> frozenset[tuple[tuple[int, int], ...]]:
+    """The different :func:`live_peak` of a schedule's ranks."""
+    table = build_schedule(schedule, num_ranks, num_microbatches)
+    return frozenset(tuple(live_peak(table, rank).items()) for rank in range(num_ranks))
 
 
 def live_peak(schedule: Schedule, rank: int) -> dict[int, int]:

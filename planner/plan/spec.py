@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -322,11 +321,8 @@ def make_plan(data: Mapping[str, object]) -> PlanSpec:
 
 
 def schedule_of(plan: PlanSpec) -> Schedule:
-    """The action table of the plan's schedule; equal (name, P, M) share one object."""
-    return _schedule(plan.schedule, plan.layout.pp, plan.microbatches)
-
-
-_schedule = lru_cache(maxsize=64)(build_schedule)
+    """The action table of the plan's schedule; equal (name, P, M) share one."""
+    return build_schedule(plan.schedule, plan.layout.pp, plan.microbatches)
 
 
 def stage_blocks(

@@ -6,6 +6,7 @@ Bubbles are given in the times of one chunk, that is of one stage's layers for o
 
 from __future__ import annotations
 
+from functools import lru_cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -276,8 +277,9 @@ SCHEDULES: MappingProxyType[str, Callable[[int, int], Schedule]] = MappingProxyT
 """Every schedule by the name that plans and the command line use."""
 
 
+@lru_cache(maxsize=64)
 def build_schedule(name: str, num_ranks: int, num_microbatches: int) -> Schedule:
-    """Builds a schedule by name.
+    """Builds a schedule by name, once.
 
     Args:
         name: Key of ``SCHEDULES``.
