@@ -9,12 +9,19 @@ estimate of a list of plans on one and on two cores, the best of them confirmed 
 how far the estimate was off. ``cold``: a new process, with numba's code on disk and without.
 ``trace``: a Perfetto file of 200,000 ops. ``growth``: with P, M and the number of blocks.
 
-Where a what-if's time goes, in ms of one core for the plan's 72,080 ops (2.4 GHz EPYC): the
-engine's two plays 22 and 24 (300 ns an op: a GPU is shared anew 90,000 times, each time with the
-rate of the chosen kernel and of two transfers, and a look at what is due next), templates and the
-order of ops 3, breakdown 2, what the clock follows 2, memory, prices, and the report 1 each. The
-baseline takes 45 on the other core. A new process: imports 0.9 s of 1.7, half of it numba and
-pydantic's models, machine code from disk 0.2, templates 0.15, intervals 0.2.
+Where a what-if's time goes, in ms of CPU time for the plan's 72,080 ops, the least of eight rounds
+while others used the machine (2.4 GHz EPYC): the engine's two plays 22 and 23 (300 ns an op: a GPU
+is shared anew 90,000 times, each time with the rate of the chosen kernel and of two transfers, and
+a look at what is due next), breakdown 3, templates and the order of ops 2, what the clock follows
+2, memory, prices, and the report 1 each; the baseline on the other core. More than half of a new
+process are imports, half of them numba and pydantic's models; then machine code from disk,
+intervals and templates.
+
+What made plays no faster: columns of an op side by side in memory (1.11 to 1.17 of the time), int32
+instead of int64 (1.05 to 1.10), no loop vectorisation, and what :mod:`mhcplan.sim.device_sms` asks
+twice asked once (1.01 to 1.02). Ranks could be played apart only while no message between them
+waits or moves, which is so for a fifth of the times that a GPU is shared. Threads that hand over
+the GIL after 0.5 ms instead of 5 made no what-if faster.
 """
 
 from __future__ import annotations
