@@ -2,12 +2,12 @@
 
     python benchmarks/contention.py                  # held-out pairs: error of both sides, by class
     python benchmarks/contention.py --fit            # fit parameters to the other pairs first
-    python benchmarks/contention.py --store FILE     # and write the model into a profile
+    python benchmarks/contention.py --fit --store    # and write the model into the profile
+    python benchmarks/contention.py --profile h200   # pairs and profile of another machine
 
 A pair ran with both streams kept full on two GPUs; the engine plays the same. The error is
 |predicted / measured - 1| of a side's slowdown. Eager pairs (messages small enough for the
-library's buffers, whose ends do not wait for each other) are shown apart: the engine lets ends
-meet, so they are no part of the fit.
+library's buffers, whose ends do not wait for each other) are shown apart: in a step ends meet.
 """
 
 from __future__ import annotations
@@ -18,21 +18,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mhcplan.profiles.contention_fit import TRAITS, Pair, Pairs, errors, fit
+from mhcplan.profiles.contention_fit import (
+    TRAITS,
+    Pair,
+    Pairs,
+    choices_of,
+    errors,
+    fit,
+    start_of,
+)
 from mhcplan.profiles.contention_rows import (
     contention_model,
     preemptible_times,
     traffic_traits,
 )
 from mhcplan.profiles.loads import fitted_parameters
-from mhcplan.profiles.overlap import rows_of
+from mhcplan.profiles.overlap import parameters_of, rows_of
 from mhcplan.profiles.schema import profile_text, read_profile
-from mhcplan.sim.device_kernels import Parameters
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-RAW = Path(__file__).parents[1] / "profiles" / "data" / "raw" / "h100-sxm-contention.jsonl"
+DATA = Path(__file__).parents[1] / "profiles" / "data"
 Error = tuple[Pair, float, float]
 
 
@@ -56,15 +63,19 @@ def show_by(found: list[Error], key: Callable[[Pair], object]) -> None:
 def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", maxsplit=1)[0])
-    parser.add_argument("--raw", type=Path, default=RAW, help="rows of a capture")
+    parser.add_argument("--profile", default="h100-sxm", help="shipped profile with a raw log")
     parser.add_argument("--fit", action="store_true", help="fit before the errors are taken")
-    parser.add_argument("--store", type=Path, help="profile that the model is written into")
+    parser.add_argument("--store", action="store_true", help="write the model into the profile")
     args = parser.parse_args()
-    source = Pairs(rows_of(args.raw.read_text(encoding="utf-8")))
+    path = DATA / f"{args.profile}.json"
+    profile = read_profile(path)
+    raw = DATA / "raw" / f"{args.profile}-contention.jsonl"
+    source = Pairs(rows_of(raw.read_text(encoding="utf-8")), profile.hardware.num_sms)
     pairs = source.pairs(TRAITS)
-    parameters = Parameters()
     if args.fit:
-        parameters = fit([pair for pair in pairs if not pair.message.eager], parameters)
+        parameters = fit(pairs, start_of(profile), choices_of(source))
+    else:
+        parameters = parameters_of(profile)
     print(parameters)
     held_out = errors((pair for pair in pairs if pair.held_out), parameters)
     meeting = [error for error in held_out if not error[0].message.eager]
@@ -80,7 +91,6 @@ def main() -> None:
     if args.store:
         cases = {pair.compute for pair in pairs}
         kernels = {name: trait for name, trait in TRAITS.items() if name not in cases}
-        profile = read_profile(args.store)
         if profile.contention_model is not None:  # pairs say nothing of two kernels side by side
             together = fitted_parameters(profile.contention_model).together
             parameters = replace(parameters, together=together)
@@ -89,8 +99,8 @@ def main() -> None:
             preemptible_times(source, kernels),
         )  # fmt: skip
         profile = profile.model_copy(update={"contention_model": model})
-        args.store.write_text(profile_text(profile), encoding="utf-8")
-        print(f"wrote {args.store}")
+        path.write_text(profile_text(profile), encoding="utf-8")
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

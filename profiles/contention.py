@@ -5,9 +5,9 @@ Rules read off device traces of an H100 (two streams kept full; see
 parameters are fitted by playing measured pairs (:mod:`mhcplan.profiles.contention_replay`). Here is
 the traffic of a pair, and how long a CTA waits for a busy chip, for latencies trial by trial.
 
-Not in the physics: **eager sends**. The library's buffers take 4 MiB a CTA: a message in one
-direction that fits is sent whether or not the receiver's CTAs have been placed, so that neither end
-waits for the other. In a played step both ends meet.
+**Eager sends**: the library's buffers take 4 MiB a CTA. A message in one direction that fits is
+sent whether or not the receiver's CTAs have been placed, so that neither end waits for the other. A
+pair is played so; in a played step both ends meet.
 
 All times are ns, rates bytes a ns (= GB/s); nothing here needs torch.
 """
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from mhcplan.sim.device_kernels import Kernel, Parameters, hbm_share, units
 
 _TAIL_STEPS = 7
+_FULL_LINK = 0.9
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,7 @@ class Message:
 
     Attributes:
         alone_ns: its kernel alone, both ends there.
-        chain_ns: of that, what the CTAs' chains of loads and stores take at least; they share the
-            time with the link (the longer of the two counts).
+        chain_ns: of that, what the CTAs' chains of loads and stores take (:func:`chain_ns`).
         fixed_ns: of that, what does not depend on the size.
         ctas: SMs that it holds on each rank; 0 for a copy engine.
         hbm_bytes: moved on each rank in the process, (first, second).
@@ -49,6 +49,28 @@ class Message:
     high_priority: bool = False
     one_way: bool = False
     both_busy: bool = True
+
+
+def chain_ns(body_ns: float, ctas: int, num_bytes: int, cta_bytes_per_ns: float,
+             link_share: float) -> float:  # fmt: skip
+    """Of a transfer's time without its handshake, what its CTAs' chains of loads and stores take.
+
+    Where the link is not full, that is all of it. A full one hides chains as far as they are
+    shorter: of chains that would take the share s of the time by themselves, the share s shows when
+    they get longer. (A rule between two ends, chains as long as the link's time and none. Sends
+    over a full link beside kernels were within 15 % of it.)
+
+    Args:
+        body_ns: that time.
+        ctas: that move the bytes.
+        num_bytes: of the message, as its pattern counts them.
+        cta_bytes_per_ns: what a CTA moves where nothing else limits it.
+        link_share: of what the link carries, taken in that time.
+    """
+    if link_share < _FULL_LINK:
+        return body_ns
+    chains = min(body_ns, num_bytes / (ctas * cta_bytes_per_ns))
+    return chains * chains / max(body_ns, 1.0)
 
 
 def ends_of(kernel: Kernel, life: float, sms: int, pending: int) -> list[tuple[float, int]]:

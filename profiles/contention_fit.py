@@ -10,14 +10,18 @@ import hashlib
 import math
 import statistics
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from mhcplan.profiles.contention import Message
+from mhcplan.profiles.contention import Message, chain_ns
 from mhcplan.profiles.contention_replay import replay
+from mhcplan.profiles.transfer_costs import traffic_factor
 from mhcplan.sim.device_kernels import Kernel, Parameters
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+
+    from mhcplan.profiles.schema import Profile
 
 Row = dict[str, Any]
 
@@ -79,6 +83,10 @@ class Pair:
     def held_out(self) -> bool:
         """Whether the fit must not see it."""
         return _digest(self.name)[0] % HOLDOUT == 0
+
+
+def _fixed_ns(alone_ns: float) -> float:
+    return min(0.9 * alone_ns, FIXED_NS)
 
 
 def ctas_per_sm(launch: Sequence[int]) -> int:
@@ -157,10 +165,11 @@ class Pairs:
         gap = min(max(500.0, float(min(gaps))), period / 2)
         alone = period - gap
         ctas = row["traffic_launch"][0] if row["traffic_launch"] else 0
-        fixed = min(0.9 * alone, FIXED_NS) if ctas else 0.0
+        fixed = _fixed_ns(alone)
         chain = 0.0
         if ctas:
-            chain = min(alone - fixed, size / (ctas * CTA_BYTES_PER_NS[pattern]))
+            filled = self._link_rate(traffic, alone) / self._link_bytes_per_ns
+            chain = chain_ns(alone - fixed, ctas, size, CTA_BYTES_PER_NS[pattern], filled)
         first, second = (round(size * factor) for factor in HBM_FACTOR[pattern])
         eager = pattern == "send_recv" and size < BUFFER_BYTES * ctas
         return Message(
@@ -168,6 +177,20 @@ class Pairs:
             pattern in ("send_recv", "copy_engine"),
             traffic["busy"] == "all" and pattern != "copy_engine",
         )  # fmt: skip
+
+    @cached_property
+    def _link_bytes_per_ns(self) -> float:
+        """The most that a message alone sent."""
+        alone = [row["traffic"] for row in self.rows.values() if row["compute"] == "-"]
+        return max(
+            self._link_rate(traffic, self.message_ns(traffic))
+            for traffic in alone if traffic["pattern"] in CTA_BYTES_PER_NS
+        )  # fmt: skip
+
+    @staticmethod
+    def _link_rate(traffic: Row, alone_ns: float) -> float:
+        sent = traffic["num_bytes"] * traffic_factor(traffic["pattern"], 2)
+        return sent / (alone_ns - _fixed_ns(alone_ns))
 
     def measured(self, row: Row) -> tuple[float, float] | None:
         """Mean slowdown of compute and of traffic over both runs and the ranks that had both; None
@@ -246,19 +269,33 @@ def loss(pairs: Iterable[Pair], parameters: Parameters) -> float:
 
 # what is tried for each parameter: coarse, for a fit that a laptop makes in some minutes
 CHOICES: dict[str, tuple[float, ...]] = {
-    "busy_delay": (0.3, 0.4, 0.55, 0.7), "memory_power": (6.0, 10.0, 14.0, 20.0),
-    "memory_delay": (1.2, 1.7, 2.2, 2.8), "compute_delay": (0.5, 0.9, 1.4, 2.0),
-    "link_delay": (0.0, 0.25, 0.5, 0.8), "drain_lives": (1.0, 2.0, 3.0, 4.0),
-    "crowding": (0.35, 0.5, 0.7, 0.9), "bound_from": (0.5, 0.6, 0.7),
-    "least_life": (0.3, 0.5, 0.65),
+    "busy_delay": (0.2, 0.3, 0.35, 0.4, 0.45, 0.55), "memory_power": (8.0, 14.0, 20.0, 28.0),
+    "memory_delay": (0.6, 0.8, 1.2, 1.6, 2.0, 2.4), "latency_delay": (1.0, 1.5, 2.0, 2.5, 3.0),
+    "crowding": (0.35, 0.5, 0.7, 0.9),
+    "bound_from": (0.5, 0.6, 0.7), "least_life": (0.3, 0.5, 0.65),
 }  # fmt: skip
+
+
+def start_of(profile: Profile) -> Parameters:
+    """Where a fit begins: the SMs of the profile's machine and what its copy moves."""
+    copy = [rate.per_second for rate in profile.rates if rate.name == "copy_bytes"]
+    start = Parameters(num_sms=profile.hardware.num_sms)
+    return replace(start, hbm_bytes_per_ns=copy[0] / 1e9) if copy else start
+
+
+def choices_of(source: Pairs) -> dict[str, tuple[float, ...]]:
+    """What a fit tries. Where an op's time alone is not of the very run, the clock moves kernels
+    that compute by more than traffic does: their ``compute_delay`` is then left as it is."""
+    if any("before" in row.get("A", {}) for row in source.rows.values()):
+        return {**CHOICES, "compute_delay": (0.3, 0.5, 0.9, 1.4)}
+    return CHOICES
 
 
 def fit(
     pairs: Sequence[Pair],
     start: Parameters,
     choices: Mapping[str, Sequence[float]] = CHOICES,
-    most: int = 260,
+    most: int = 600,
     rounds: int = 2,
 ) -> Parameters:
     """Parameters of least :func:`loss` on ``most`` of the pairs that are not held out, one

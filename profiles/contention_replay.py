@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     Ints = NDArray[np.int64]
 
-_STARTS = (0.23, 0.61)  # the second rank's lag, as a share of an op: no phase is special
+_LAGS_NS = (0, 30_000)  # of the second rank: both leave one barrier and start within some 10 us
 _SKEW = 1.01  # the second rank is that much slower: no two GPUs are equal
 _MESSAGES, _FEWEST_MESSAGES = 14, 6
 _MOST_MESSAGES = 2_000
@@ -89,7 +89,7 @@ def play(
     if not 0 <= message.ctas <= parameters.num_sms:
         raise ValueError(f"ctas={message.ctas} must be 0 .. {parameters.num_sms}, the SMs")
     pair = _Pair(kernels, message, parameters, op_ns)
-    found = [_play_from(pair, lag, engine) for lag in _STARTS]
+    found = [_play_from(pair, lag_ns, engine) for lag_ns in _LAGS_NS]
     return Played(*(sum(values) / len(found) for values in zip(*found, strict=True)))
 
 
@@ -105,15 +105,17 @@ class _Pair(NamedTuple):
         return self.message.alone_ns + self.message.gap_ns
 
 
-def _play_from(pair: _Pair, lag: float, engine: Callable[[Program, CostTable], Timeline]) -> Played:
-    """Play with the second rank behind by ``lag`` of an op; longer until enough was done."""
+def _play_from(
+    pair: _Pair, lag_ns: int, engine: Callable[[Program, CostTable], Timeline]
+) -> Played:
+    """Play with the second rank behind by ``lag_ns``; longer until enough was done."""
     # short messages are as many as it takes to be there for all the ops that count
     messages = max(_MESSAGES, -(-_FEWEST_OPS * pair.op_ns // pair.period_ns))
     messages = min(int(messages), _MOST_MESSAGES)
     ops = max(_FEWEST_OPS, round(3 * messages * pair.period_ns / pair.op_ns))
     while ops <= _MOST_OPS:
         program = _two_ranks(pair.message, ops, messages)
-        found = _means(program, engine(program, _costs(pair, lag)), pair)
+        found = _means(program, engine(program, _costs(pair, lag_ns)), pair)
         if found is not None:
             return found
         ops *= 3
@@ -125,34 +127,49 @@ def _means(program: Program, timeline: Timeline, pair: _Pair) -> Played | None:
     key, start = program.cost, timeline.start_ns
     busy = {_FIRST: 1.0, _SECOND: _SKEW} if pair.message.both_busy else {_FIRST: 1.0}
     until = min(int(start[key == which].max()) for which in busy)
-    is_message = (key == _MESSAGE) & (program.rank == 0)
-    sent = np.sort(timeline.end_ns[is_message])
-    done = sent[sent <= until]
-    if len(done) < _FEWEST_MESSAGES:
+    # ends that meet have one time; of ends that do not, those beside an op count
+    ends = range(len(busy)) if pair.message.eager else (0,)
+    traffic = [_of_messages(program, timeline, rank, until) for rank in ends]
+    if min(done for *_, done in traffic) < 0:
         return None
+    period_ns, kernel_ns, last = (
+        sum(values) / len(traffic) for values in zip(*traffic, strict=True)
+    )
     compute: list[float] = []
     for which, skew in busy.items():
         begun = np.sort(start[key == which])
-        begun = begun[begun <= max(int(done[-1]), begun[1])]
+        begun = begun[begun <= max(last, begun[1])]
         compute.append(_mean_step(begun) / (pair.op_ns * skew))
-    period_ns = _mean_step(done)
-    kernel_ns = float((sent - np.sort(start[is_message]))[1 : len(done)].mean())
     queue_ns = max(period_ns - kernel_ns - pair.message.gap_ns, 0.0)
     return Played(sum(compute) / len(compute), period_ns / pair.period_ns, queue_ns, kernel_ns)
+
+
+def _of_messages(
+    program: Program, timeline: Timeline, rank: int, until: int
+) -> tuple[float, float, int]:
+    """Of a rank's messages until then: mean period, mean time in the kernel, end of the last; its
+    end is -1 where there were too few."""
+    is_message = (program.cost == _MESSAGE) & (program.rank == rank)
+    sent = np.sort(timeline.end_ns[is_message])
+    done = sent[sent <= until]
+    if len(done) < _FEWEST_MESSAGES:
+        return 0.0, 0.0, -1
+    kernel_ns = float((sent - np.sort(timeline.start_ns[is_message]))[1 : len(done)].mean())
+    return _mean_step(done), kernel_ns, int(done[-1])
 
 
 def _mean_step(times: Ints) -> float:
     return int(times[-1] - times[0]) / (len(times) - 1)
 
 
-def _costs(pair: _Pair, lag: float) -> CostTable:
+def _costs(pair: _Pair, lag_ns: int) -> CostTable:
     message = pair.message
     durations = (pair.op_ns, pair.op_ns * _SKEW, message.alone_ns, message.gap_ns, 0)
     traffic = Traffic(
         message.ctas, round(message.fixed_ns), round(message.chain_ns), *message.hbm_bytes
     )
     host_ns = np.zeros(len(durations), np.int64)
-    host_ns[_LAG] = round(lag * pair.op_ns)
+    host_ns[_LAG] = lag_ns
     return CostTable(
         np.array([round(ns) for ns in durations], np.int64),
         host_ns,
@@ -167,14 +184,17 @@ def _costs(pair: _Pair, lag: float) -> CostTable:
 
 def _two_ranks(message: Message, ops: int, count: int) -> Program:
     """A step of two ranks; the second one computes only where both did. Between two messages comes
-    a transfer of no SMs that takes as long as the gap."""
+    a transfer of no SMs that takes as long as the gap. The ends of an eager message do not meet:
+    each is a transfer of its own."""
     messages = [_MESSAGE, _GAP] * count
     rows = [(0, 0, _FIRST)] * ops + [(0, 1, key) for key in messages]  # rank, stream, cost
     rows += [(1, 2, _LAG)] + [(1, 2, _SECOND)] * (ops if message.both_busy else 0)
     rows += [(1, 3, key) for key in messages]
     rank, stream, cost = (np.array(column, np.int32) for column in zip(*rows, strict=True))
     n = len(rows)
-    group = np.where(cost == _MESSAGE, 0, np.where(cost == _GAP, 1 + rank, -1)).astype(np.int32)
+    meeting = 3 + rank if message.eager else 0
+    group = np.where(cost == _MESSAGE, meeting, np.where(cost == _GAP, 1 + rank, -1))
+    group = group.astype(np.int32)
     peer = np.where((group == 0) & message.one_way, 1 - rank, -1).astype(np.int32)
     urgent = HIGH_PRIORITY if message.high_priority else NORMAL_PRIORITY
     none, zero = np.full(n, -1, np.int32), np.zeros(n, np.int32)
@@ -190,6 +210,8 @@ def _two_ranks(message: Message, ops: int, count: int) -> Program:
             Group("pair", (0, 1), 2, "intra_node"),
             Group("gap0", (0,), 2, "gap"),
             Group("gap1", (1,), 2, "gap"),
+            Group("send", (0,), 2, "intra_node"),
+            Group("receive", (1,), 2, "intra_node"),
         ),
         kinds=("work",), categories=("compute",), cells=("",), cost_keys=tuple("01234"),
         buffer_bytes=np.zeros(0, np.int64), buffer_component=np.zeros(0, np.int8),

@@ -133,8 +133,8 @@ def holdout(profile: Profile, contention_log: str | None = None) -> list[HeldOut
 
 
 def _pairs(profile: Profile, log: str) -> list[HeldOut]:
-    """Slowdowns of either side, and of sends that go ahead of their receiver apart: the engine lets
-    both ends meet, so that the fit leaves those out."""
+    """Slowdowns of either side, and of sends that go ahead of their receiver apart: in a step both
+    ends meet."""
     parameters = parameters_of(profile)
     pairs = Pairs(rows_of(log), parameters.num_sms).pairs(TRAITS)
     found: list[HeldOut] = []

@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Literal
 
+from mhcplan.profiles.contention import chain_ns
 from mhcplan.profiles.costs import worst
 from mhcplan.profiles.products import products_of
 from mhcplan.profiles.transfer_costs import traffic_factor
@@ -182,11 +183,13 @@ class LoadModel:
         if trait is None:
             return Traffic(0, link_share=link_share)
         ctas, fixed_ns = _usual_ctas(key, cost, trait), _fixed_ns(cost, trait)
-        chain_ns = round(key.num_bytes / (ctas * trait.cta_bytes_per_ns))
+        body_ns = max(cost.duration_ns - fixed_ns, 1)
+        filled = cost.link_bytes / body_ns / self._link_bytes_per_ns[_medium(key)]
+        rate = trait.cta_bytes_per_ns
         return Traffic(
             ctas=ctas,
             fixed_ns=fixed_ns,
-            chain_ns=min(chain_ns, cost.duration_ns - fixed_ns),
+            chain_ns=round(chain_ns(body_ns, ctas, key.num_bytes, rate, filled)),
             sent_hbm_bytes=round(key.num_bytes * trait.sent_hbm_factor),
             received_hbm_bytes=round(key.num_bytes * trait.received_hbm_factor),
             link_share=link_share,

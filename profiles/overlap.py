@@ -425,4 +425,4 @@ def _about_queue(message: Message, queue_ns: float) -> Iterator[str]:
     if message.ctas and queue_ns > 0.02 * period:
         yield f"its CTAs find SMs {how}: {queue_ns / 1e3:.1f} us a message on both ranks together"
     if message.eager:
-        yield "the library's buffers take the message before its receiver is there, here it waits"
+        yield "the library's buffers take the message before its receiver is there"

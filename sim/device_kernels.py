@@ -45,9 +45,8 @@ class Traffic:
 
     Attributes:
         ctas: that it places on each member's rank, an SM each; 0 for a copy engine.
-        fixed_ns: of its duration alone, what does not depend on the size.
-        chain_ns: of the rest, what its CTAs' chains of loads and stores take at least; they share
-            the time with the link (the longer of the two counts).
+        fixed_ns: of its duration alone, what does not depend on the size: its ends' handshake.
+        chain_ns: of the rest, what its CTAs' chains of loads and stores take, and not the link.
         sent_hbm_bytes, received_hbm_bytes: memory traffic on a rank that sends, or receives; a
             member of a collective does what ``received_hbm_bytes`` says.
         link_share: of what the link can carry, taken by it alone.
@@ -76,13 +75,12 @@ class Parameters:
         memory_delay: k: what is added beside kernels that use all of the memory bandwidth.
         memory_power: p: how steeply that grows: a chain takes 1 + b + k u^p as long beside a kernel
             that uses the share u of the memory bandwidth.
-        link_delay: as memory_delay, for a link that is full.
+        latency_delay: a handshake, flags that go to and fro, takes so many times more of that
+            delay than bytes do.
         compute_delay: how much longer a compute-bound CTA lives for each share of the memory
             bandwidth that traffic takes.
         crowding: how much longer CTAs live for each CTA more that shares their SM, as a share of
             what an SM without any slack would make them.
-        drain_lives: lives of a kernel's CTAs that an urgent communication CTA waits for a whole SM
-            where several CTAs share one and end at different times.
         bound_from: share of the memory bandwidth from which a kernel begins to be bound by it.
         least_life: shortest life of a memory-bound CTA, as a share of its life beside all others.
         together: rate of an op beside one of a more urgent stream, if one of them is bound by
@@ -91,13 +89,12 @@ class Parameters:
 
     num_sms: int = 132
     hbm_bytes_per_ns: float = 3000.0
-    busy_delay: float = 0.4
-    memory_delay: float = 2.2
-    memory_power: float = 10.0
-    link_delay: float = 0.25
+    busy_delay: float = 0.35
+    memory_delay: float = 2.0
+    memory_power: float = 20.0
+    latency_delay: float = 2.0
     compute_delay: float = 0.9
     crowding: float = 0.35
-    drain_lives: float = 4.0
     bound_from: float = 0.7
     least_life: float = 0.5
     together: float = 0.0

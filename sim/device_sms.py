@@ -21,7 +21,8 @@ event is spent on single CTAs. The rules were read off device traces of H100s;
   memory and each lives shorter. Where a kernel is bound by memory it lacks nothing but bandwidth.
   SMs that a green context keeps from compute are lacking as those that communication holds.
 * **Memory.** The chains of loads and stores of a transfer are slower beside any kernel, most where
-  it saturates memory; bytes that transfers move are missing to the kernel.
+  it saturates memory, and its handshake is slower still; bytes that transfers move are missing to
+  the kernel.
 * **Links.** Transfers of a rank that together want more than a link carries share it.
 
 An op goes at its mean rate over the kernels that are left of it, and transfers beside it at the
@@ -80,13 +81,13 @@ class Gpu(NamedTuple):
         bound: how far it is bound by memory.
         loose: 1 where CTAs end all the time, not in waves.
         drain_ns: what an urgent communication CTA waits for a whole SM.
-        delay, squeeze: of cost key k, how much longer chains of transfers, and full links, take
-            beside it.
+        delay: of cost key k, how much longer chains of transfers take beside it.
         alone, fixed, chain: of cost key k, ns of a transfer; see
             :class:`mhcplan.sim.device_kernels.Traffic`.
         link: of cost key k, share of a link that a transfer takes alone.
         memory: of cost key k, how far it is bound by memory, mean over its kernels.
-        machine: num_sms, SMs for compute, compute_delay, crowding, least_life, together.
+        machine: num_sms, SMs for compute, compute_delay, crowding, least_life, together,
+            latency_delay.
     """
 
     number: Ints
@@ -115,7 +116,6 @@ class Gpu(NamedTuple):
     loose: Ints
     drain_ns: Ints
     delay: Ints
-    squeeze: Ints
     alone: Ints
     fixed: Ints
     chain: Ints
@@ -125,7 +125,7 @@ class Gpu(NamedTuple):
 
 
 # Places in ``Gpu.machine``.
-_SMS, _COMPUTE_SMS, _COMPUTE_DELAY, _CROWDING, _LEAST_LIFE, _TOGETHER = range(6)
+_SMS, _COMPUTE_SMS, _COMPUTE_DELAY, _CROWDING, _LEAST_LIFE, _TOGETHER, _LATENCY_DELAY = range(7)
 _HAS_SMS, _BESIDE = 1, 0  # ``State.placed`` of a compute op
 KNOWN = 1 << 12  # more than any step was seen to ask
 
@@ -404,10 +404,7 @@ def _rate_transfers(
     begin: int, end: int, running: Ints, gpu: Gpu, state: State, chosen: int, rate: Ints
 ) -> int:
     """Set the rates of transfers; returns the share of the memory bandwidth that they take."""
-    delay = squeeze = SHARE
-    if chosen >= 0:
-        beside = gpu.cost[running[chosen]]
-        delay, squeeze = gpu.delay[beside], gpu.squeeze[beside]
+    delay = gpu.delay[gpu.cost[running[chosen]]] if chosen >= 0 else SHARE
     burden = moving = 0
     for i in range(begin, end):
         op = running[i]
@@ -422,9 +419,7 @@ def _rate_transfers(
         if state.start_ns[op] < 0:
             continue  # its peers are not there
         crowd = SHARE if moving == 1 else _crowd(begin, end, running, op, gpu, state)
-        rate[i] = _transfer_rate(
-            gpu.cost[op], gpu.ctas[op], state.placed[op], delay, squeeze * crowd // SHARE, gpu
-        )
+        rate[i] = _transfer_rate(gpu.cost[op], gpu.ctas[op], state.placed[op], delay, crowd, gpu)
         burden += gpu.burden[op] * rate[i] // FULL_RATE
     return min(burden, _MOST_BURDEN)
 
@@ -448,14 +443,17 @@ def _crowd(begin: int, end: int, running: Ints, op: int, gpu: Gpu, state: State)
 
 
 @usable_in_compiled
-def _transfer_rate(key: int, ctas: int, placed: int, delay: int, squeeze: int, gpu: Gpu) -> int:
-    """Rate of a transfer of cost key ``key`` with ``placed`` of its CTAs on SMs."""
+def _transfer_rate(key: int, ctas: int, placed: int, delay: int, crowd: int, gpu: Gpu) -> int:
+    """Rate of a transfer of cost key ``key`` with ``placed`` of its CTAs on SMs, while transfers
+    want ``crowd`` of its links."""
     rounds = 1
     if 0 < placed < ctas:
         rounds = (ctas + placed - 1) // placed
     alone, fixed, chain = gpu.alone[key], gpu.fixed[key], gpu.chain[key]
-    parts = max((alone - fixed) * squeeze, chain * rounds * delay)
-    beside = fixed * rounds * delay + parts
+    handshake = SHARE + (delay - SHARE) * gpu.machine[_LATENCY_DELAY] // SHARE
+    body = alone - fixed
+    parts = max(body * crowd, body * SHARE + chain * (rounds * delay - SHARE))
+    beside = fixed * rounds * handshake + parts
     if beside <= alone * SHARE:
         return FULL_RATE
     return max(alone * (SHARE * FULL_RATE) // beside, 1)  # int64 holds transfers of half a minute

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _NUM_COLUMNS = 15  # of a kernel: ``end`` .. ``drain_ns`` of Gpu
 _SCALED = [0, 1, 2, 14]  # of these ``end``, ``life``, ``tail`` and ``drain_ns``
+_TRANSFER_SMS = 8  # that a transfer takes; NCCL's take 1 to 32
 
 
 def gpu_of(program: Program, costs: CostTable) -> Gpu:
@@ -62,14 +63,14 @@ def tables_of(costs: CostTable) -> tuple[Array, ...]:
     numbers = np.arange(int(begin[-1]))
     durations = np.repeat(costs.duration_ns, counts[likeness])
     columns = _columns(demands, numbers - np.repeat(to_demand, counts[likeness]), durations)
-    beside = np.array([demand.beside for demand in demands], np.int64).reshape(-1, 3)[likeness]
+    beside = np.array([demand.beside for demand in demands], np.int64).reshape(-1, 2)[likeness]
     machine = [
         p.num_sms, min(limit or p.num_sms, p.num_sms), _share(p.compute_delay),
-        _share(p.crowding), _share(p.least_life), _share(p.together),
+        _share(p.crowding), _share(p.least_life), _share(p.together), _share(p.latency_delay),
     ]  # fmt: skip
     tables = (
-        begin, numbers - np.repeat(to_like, counts[likeness]), *columns, beside[:, 0], beside[:, 1],
-        *_transfer_keys(loads.traffic, costs.duration_ns), beside[:, 2],
+        begin, numbers - np.repeat(to_like, counts[likeness]), *columns, beside[:, 0],
+        *_transfer_keys(loads.traffic, costs.duration_ns), beside[:, 1],
         np.array(machine, np.int64),
     )  # fmt: skip
     return tuple(map(ints, tables))
@@ -137,17 +138,17 @@ class _Demand(NamedTuple):
         rows: by kernel, columns ``end`` .. ``drain_ns`` of :class:`Gpu`; those that grow with the
             duration, :data:`_SCALED`, hold the least that they can be.
         shares: by kernel, what these grow by with every nanosecond of the op.
-        beside: columns ``delay``, ``squeeze`` and ``memory``.
+        beside: columns ``delay`` and ``memory``.
     """
 
     rows: Array
     shares: NDArray[np.float64]
-    beside: tuple[int, int, int]
+    beside: tuple[int, int]
 
 
 @lru_cache(maxsize=4096)
 def _demand(kernels: tuple[Kernel, ...], p: Parameters, limit: int | None) -> _Demand:
-    beside = (*_beside(kernels, p), _memory(kernels, p))
+    beside = (_delay(kernels, p), _memory(kernels, p))
     if not kernels:
         row = (0, 1, 0, 0, p.num_sms, 0, 1, 1, SHARE, SHARE, SHARE, 0, 0, 1, 0)
         return _Demand(np.array([row]), np.array([[1.0, 0.0, 0.0, 0.0]]), beside)
@@ -186,13 +187,20 @@ def _row(
     tail, idle = _tail(kernel, usual, sms, wave, work, p)
     stays = kernel.persistent or waves == 1
     loose = not stays and (kernel.tail_share > 0 or memory > p.bound_from)
-    drain = 0.0 if stays or usual == 1 else p.drain_lives * wave / FULL_RATE
+    drain = 0.0 if stays or usual == 1 else _drained(usual, p) * wave / FULL_RATE
     row = (
         0 if stays else 1, 0, idle,
         min(sms, -(-min(kernel.ctas, count) // usual)), 0 if is_fluid else count, usual, fit,
         waves_of(count, usual * p.num_sms, lone), fluid, lone, _own(kernel), bound, int(loose), 0,
     )  # fmt: skip
     return row, (0.0 if stays else wave, tail, drain)
+
+
+def _drained(usual: int, p: Parameters) -> float:
+    """Share of a CTA's life after which ``_TRANSFER_SMS`` SMs are empty, of each of which ``usual``
+    CTAs that are out of step have to end: the chance that all have is that share to the power of
+    their number."""
+    return float((_TRANSFER_SMS / p.num_sms) ** (1 / usual))
 
 
 def _own(kernel: Kernel) -> int:
@@ -227,17 +235,17 @@ def _tail(
     return wave, p.num_sms - min(sms, -(-last // usual))
 
 
-def _beside(kernels: tuple[Kernel, ...], p: Parameters) -> tuple[int, int]:
-    """Columns ``delay`` and ``squeeze``: harmonic means, as transfers pass beside all kernels."""
+def _delay(kernels: tuple[Kernel, ...], p: Parameters) -> int:
+    """Column ``delay``: the harmonic mean, as transfers pass beside all kernels."""
     if not kernels:
-        return _share(1 + p.busy_delay), SHARE
+        return _share(1 + p.busy_delay)
     total = sum(kernel.duration_ns for kernel in kernels)
-    passed = narrow = 0.0
-    for kernel in kernels:
-        squeezed = hbm_share(kernel, p) ** p.memory_power
-        passed += kernel.duration_ns / (1 + p.busy_delay + p.memory_delay * squeezed)
-        narrow += kernel.duration_ns / (1 + p.link_delay * squeezed)
-    return _share(total / passed), _share(total / narrow)
+    passed = sum(
+        kernel.duration_ns
+        / (1 + p.busy_delay + p.memory_delay * hbm_share(kernel, p) ** p.memory_power)
+        for kernel in kernels
+    )
+    return _share(total / passed)
 
 
 def transfer_columns(program: Program, costs: CostTable, ops: Array) -> tuple[Array, ...]:

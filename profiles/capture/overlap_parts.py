@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from mhcplan.profiles.capture import contention, machine, priority
-from mhcplan.profiles.contention_fit import TRAITS, Pairs, errors, fit
+from mhcplan.profiles.contention_fit import TRAITS, Pairs, choices_of, errors, fit, start_of
 from mhcplan.profiles.contention_rows import (
     contention_model,
     preemptible_times,
     priority_latencies,
     traffic_traits,
 )
-from mhcplan.sim.device_kernels import Parameters
 from mhcplan.sim.jit import has_numba
 
 if TYPE_CHECKING:
@@ -100,12 +99,12 @@ def _fitted(profile: Profile, source: Pairs) -> ContentionModel | None:
               " fits it from the log", file=sys.stderr)  # fmt: skip
         return None
     pairs = source.pairs(TRAITS)
-    meeting = [pair for pair in pairs if not pair.message.eager]
-    start = Parameters(num_sms=_sms(profile))
-    print(f"[capture] fitting the contention model to {len(meeting)} pairs", file=sys.stderr)
+    print(f"[capture] fitting the contention model to {len(pairs)} pairs", file=sys.stderr)
     try:
-        parameters = fit(meeting, start)
-        held_out = errors((pair for pair in meeting if pair.held_out), parameters)
+        parameters = fit(pairs, start_of(profile), choices_of(source))
+        held_out = errors(
+            (pair for pair in pairs if pair.held_out and not pair.message.eager), parameters
+        )
         cases = {pair.compute for pair in pairs}
         kernels = {name: trait for name, trait in TRAITS.items() if name not in cases}
         return contention_model(

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from mhcplan.profiles.contention import Message, ends_of, wait_ns
+from mhcplan.profiles.contention import Message, chain_ns, ends_of, wait_ns
 from mhcplan.profiles.contention_replay import replay
 from mhcplan.profiles.schema import (
     ContentionModel,
@@ -24,7 +24,7 @@ from mhcplan.sim.device_kernels import Kernel, Parameters, hbm_share, units
 
 # nothing but SMs counts: every figure below can be worked out by hand
 BARE = Parameters(
-    num_sms=132, hbm_bytes_per_ns=1e9, busy_delay=0.0, memory_delay=0.0, link_delay=0.0,
+    num_sms=132, hbm_bytes_per_ns=1e9, busy_delay=0.0, memory_delay=0.0,
     compute_delay=0.0, crowding=1.0,
 )  # fmt: skip
 WAVE = Kernel(100_000, 132, 1)  # fills the chip once
@@ -92,14 +92,41 @@ def test_a_rank_that_computes_slows_the_traffic_of_both() -> None:
 
 
 def test_memory_traffic_stretches_messages_unless_the_link_is_narrower() -> None:
-    model = Parameters(busy_delay=0.0, memory_delay=2.0, memory_power=1.0, link_delay=0.0)
+    model = Parameters(busy_delay=0.0, memory_delay=2.0, memory_power=1.0)
     half = dataclasses.replace(PERSISTENT, ctas=100, hbm_bytes=400_000 * 1500)
     bound = message(4, 100_000, chain_ns=100_000)
     wide = message(4, 100_000, chain_ns=30_000)
     assert played(half, bound, model)[1] == pytest.approx(2, rel=1e-2)
-    assert played(half, wide, model)[1] == pytest.approx(1, rel=1e-2)
+    assert played(half, wide, model)[1] == pytest.approx(1.3, rel=1e-2)
     busy = dataclasses.replace(model, busy_delay=0.3)
     assert played(half, bound, busy)[1] == pytest.approx(2.3, rel=1e-2)
+
+
+def test_a_handshake_is_delayed_more_than_bytes() -> None:
+    model = Parameters(busy_delay=0.5, memory_delay=0.0, latency_delay=3.0)
+    spare = dataclasses.replace(PERSISTENT, ctas=100)
+    bytes_only = message(4, 100_000, chain_ns=100_000)
+    half_of_each = message(4, 100_000, fixed_ns=50_000, chain_ns=50_000)
+    assert played(spare, bytes_only, model)[1] == pytest.approx(1.5, rel=1e-2)
+    assert played(spare, half_of_each, model)[1] == pytest.approx(2, rel=1e-2)  # 1.5 and 2.5
+
+
+def test_chains_show_as_far_as_the_link_does_not_hide_them() -> None:
+    narrow = {"ctas": 4, "num_bytes": 1000, "cta_bytes_per_ns": 1.0}  # chains of 250 ns
+    assert chain_ns(300.0, link_share=0.5, **narrow) == 300  # the link is not full
+    assert chain_ns(500.0, link_share=1.0, **narrow) == 125  # half as long as the link's time
+    assert chain_ns(250.0, link_share=1.0, **narrow) == 250
+    assert chain_ns(100.0, link_share=1.0, **narrow) == 100  # what is measured cannot be shorter
+
+
+def test_ends_of_a_message_that_buffers_take_do_not_wait_for_each_other() -> None:
+    # SMs fall free twice an op; of ends that meet, one waits beyond its second time for the other
+    kernels = tuple(dataclasses.replace(PERSISTENT, duration_ns=ns) for ns in (20_000, 100_000))
+    meeting = message(alone_ns=10_000, one_way=True)
+    _, apart = replay(kernels, dataclasses.replace(meeting, eager=True), BARE, 120_000)
+    _, together = replay(kernels, meeting, BARE, 120_000)
+    assert apart == pytest.approx(6, rel=0.1)
+    assert together > 1.1 * apart
 
 
 def test_memory_bound_kernels_lose_bandwidth_and_not_sms() -> None:

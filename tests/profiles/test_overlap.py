@@ -71,7 +71,7 @@ def test_the_price_is_what_the_engines_give(op: OpKey, urgent: bool, engine: Eng
     ops = 10 + round(1.5 * messages * price.traffic_slowdown * price.traffic_ns / price.compute_ns)
     for rank in (0, 1):
         length = price.compute_ns * (100 + rank) // 100  # no two GPUs are equal
-        maker.op(rank, rank * price.compute_ns // 3)
+        maker.op(rank, rank * 15_000)
         for _ in range(ops):
             maker.op(rank, length)
         before: tuple[int, ...] = ()

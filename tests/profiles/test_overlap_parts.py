@@ -21,12 +21,13 @@ def test_a_profile_without_logs_stays_as_it_is(tmp_path: Path) -> None:
 
 
 def test_a_model_is_fitted_and_latencies_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    one_step = partial(fit, choices={"busy_delay": (0.1, 0.4)}, most=60, rounds=1)
-    monkeypatch.setattr(overlap_parts, "fit", one_step)
+    monkeypatch.setattr(overlap_parts, "fit", partial(fit, most=60, rounds=1))
+    monkeypatch.setattr(overlap_parts, "choices_of", lambda _: {"busy_delay": (0.0, 0.35, 0.9)})
     model = overlap_parts.with_overlap(BARE, CONTENTION, PRIORITY)
     found = model.contention_model
     assert found is not None
-    assert found.parameters["busy_delay"] == 0.4
+    assert found.parameters["busy_delay"] == 0.35
+    assert found.parameters["hbm_bytes_per_ns"] == pytest.approx(3000, rel=0.01)  # its copy
     assert found.held_out_pairs == 324
     assert 0 < found.compute_error_percent < 15
     assert {(row.pattern, row.medium) for row in found.traffic} > {("send_recv", "inter_node")}

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 COLUMNS = ("issue_ns", "start_ns", "end_ns", "cause", "reason")
 # nothing but SMs counts: every figure below can be worked out by hand
 BARE = Parameters(
-    num_sms=100, hbm_bytes_per_ns=1e9, busy_delay=0.0, memory_delay=0.0, link_delay=0.0,
+    num_sms=100, hbm_bytes_per_ns=1e9, busy_delay=0.0, memory_delay=0.0,
     compute_delay=0.0, crowding=1.0,
 )  # fmt: skip
 TILES = Kernel(1000, 500, 1)  # five waves of 200 ns
