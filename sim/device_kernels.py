@@ -93,7 +93,7 @@ class Parameters:
     memory_delay: float = 2.0
     memory_power: float = 20.0
     latency_delay: float = 2.0
-    compute_delay: float = 0.9
+    compute_delay: float = 0.5
     crowding: float = 0.35
     bound_from: float = 0.7
     least_life: float = 0.5
