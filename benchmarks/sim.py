@@ -20,9 +20,9 @@ intervals and templates.
 What made plays no faster: columns of an op side by side in memory (1.11 to 1.17 of the time), int32
 instead of int64 (1.05 to 1.10), and what :mod:`mhcplan.sim.device_sms` asks twice asked once (1.01
 to 1.02). Ranks could be played apart only while no message between them waits or moves, which is so
-for a fifth of the times that a GPU is shared. Threads that hand over the GIL after 0.5 ms instead of
-5 made no what-if faster. NUMBA_LOOP_VECTORIZE=0 gives 0.93: most loops go over two or three ops; it
-is no default, as it changes all of a process's numba code.
+for a fifth of the times that a GPU is shared. Threads that hand over the GIL after 0.5 ms instead
+of 5 made no what-if faster. NUMBA_LOOP_VECTORIZE=0 gives 0.93: most loops go over two or three
+ops; it is no default, as it changes all of a process's numba code.
 """
 
 from __future__ import annotations
