@@ -13,7 +13,8 @@ import numpy as np
 
 from mhcplan.sim import device, device_sms
 from mhcplan.sim.causes import timeline_of
-from mhcplan.sim.compiled_loop import FAR, NEVER, NOBODY, Loop, Physics, Step, Times, play
+from mhcplan.sim.compiled_loop import FAR, NEVER, NOBODY, play
+from mhcplan.sim.compiled_state import Loop, Physics, Step, Times
 from mhcplan.sim.device_tables import queued_behind, tables_of, transfer_columns
 from mhcplan.sim.jit import ints
 from mhcplan.sim.order import order_of
