@@ -55,11 +55,12 @@ def test_a_site(tokens: int, n: int, channels: int, dtype: torch.dtype) -> None:
     cases.Case(tokens, n, channels, dtype).check()
 
 
-def test_results_repeat_bit_by_bit(case: cases.Case) -> None:
+def test_results_repeat_bit_by_bit() -> None:
+    case = cases.Case(16384, 4, 2560, torch.bfloat16)  # where they once did not
     first = case.run()
-    for _ in range(3):
+    for _ in range(50):
         again = case.run()
-        assert all(torch.equal(first[name], again[name]) for name in first)
+        assert not [name for name in first if not torch.equal(first[name], again[name])]
 
 
 def test_recompute_equals_the_forward(case: cases.Case) -> None:

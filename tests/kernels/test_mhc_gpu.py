@@ -76,13 +76,13 @@ def test_peak_memory_is_no_more_than_the_leanest_public_kernels(case: cases.Case
     assert peak <= 203.4 * 2**20
 
 
-@pytest.mark.parametrize("channels", [2560, 7168])
-def test_results_repeat_bit_by_bit(channels: int) -> None:
-    case = cases.Case(4096, 4, channels, torch.bfloat16)
+@pytest.mark.parametrize(("tokens", "channels"), [(16384, 2560), (4096, 7168)])
+def test_results_repeat_bit_by_bit(tokens: int, channels: int) -> None:
+    case = cases.Case(tokens, 4, channels, torch.bfloat16)
     first = case.run()
-    for _ in range(3):
+    for _ in range(50):
         again = case.run()
-        assert all(torch.equal(first[name], again[name]) for name in first)
+        assert not [name for name in first if not torch.equal(first[name], again[name])]
 
 
 @pytest.mark.parametrize("n", [2, 4, 8])
