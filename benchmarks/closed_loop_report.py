@@ -373,10 +373,16 @@ def why_not_blind(root: Path, row: Row) -> str:
         return "claimed after it ran"
     if ran and (ran == claimed or git(root, "merge-base", claimed, ran) != claimed):
         return "the claim was not committed before the measurement"
-    text = git(root, "show", f"{claimed}:profiles/data/{row.claim.profile}.json")
-    if not text or parse_profile(text, row.claim.profile).digest != row.claim.profile_digest:
+    if committed_digest(root, claimed, row.claim.profile) != row.claim.profile_digest:
         return "claimed with another profile than the committed one"
     return ""
+
+
+@cache
+def committed_digest(root: Path, commit: str, profile: str) -> str:
+    """Digest of a profile as a commit has it; empty if it has none."""
+    text = git(root, "show", f"{commit}:profiles/data/{profile}.json")
+    return parse_profile(text, profile).digest if text else ""
 
 
 def first_commit(root: Path, text: str, path: str) -> str:

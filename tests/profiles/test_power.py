@@ -95,10 +95,16 @@ def test_a_log_becomes_the_model_of_a_profile_of_its_device(tmp_path: Path) -> N
         power.measure_power_part(cut, "cpu", 1.0)
 
 
-@given(st.floats(0.2, 4.0))
-def test_more_work_in_the_same_time_is_slowed_more(factor: float) -> None:
+@pytest.fixture(scope="module")
+def shipped() -> PowerModel:
     model = find_profile("h100-sxm").power_model
     assert model is not None
+    return model
+
+
+@given(factor=st.floats(0.2, 4.0))
+def test_more_work_in_the_same_time_is_slowed_more(shipped: PowerModel, factor: float) -> None:
+    model = shipped
     keys = ["attention_mla.F heads=24 hidden=1920 kv_rank=512 nope=128 q_rank=0 rope=64 seq=4096"
             " tokens=4096 v=128"]  # fmt: skip
     fast, slow = steady_ns(keys, [500_000], model), steady_ns(keys, [round(5e5 * factor)], model)
