@@ -30,7 +30,7 @@ _LEAD_CYCLES = 40_000_000  # about 20 ms, by which the host is ahead of the devi
 
 
 class _Part(NamedTuple):
-    """Instructions from ``first`` on as one graph; None where they only wait and free."""
+    """What follows each other on a stream, as one graph; None where it only waits and frees."""
 
     stream: int
     waits: tuple[int, ...]
@@ -109,6 +109,7 @@ class CapturedStep:
             if graph is not None:
                 graph.capture_end()
             parts.append(_Part(stream, its[0].waits, its[-1].records, graph))
+        executor.check_freed()
         return parts
 
 

@@ -207,7 +207,7 @@ class Executor:
                 if it.host_sync:
                     streams.host_wait()
         streams.join()
-        self._check_freed()
+        self.check_freed()
 
     def place(self, it: Instruction, fill: float | None = None) -> None:
         """Allocate what the Program has allocated here; the compute stream must be current."""
@@ -235,7 +235,8 @@ class Executor:
             del values[buffer]
             self.attached.drop(buffer)
 
-    def _check_freed(self) -> None:
+    def check_freed(self) -> None:
+        """After a step: raise RunError if it kept a buffer."""
         if self._values:
             left = sorted(self._values)[:5]
             raise RunError(f"{len(self._values)} buffers are never freed, such as {left}")

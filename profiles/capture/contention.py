@@ -198,8 +198,9 @@ class Bench:
         for stream in self.streams:
             stream.wait_event(go)
         with torch.cuda.stream(self.streams[0]):
-            for _ in range(before if work is not None else 0):
-                work()  # type: ignore[misc]
+            if work is not None:
+                for _ in range(before):
+                    work()
             begun.record()
         self.streams[1].wait_event(begun)
         handles: list[Any] = []

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,6 +9,7 @@ import torch
 
 from mhcplan.kernels import hc, mhc
 from mhcplan.kernels.layers import Env, make_case
+from tests.kernels import test_hc_kernels as cases
 from tests.support.compile_ahead import run_site
 
 if TYPE_CHECKING:
@@ -21,15 +20,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-
-_spec = importlib.util.spec_from_file_location(
-    "hc_kernel_cases", Path(__file__).with_name("test_hc_kernels.py")
-)
-assert _spec is not None
-assert _spec.loader is not None
-cases = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(cases)
-
 
 SITES = [
     (64, 16, 640, torch.bfloat16),

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -15,14 +12,7 @@ from mhcplan.kernels import hc, mhc, reference
 from mhcplan.kernels.triton_support import INTERPRETED
 from mhcplan.profiles.specs import ResidualSpec
 from mhcplan.profiles.vocabulary import coefficient_bytes
-
-_spec = importlib.util.spec_from_file_location(
-    "mhc_kernel_cases", Path(__file__).with_name("test_mhc_kernels.py")
-)
-assert _spec is not None
-assert _spec.loader is not None
-mhc_cases = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(mhc_cases)
+from tests.kernels import test_mhc_kernels as mhc_cases
 
 pytestmark = mhc_cases.pytestmark
 DEVICE = mhc_cases.DEVICE

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
 from mhcplan.kernels import mhc
+from tests.kernels import test_mhc_kernels as cases
 from tests.support.compile_ahead import run_site
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-
-_spec = importlib.util.spec_from_file_location(
-    "mhc_kernel_cases", Path(__file__).with_name("test_mhc_kernels.py")
-)
-assert _spec is not None
-assert _spec.loader is not None
-cases = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(cases)
-
 
 SITES = [
     (64, 16, 640, torch.bfloat16),

@@ -208,31 +208,29 @@ def test_a_peer_that_is_late_makes_its_partner_hold_sms() -> None:
     assert line.end_ns[index[busy]] == pytest.approx(1250, abs=2)
 
 
+def end_beside_20_held_sms(kernel: Kernel, share: float) -> int:
+    """When an op of 1000 ns ends that uses ``share`` of the memory bandwidth."""
+    maker = Maker()
+    held = maker.transfer(0, maker.group("pair", 0, size=2), 10_000)
+    op = maker.op(0, 1000)
+    kernel = replace(kernel, hbm_bytes=round(share * 1000 * BARE.hbm_bytes_per_ns))
+    line = played(maker, {held: Traffic(20), op: kernel})
+    return int(line.end_ns[maker.index_of[op]])
+
+
 @pytest.mark.parametrize(("share", "last_ns"), [(0.0, 1000), (0.2, 850), (0.6, 550)])
 def test_ctas_of_a_last_wave_wait_for_memory_only_as_far_as_others_use_it(
     share: float, last_ns: int
 ) -> None:
     """20 of 100 CTAs find no SM at first, and then run where 80 could: of their waits for memory
     a quarter is left."""
-    maker = Maker()
-    pair = maker.group("pair", 0, size=2)
-    held = maker.transfer(0, pair, 10_000)
-    op = maker.op(0, 1000)
-    kernel = replace(PERSISTENT, hbm_bytes=round(share * 1000 * BARE.hbm_bytes_per_ns))
-    line = played(maker, {held: Traffic(20), op: kernel})
-    assert line.end_ns[maker.index_of[op]] == pytest.approx(1000 + last_ns, rel=1e-3)
+    assert end_beside_20_held_sms(PERSISTENT, share) == pytest.approx(1000 + last_ns, rel=1e-3)
 
 
 @pytest.mark.parametrize(("share", "expected_ns"), [(0.0, 1400), (0.2, 1322), (0.6, 1166)])
 def test_fewer_ctas_at_a_time_wait_less_for_memory(share: float, expected_ns: int) -> None:
     """500 CTAs on 80 SMs: six waves whose CTAs wait a fifth less, and 20 that wait a quarter."""
-    maker = Maker()
-    pair = maker.group("pair", 0, size=2)
-    held = maker.transfer(0, pair, 10_000)
-    op = maker.op(0, 1000)
-    kernel = replace(TILES, hbm_bytes=round(share * 1000 * BARE.hbm_bytes_per_ns))
-    line = played(maker, {held: Traffic(20), op: kernel})
-    assert line.end_ns[maker.index_of[op]] == pytest.approx(expected_ns, rel=1e-3)
+    assert end_beside_20_held_sms(TILES, share) == pytest.approx(expected_ns, rel=1e-3)
 
 
 def test_a_persistent_grid_of_two_ctas_an_sm_is_no_fluid() -> None:
