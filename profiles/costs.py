@@ -8,7 +8,7 @@ of these is :class:`CostMissing`, never a guess.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
@@ -92,6 +92,12 @@ def sources_percent(shares: Iterable[tuple[Source, int]]) -> dict[Source, float]
     # what rounding left over, or took too much, is the largest share's
     count[max(sums, key=lambda source: sums[source])] += steps - sum(count.values())
     return {source: count[source] / _SHARE_STEPS_PER_PERCENT for source in SOURCES}
+
+
+def in_graph(cost: Cost, overheads: Overheads) -> Cost:
+    """The cost of an op or transfer in a CUDA graph: no host, kernels closer to each other."""
+    sooner_ns = len(cost.segments) * overheads.graph_gap_ns
+    return replace(cost, duration_ns=max(cost.duration_ns - sooner_ns, 0), host_ns=0)
 
 
 def cost_table(costs: Sequence[Cost], overheads: Overheads) -> CostTable:

@@ -10,7 +10,7 @@ from collections import defaultdict
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mhcplan.profiles.costs import Cost, CostMissing, cost_table
+from mhcplan.profiles.costs import Cost, CostMissing, cost_table, in_graph
 from mhcplan.profiles.derive import with_network
 from mhcplan.profiles.loads import LoadModel
 from mhcplan.profiles.op_costs import (
@@ -151,9 +151,16 @@ class CostModel:
                     costs[i] = self._loads.with_ctas(key, costs[i], gpu.comm_ctas)
         return tuple(costs)
 
-    def table(self, cost_keys: Sequence[str], gpu: GpuSettings | None = None) -> CostTable:
-        """The engine's table of a Program's ``cost_keys``; arguments, errors as :meth:`costs`."""
+    def table(
+        self, cost_keys: Sequence[str], gpu: GpuSettings | None = None, *, captured: bool = False
+    ) -> CostTable:
+        """The engine's table of a Program's ``cost_keys``; arguments, errors as :meth:`costs`.
+
+        ``captured``: the step is played from CUDA graphs, by no host.
+        """
         costs = self.costs(cost_keys, gpu)
+        if captured:
+            costs = [in_graph(cost, self.profile.overheads) for cost in costs]
         table = cost_table(costs, self.profile.overheads)
         if gpu is None:
             return table

@@ -13,8 +13,6 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 import mhcplan
 from mhcplan.planner.lowering.lower import lower
 from mhcplan.planner.lowering.recompute import resolve_recompute_block
@@ -103,9 +101,9 @@ def _program_claim(plan: PlanSpec, models: dict[Resource | None, CostModel]) -> 
 
 
 def _captured(step: Step, plan: PlanSpec, model: CostModel) -> Timeline:
-    """The step as a CUDA graph: no op takes time of the host."""
-    table = model.with_network(plan.network_speed).table(step.program.cost_keys, plan.gpu)
-    table = replace(table, host_ns=np.zeros_like(table.host_ns))
+    """The step from CUDA graphs."""
+    prices = model.with_network(plan.network_speed)
+    table = prices.table(step.program.cost_keys, plan.gpu, captured=True)
     return settle(plan, step.program, table, model.profile)[2]
 
 

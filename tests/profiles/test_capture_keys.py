@@ -109,6 +109,16 @@ def test_transfers_of_larger_groups_are_added(tmp_path: Path) -> None:
         extend(base, None, [other])
 
 
+def test_how_close_kernels_of_a_graph_are_is_the_last_runs_word(tmp_path: Path) -> None:
+    out = tmp_path / "p.json"
+    assert main([*QUICK, "--out", str(out), "--op", str(RESIDUAL)]) == 0
+    base, part = read_profile(out), read_part(out.with_name("p.json.ops.json"), OpsPart)
+    found = extend(base, part.model_copy(update={"graph_gap_ns": 1100}), [])
+    assert found.overheads.graph_gap_ns == 1100
+    assert found.digest != base.digest
+    assert extend(found, part, []).overheads == found.overheads  # this one did not measure it
+
+
 @pytest.mark.parametrize(
     ("key", "said"),
     [

@@ -327,6 +327,19 @@ def test_segments_scale_with_the_op(profile: Profile, costs: CostModel) -> None:
     assert busy / was_busy == pytest.approx(cost.duration_ns / row.duration_ns, rel=1e-2)
 
 
+def test_kernels_of_a_graph_follow_each_other_sooner(profile: Profile) -> None:
+    key = next(row.key for row in profile.ops if row.segments)
+    overheads = profile.overheads.model_copy(update={"graph_gap_ns": 700})
+    model = CostModel(profile.model_copy(update={"overheads": overheads}))
+    send = "send_recv 2/2 1048576"
+    issued = model.table([str(key), send])
+    captured = model.table([str(key), send], captured=True)
+    sooner = 700 * len(model.op(key).segments)
+    assert (issued.duration_ns - captured.duration_ns).tolist() == [sooner, 0]
+    assert issued.host_ns.all()
+    assert not captured.host_ns.any()
+
+
 def test_persistent_kernels_keep_their_ctas(profile: Profile) -> None:
     rows = tuple(
         row.model_copy(
