@@ -35,6 +35,7 @@ from mhcplan.profiles.contention_rows import (
 from mhcplan.profiles.loads import fitted_parameters
 from mhcplan.profiles.overlap import parameters_of, rows_of
 from mhcplan.profiles.schema import profile_text, read_profile
+from mhcplan.profiles.store import contention_log
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -69,8 +70,7 @@ def main() -> None:
     args = parser.parse_args()
     path = DATA / f"{args.profile}.json"
     profile = read_profile(path)
-    raw = DATA / "raw" / f"{args.profile}-contention.jsonl"
-    source = Pairs(rows_of(raw.read_text(encoding="utf-8")), profile.hardware.num_sms)
+    source = Pairs(rows_of(contention_log(args.profile)), profile.hardware.num_sms)
     pairs = source.pairs(TRAITS)
     if args.fit:
         parameters = fit(pairs, start_of(profile), choices_of(source))

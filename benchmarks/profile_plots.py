@@ -9,7 +9,6 @@ Needs ``pip install 'mhcplan[docs]'``.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 
 from mhcplan.profiles.contention_fit import TRAITS, Pairs, predict
 from mhcplan.profiles.holdout import holdout
+from mhcplan.profiles.logs import read_log
 from mhcplan.profiles.lookup import CostModel
 from mhcplan.profiles.overlap import parameters_of, rows_of
 from mhcplan.profiles.priority import errors_ns
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
 NAME = "h100-sxm"
-PRIORITY_LOG = ROOT / "profiles" / "data" / "raw" / f"{NAME}-priority.jsonl"
+PRIORITY_LOG = ROOT / "profiles" / "data" / "raw" / f"{NAME}-priority.jsonl.xz"
 COLORS = ("#3b6ea8", "#c2543d", "#4f8f5b", "#8a63a8")
 WIDTH = 8.6  # inches
 
@@ -124,7 +124,7 @@ def draw_holdout(profile: Profile) -> Figure:
 def draw_pairs(profile: Profile) -> Figure:
     """Slowdowns of held-out pairs, predicted against measured."""
     parameters = parameters_of(profile)
-    pairs = Pairs(rows_of(contention_log(NAME) or ""), parameters.num_sms).pairs(TRAITS)
+    pairs = Pairs(rows_of(contention_log(NAME)), parameters.num_sms).pairs(TRAITS)
     held = [pair for pair in pairs if pair.held_out and not pair.message.eager]
     found = [(pair, predict(pair, parameters)) for pair in held]
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 4), layout="constrained")
@@ -151,8 +151,7 @@ def latencies() -> dict[str, dict[str, tuple[float, float]]]:
     """Median and 90th percentile, us, from launch call to the first CTA of a short kernel, over
     both probes and 8 and 32 connections: by what kept the chip busy, and by priority."""
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for line in PRIORITY_LOG.read_text(encoding="utf-8").splitlines():
-        entry: dict[str, Any] = json.loads(line)
+    for entry in read_log(PRIORITY_LOG):
         row = entry["priority"]
         if row != "done" and row["case"] == "latency" and entry["connections"] > 1:
             found[row["resident"]][row["level"]].append(row["start_ns"] / 1e3)
@@ -186,12 +185,11 @@ def within_bar() -> tuple[int, int]:
     """Cases whose predicted latency is off by at most the larger of 20 % and 10 us (median over
     trials), and all cases."""
     trials: dict[int, list[dict[str, Any]]] = defaultdict(list)
-    for line in PRIORITY_LOG.read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
+    for entry in read_log(PRIORITY_LOG):
         if entry["priority"] != "done" and entry["priority"]["case"] == "latency":
             trials[entry["connections"]].append(entry["priority"])
     moved: dict[str, int] = {}  # by the kernels that were overlapped, too
-    for row in rows_of(contention_log(NAME) or "").values():
+    for row in rows_of(contention_log(NAME)).values():
         if row["traffic"] is None:
             longest = max(row["kernels"], key=lambda kernel: kernel["duration_ns"])
             moved[longest["name"]] = row["hbm_bytes"]

@@ -53,7 +53,7 @@ class Trait:
 
 # Traits of the kernels that the capture runs, by case or by part of the kernel's name. Pieces are
 # the tiles of the problem (256 x 128 for cuBLAS's, 128 x 256 for the others); tail shares were
-# measured: profiles.priority.tail_shares of data/raw/h100-sxm-priority.jsonl
+# measured: profiles.priority.tail_shares of data/raw/h100-sxm-priority.jsonl.xz
 TRAITS: dict[str, Trait] = {
     "gemm_library_big": Trait(1792, dealt=False),
     "gemm_library": Trait(512, dealt=False),

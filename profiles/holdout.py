@@ -26,6 +26,7 @@ from mhcplan.profiles.vocabulary import OP_KINDS, TransferKey
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from mhcplan.profiles.logs import Entry
     from mhcplan.profiles.schema import OpTiming, Profile, TransferTiming
 
 _Row = TypeVar("_Row")
@@ -106,11 +107,11 @@ class _Error(NamedTuple):
     percent: float | None
 
 
-def holdout(profile: Profile, contention_log: str | None = None) -> list[HeldOut]:
+def holdout(profile: Profile, contention_log: Sequence[Entry] = ()) -> list[HeldOut]:
     """Errors by family: op kinds, patterns of transfers, overlapped pairs; and of all ops.
 
-    ``contention_log``: lines of the capture that the contention model was fitted to
-    (:func:`mhcplan.profiles.store.contention_log`); None: no pairs.
+    ``contention_log``: of the capture that the contention model was fitted to
+    (:func:`mhcplan.profiles.store.contention_log`); empty: no pairs.
     """
     ops = _op_errors(profile)
     transfers = _transfer_errors(profile)
@@ -127,12 +128,12 @@ def holdout(profile: Profile, contention_log: str | None = None) -> list[HeldOut
         for name in dict.fromkeys(e.family for e in (*ops, *transfers))
     ]
     found.append(_summary("all ops", len(profile.ops), ops, BARS["ops"]))
-    if contention_log is not None and profile.contention_model is not None:
+    if contention_log and profile.contention_model is not None:
         found += _pairs(profile, contention_log)
     return found
 
 
-def _pairs(profile: Profile, log: str) -> list[HeldOut]:
+def _pairs(profile: Profile, log: Sequence[Entry]) -> list[HeldOut]:
     """Slowdowns of either side, and of sends that go ahead of their receiver apart: in a step both
     ends meet."""
     parameters = parameters_of(profile)

@@ -9,7 +9,6 @@ kernels, pattern, whether small messages are sent ahead) that the fit did not se
 
 from __future__ import annotations
 
-import json
 import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
@@ -27,9 +26,10 @@ from mhcplan.profiles.vocabulary import TransferKey
 from mhcplan.sim.device_kernels import Kernel, Parameters, hbm_share
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from mhcplan.profiles.costs import Source
+    from mhcplan.profiles.logs import Entry
     from mhcplan.profiles.schema import Profile
     from mhcplan.profiles.vocabulary import OpKey
 
@@ -134,13 +134,13 @@ class _Traffic(NamedTuple):
 class OverlapModel:
     """Prices pairs on the machine of a profile."""
 
-    def __init__(self, profile: Profile, log: str | None = None) -> None:
+    def __init__(self, profile: Profile, log: Sequence[Entry] = ()) -> None:
         """Take the contention model of ``profile``.
 
         Args:
             profile: of the machine.
-            log: lines of the capture that the model was fitted to
-                (:func:`mhcplan.profiles.store.contention_log`); None: errors are the profile's own.
+            log: of the capture that the model was fitted to, see
+                :func:`mhcplan.profiles.store.contention_log`; empty: errors are the profile's own.
 
         Raises:
             ProfileError: the profile has no contention model.
@@ -148,7 +148,7 @@ class OverlapModel:
         self._profile, self._model = profile, profile.contention_model
         self.parameters = parameters_of(profile)
         self._costs = cost_model_of(profile)
-        self._source = Pairs(rows_of(log) if log else {}, self.parameters.num_sms)
+        self._source = Pairs(rows_of(log), self.parameters.num_sms)
         self._pairs: list[Pair] | None = None
 
     @property
@@ -378,10 +378,9 @@ def parse_traffic(text: str) -> TransferKey:
     return key
 
 
-def rows_of(log: str) -> dict[str, dict[str, Any]]:
-    """Rows of a contention capture, by pair."""
-    found = (json.loads(line)["contention"] for line in log.splitlines())
-    return {row["pair"]: row for row in found if isinstance(row, dict)}
+def rows_of(log: Iterable[Entry]) -> dict[str, dict[str, Any]]:
+    """Rows of a contention capture, by pair; the latest of equal pairs counts."""
+    return {entry["contention"]["pair"]: entry["contention"] for entry in log}
 
 
 def _name(traffic: _Traffic) -> str:

@@ -9,13 +9,13 @@ without this, mHC's overhead is predicted too high.
 
 from __future__ import annotations
 
-import json
 import statistics
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from mhcplan.profiles.logs import read_log
 from mhcplan.profiles.schema import PowerModel
 from mhcplan.profiles.vocabulary import OP_KINDS, OpKey, parse_key
 
@@ -161,16 +161,9 @@ class Row(NamedTuple):
 
 
 def read_rows(log: Path, device: str | None = None) -> list[tuple[Row, float]]:
-    """Loads of a capture's log with the power limit of each; a line cut short is dropped."""
-    found: list[tuple[Row, float]] = []
-    for line in log.read_text(encoding="utf-8").splitlines():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if device in (None, entry["device"]):
-            found.append((Row(**entry["row"]), entry["limit_watts"]))
-    return found
+    """Loads of a capture's log with the power limit (watts) of each."""
+    entries = read_log(log, {"device": device} if device else None)
+    return [(Row(**entry["row"]), entry["limit_watts"]) for entry in entries]
 
 
 def fit_power(rows: Iterable[Row], limit_watts: float) -> PowerModel:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mhcplan.profiles.derive import DERIVED, derive
+from mhcplan.profiles.logs import read_log
 from mhcplan.profiles.plausibility import implausible
 from mhcplan.profiles.presets import unknown_name
 from mhcplan.profiles.schema import (
@@ -27,6 +28,8 @@ from mhcplan.profiles.schema import (
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
+
+    from mhcplan.profiles.logs import Entry
 
 SUFFIX = ".json"
 
@@ -75,17 +78,15 @@ def find_profile(name_or_path: str) -> Profile:
     return profile
 
 
-def contention_log(name_or_path: str) -> str | None:
-    """Lines of the capture that the contention model of a profile was fitted to, if there is one.
+def contention_log(name_or_path: str) -> list[Entry]:
+    """The capture that the contention model of a profile was fitted to; empty if there is none.
 
     Of a shipped profile it comes with mhcplan, of another it lies where the capture wrote it.
     """
-    name = f"{name_or_path}-contention.jsonl"
-    shipped = files("mhcplan.profiles").joinpath("data", "raw", name)
-    if "/" not in name and shipped.is_file():
-        return shipped.read_text(encoding="utf-8")
-    beside = Path(f"{name_or_path}.contention.jsonl")
-    return beside.read_text(encoding="utf-8") if beside.is_file() else None
+    if name_or_path in shipped_profiles():
+        raw = files("mhcplan.profiles").joinpath("data", "raw")
+        return read_log(raw.joinpath(f"{name_or_path}-contention.jsonl.xz"))
+    return read_log(Path(f"{name_or_path}.contention.jsonl"))
 
 
 def profile_names() -> tuple[str, ...]:

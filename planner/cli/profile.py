@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from mhcplan.profiles.logs import Entry
     from mhcplan.profiles.schema import Profile
 
 NameOrFile = Annotated[str, Parameter(help="a shipped profile's name, or a profile file (.json)")]
@@ -143,7 +144,7 @@ def measure(
     return code
 
 
-def _print_holdout(profile: Profile, contention_log: str | None) -> None:
+def _print_holdout(profile: Profile, contention_log: list[Entry]) -> None:
     from mhcplan.profiles.holdout import holdout
 
     rows = holdout(profile, contention_log)

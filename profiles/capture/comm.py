@@ -13,7 +13,6 @@ nodes, and then the network between them is measured.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import socket
 import statistics
@@ -25,7 +24,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 import torch
 import torch.distributed as dist
 
+from mhcplan.profiles.capture.ops import append_line
 from mhcplan.profiles.capture.timing import spread_percent
+from mhcplan.profiles.logs import read_log
 from mhcplan.profiles.schema import Medium, Pattern, TransferTiming
 from mhcplan.profiles.transfer_costs import UNEVEN_SHARE
 
@@ -299,13 +300,32 @@ def _run(device: torch.device, job: dict[str, Any], result: Path) -> None:
         if rank == 0 and row is not None:
             data = row.model_dump(mode="json", exclude_none=True)
             line = {**job["stamp"], "transfer": data, "communicator_bytes": communicator}
-            with result.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            append_line(result, line)
             print(
                 f"[capture {done + 1}/{len(job['todo'])} {time.monotonic() - begin:.0f}s] {pattern}"
                 f" {num_bytes}: {row.duration_ns / 1000:.1f}us",
                 file=sys.stderr, flush=True,
             )  # fmt: skip
+
+
+def run_workers(worker: Callable[..., None], world: int, device_type: str, *args: object) -> None:
+    """Run ``worker(rank, world, device_type, port, *args)`` in a process for each of ``world``
+    ranks, which meet at ``port``, to their end.
+
+    Raises:
+        RuntimeError: one of them failed.
+    """
+    context, port = torch.multiprocessing.get_context("spawn"), _free_port()
+    workers = [
+        context.Process(target=worker, args=(rank, world, device_type, port, *args), daemon=True)
+        for rank in range(world)
+    ]
+    for each in workers:
+        each.start()
+    for each in workers:
+        each.join()
+    if any(each.exitcode for each in workers):
+        raise RuntimeError(f"a worker failed: {[each.exitcode for each in workers]}")
 
 
 def _free_port() -> int:
@@ -317,19 +337,14 @@ def _free_port() -> int:
 def read_transfers(log: Path, stamp: dict[str, str]) -> tuple[list[TransferTiming], int]:
     """Rows of a log that carry ``stamp`` (code, device), and the communicator's bytes.
 
-    A last line that was cut short is dropped; the latest of equal rows counts.
+    The latest of equal rows counts.
     """
     rows: dict[tuple[str, int], TransferTiming] = {}
     communicator = 0
-    for text in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        if "transfer" in line and all(line.get(k) == v for k, v in stamp.items()):
-            row = TransferTiming.model_validate(line["transfer"])
-            rows[row.pattern, row.bytes] = row
-            communicator = max(communicator, line["communicator_bytes"])
+    for line in read_log(log, stamp):
+        row = TransferTiming.model_validate(line["transfer"])
+        rows[row.pattern, row.bytes] = row
+        communicator = max(communicator, line["communicator_bytes"])
     return without_starved(rows.values()), communicator
 
 
@@ -379,30 +394,8 @@ def measure_transfers(
     medium = started.medium if started else "intra_node"
     job = {"todo": todo, "stamp": stamp, "budget_seconds": budget_seconds, "medium": medium}
     if started:
-        _mend(log)
         local_rank = int(os.environ["LOCAL_RANK"])
         _join(started.rank, local_rank, started.world, device_type, job, str(log))
     elif todo:
-        _mend(log)
-        context = torch.multiprocessing.get_context("spawn")
-        port = _free_port()
-        workers = [
-            context.Process(
-                target=_worker, args=(rank, world, device_type, port, job, str(log)), daemon=True
-            )
-            for rank in range(world)
-        ]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        if any(worker.exitcode for worker in workers):
-            raise RuntimeError(f"a worker failed: {[w.exitcode for w in workers]}")
+        run_workers(_worker, world, device_type, job, str(log))
     return read_transfers(log, stamp)
-
-
-def _mend(log: Path) -> None:
-    """End a line that a kill cut short, so that the next one starts fresh."""
-    if log.exists() and (text := log.read_bytes()) and not text.endswith(b"\n"):
-        with log.open("ab") as file:
-            file.write(b"\n")

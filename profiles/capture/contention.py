@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from mhcplan.profiles.capture.comm import run_workers
 from mhcplan.profiles.capture.ops import append_line
 from mhcplan.profiles.capture.overlap_kernels import Compute, makers
 from mhcplan.profiles.capture.overlap_pairs import (
@@ -40,6 +41,8 @@ from mhcplan.profiles.capture.overlap_pairs import (
     row_of,
 )
 from mhcplan.profiles.capture.overlap_trace import Run, split_runs, trace_events
+from mhcplan.profiles.logs import read_log
+from mhcplan.profiles.overlap import rows_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -316,16 +319,8 @@ def _relative(spans: dict[str, list[list[list[list[int]]]]]) -> dict[str, Any]:
 
 
 def read_rows(log: Path, stamp: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """Rows of a log by pair that carry ``stamp``; a last line that was cut short is dropped."""
-    rows: dict[str, dict[str, Any]] = {}
-    for text in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        if "contention" in line and all(line.get(k) == v for k, v in stamp.items()):
-            rows[line["contention"]["pair"]] = line["contention"]
-    return rows
+    """Rows of a log by pair that carry ``stamp``."""
+    return rows_of(read_log(log, stamp))
 
 
 @contextlib.contextmanager
@@ -517,25 +512,11 @@ def measure_contention(
     Raises:
         RuntimeError: a worker failed.
     """
-    from mhcplan.profiles.capture.comm import _free_port, _mend
-
-    _mend(log)
     job = {
         "log": str(log), "stamp": stamp, "plan": vars(plan or Plan()), "chunk": chunk,
         "timelines": str(timelines) if timelines else None,
     }  # fmt: skip
-    context = torch.multiprocessing.get_context("spawn")
-    port = _free_port()
-    workers = [
-        context.Process(target=_worker, args=(rank, world, device_type, port, job), daemon=True)
-        for rank in range(world)
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    if any(worker.exitcode for worker in workers):
-        raise RuntimeError(f"a worker failed: {[w.exitcode for w in workers]}")
+    run_workers(_worker, world, device_type, job)
     return read_rows(log, stamp)
 
 

@@ -19,6 +19,7 @@ from mhcplan.profiles.contention_rows import (
     priority_latencies,
     traffic_traits,
 )
+from mhcplan.profiles.logs import read_log
 from mhcplan.sim.jit import has_numba
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def with_overlap(profile: Profile, contention_log: Path, priority_log: Path) -> 
         if model is not None:
             changes["contention_model"] = model
     if priority_log.exists():
-        lines = priority.read_lines(priority_log, stamp)
+        lines = read_log(priority_log, stamp)
         changes["priorities"] = tuple(priority_latencies(lines))
     return profile.model_copy(update=changes)
 

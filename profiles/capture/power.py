@@ -143,7 +143,7 @@ def measure_power_part(log: Path, device_type: str, budget_seconds: float) -> No
         raise ValueError(f"device={device_type}: the part power needs a CUDA device")
     device = torch.device("cuda")
     stamp = {"device": machine.device_name(device), "limit_watts": limit_watts()}
-    done = {row.name for row, _ in read_rows(log, stamp["device"])} if log.exists() else set[str]()
+    done = {row.name for row, _ in read_rows(log, stamp["device"])}
     deadline = time.monotonic() + min(budget_seconds, POWER_SECONDS)
     keys = block_keys(*_BLOCK, 1) | block_keys(*_BLOCK, 4)
     for load in loads(device, keys):
@@ -158,7 +158,7 @@ def measure_power_part(log: Path, device_type: str, budget_seconds: float) -> No
 
 def with_power(profile: Profile, log: Path) -> Profile:
     """``profile`` with the power model of a log, as far as there is one of its device."""
-    rows = read_rows(log, profile.provenance[0].device) if log.exists() else []
+    rows = read_rows(log, profile.provenance[0].device)
     if not rows:
         return profile
     try:

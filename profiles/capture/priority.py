@@ -30,6 +30,7 @@ import torch
 from mhcplan.profiles.capture.ops import append_line
 from mhcplan.profiles.capture.overlap_kernels import clock_ctas, makers
 from mhcplan.profiles.capture.overlap_trace import MARKER, launch_of, span_ns, trace_events
+from mhcplan.profiles.logs import read_log
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -335,9 +336,7 @@ def measure_priority(
         RuntimeError: a process failed.
     """
     end = time.monotonic() + budget_seconds
-    done = {
-        line.get("connections") for line in read_lines(log, stamp) if line["priority"] == "done"
-    }
+    done = {line.get("connections") for line in read_log(log, stamp) if line["priority"] == "done"}
     for connections in CONNECTIONS:
         if connections in done or time.monotonic() > end:
             continue
@@ -359,19 +358,6 @@ def measure_priority(
 
 
 _MODULE = "mhcplan.profiles.capture.priority"
-
-
-def read_lines(log: Path, stamp: dict[str, str]) -> list[dict[str, Any]]:
-    """Lines of a log that carry ``stamp``; a last line that was cut short is dropped."""
-    found = []
-    for text in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        if "priority" in line and all(line.get(k) == v for k, v in stamp.items()):
-            found.append(line)
-    return found
 
 
 def summary(lines: Sequence[dict[str, Any]]) -> list[str]:
@@ -406,7 +392,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     stamp = {"code": code_sha256(), "device": device_name(torch.device("cuda"))}
     measure_priority(chosen.log, stamp, chosen.trials, chosen.budget_seconds)
-    for line in summary(read_lines(chosen.log, stamp)):
+    for line in summary(read_log(chosen.log, stamp)):
         print(line)
 
 

@@ -84,9 +84,8 @@ def test_whole_suite_end_to_end(tmp_path: Path) -> None:
     assert [p.num_devices for p in profile.provenance] == [1, 2]
     assert profile.provenance[0].versions["torch"] == torch.__version__
     assert not list(out.parent.glob("*.tmp"))
-    log = contention_log(str(out))
-    assert log is not None
-    assert {row["family"] for row in rows_of(log).values() if row["traffic"] is None} == {
+    log = rows_of(contention_log(str(out)))
+    assert {row["family"] for row in log.values() if row["traffic"] is None} == {
         "gemm_library", "elementwise"
     }  # fmt: skip
 

@@ -28,7 +28,6 @@ from tests.support.programs import Maker
 
 PROFILE = find_profile("h100-sxm")
 LOG = contention_log("h100-sxm")
-assert LOG is not None
 MODEL = OverlapModel(PROFILE, LOG)
 POST = op_key("mhc_post", "F", n=4, hidden=2560, tokens=4096)
 FFN = op_key("dense_ffn", "F", hidden=3000, ffn=8000, tokens=3000)  # nobody measured it

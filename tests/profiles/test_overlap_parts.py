@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 
@@ -9,10 +10,11 @@ import pytest
 
 from mhcplan.profiles.capture import overlap_parts
 from mhcplan.profiles.contention_fit import fit
+from mhcplan.profiles.logs import read_log
 from mhcplan.profiles.store import find_profile
 
 RAW = Path(__file__).parents[2] / "profiles" / "data" / "raw"
-CONTENTION, PRIORITY = (RAW / f"h100-sxm-{part}.jsonl" for part in ("contention", "priority"))
+CONTENTION, PRIORITY = (RAW / f"h100-sxm-{part}.jsonl.xz" for part in ("contention", "priority"))
 BARE = find_profile("h100-sxm").model_copy(update={"contention_model": None, "priorities": ()})
 
 
@@ -39,8 +41,7 @@ def test_a_model_is_fitted_and_latencies_are_taken(monkeypatch: pytest.MonkeyPat
 
 def test_logs_of_another_device_are_not_of_this_profile(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    first = CONTENTION.read_text(encoding="utf-8").splitlines()[0]
-    log.write_text(first.replace("NVIDIA H100 80GB HBM3", "another"), encoding="utf-8")
+    log.write_text(json.dumps({**read_log(CONTENTION)[0], "device": "another"}), encoding="utf-8")
     assert overlap_parts.with_overlap(BARE, log, tmp_path / "none").contention_model is None
 
 

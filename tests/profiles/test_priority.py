@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mhcplan.profiles.capture.priority import _add_blocked, _add_latency, read_lines, summary
+from mhcplan.profiles.capture.priority import _add_blocked, _add_latency, summary
 from mhcplan.profiles.contention import Parameters
 from mhcplan.profiles.contention_fit import Trait
+from mhcplan.profiles.logs import read_log
 from mhcplan.profiles.priority import (
     errors_ns,
     fits_beside,
@@ -104,6 +105,6 @@ def test_a_log_is_read_back_by_its_stamp(tmp_path: Path) -> None:
     line = json.dumps({"code": "a", "connections": 8, "priority": row})
     other = json.dumps({"code": "b", "connections": 8, "priority": row})
     log.write_text(f"{line}\n{other}\n{line[:30]}")
-    (found,) = read_lines(log, {"code": "a"})
+    (found,) = read_log(log, {"code": "a"})
     assert found["priority"] == row
     assert summary([found]) == [f"  8 {'gemm high small':48s} start      5.0 end      9.0 us"]
