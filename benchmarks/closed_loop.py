@@ -245,7 +245,7 @@ def run_anchors(
         block = Block(MODELS[ANCHOR_MODEL], ANCHOR_N, ANCHOR_TOKENS, ANCHOR_TOKENS, Env(device))
         found = compare(block, rows)
         keys = [str(key) for key in block.op_keys()]
-        gap_ns = profile.overheads.graph_gap_ns  # of each kernel: the block runs as a graph
+        gap_ns = profile.overheads.graph_gap_ns  # the block runs as one graph
         graph = {key: rows[key].duration_ns - gap_ns * len(rows[key].segments) for key in keys}
         scaled = [graph[key] * both[resource_of(rows[key], profile)] for key in keys]
         expected_ns = sum(scaled)

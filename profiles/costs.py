@@ -94,10 +94,16 @@ def sources_percent(shares: Iterable[tuple[Source, int]]) -> dict[Source, float]
     return {source: count[source] / _SHARE_STEPS_PER_PERCENT for source in SOURCES}
 
 
-def in_graph(cost: Cost, overheads: Overheads) -> Cost:
-    """The cost of an op or transfer in a CUDA graph: no host, kernels closer to each other."""
-    sooner_ns = len(cost.segments) * overheads.graph_gap_ns
-    return replace(cost, duration_ns=max(cost.duration_ns - sooner_ns, 0), host_ns=0)
+def in_graph(cost: Cost, overheads: Overheads, begun: float) -> Cost:
+    """The cost of an op or transfer in a CUDA graph: no host, kernels closer to each other.
+
+    ``begun``: graphs that begin with it, on the average of its places in a step.
+    """
+    if not cost.duration_ns:
+        return replace(cost, host_ns=0)
+    kernels = max(len(cost.segments), 1)
+    more_ns = round(begun * overheads.graph_launch_ns) - kernels * overheads.graph_gap_ns
+    return replace(cost, duration_ns=max(cost.duration_ns + more_ns, 1), host_ns=0)
 
 
 def cost_table(costs: Sequence[Cost], overheads: Overheads) -> CostTable:

@@ -152,15 +152,23 @@ class CostModel:
         return tuple(costs)
 
     def table(
-        self, cost_keys: Sequence[str], gpu: GpuSettings | None = None, *, captured: bool = False
+        self,
+        cost_keys: Sequence[str],
+        gpu: GpuSettings | None = None,
+        graphs_begun: Sequence[float] | None = None,
     ) -> CostTable:
         """The engine's table of a Program's ``cost_keys``; arguments, errors as :meth:`costs`.
 
-        ``captured``: the step is played from CUDA graphs, by no host.
+        ``graphs_begun``: where the step runs as CUDA graphs, how many begin with an op of each key,
+        on the average; None: hosts issue it.
         """
         costs = self.costs(cost_keys, gpu)
-        if captured:
-            costs = [in_graph(cost, self.profile.overheads) for cost in costs]
+        if graphs_begun is not None:
+            overheads = self.profile.overheads
+            costs = [
+                in_graph(cost, overheads, begun)
+                for cost, begun in zip(costs, graphs_begun, strict=True)
+            ]
         table = cost_table(costs, self.profile.overheads)
         if gpu is None:
             return table

@@ -272,7 +272,8 @@ class Overheads(Figure):
     """Costs that belong to no op, in ns and bytes.
 
     ``graph_gap_ns``: by how much sooner a kernel of a CUDA graph follows the one before it than a
-    kernel that the host launched on a stream; 0 where it was not measured.
+    kernel that the host launched on a stream; ``graph_launch_ns``: what each graph on a stream
+    takes beyond its kernels. 0 where they were not measured.
     """
 
     launch_ns: NonNegativeInt
@@ -282,6 +283,7 @@ class Overheads(Figure):
     communicator_bytes: NonNegativeInt
     allocator_margin_percent: Annotated[float, Field(ge=0)]
     graph_gap_ns: NonNegativeInt = 0
+    graph_launch_ns: NonNegativeInt = 0
 
 
 class Provenance(Spec):
@@ -365,8 +367,9 @@ class Profile(Spec):
         for name in _LATER_FIELDS:  # so that a profile without them keeps its digest
             if not data[name]:
                 del data[name]
-        if not data["overheads"]["graph_gap_ns"]:
-            del data["overheads"]["graph_gap_ns"]
+        for name in ("graph_gap_ns", "graph_launch_ns"):
+            if not data["overheads"][name]:
+                del data["overheads"][name]
         for row in data["ops"]:
             if row["run"] is None:
                 del row["run"]

@@ -13,6 +13,8 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 import mhcplan
 from mhcplan.planner.lowering.lower import lower
 from mhcplan.planner.lowering.recompute import resolve_recompute_block
@@ -34,6 +36,8 @@ from mhcplan.sim.files import program_json
 from mhcplan.sim.memory import memory_report
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from mhcplan.planner.plan.spec import PlanSpec
     from mhcplan.planner.predict import Step
     from mhcplan.profiles.schema import Profile
@@ -102,9 +106,30 @@ def _program_claim(plan: PlanSpec, models: dict[Resource | None, CostModel]) -> 
 
 def _captured(step: Step, plan: PlanSpec, model: CostModel) -> Timeline:
     """The step from CUDA graphs."""
-    prices = model.with_network(plan.network_speed)
-    table = prices.table(step.program.cost_keys, plan.gpu, captured=True)
+    prices, program = model.with_network(plan.network_speed), step.program
+    num_keys = len(program.cost_keys)
+    begun = np.bincount(program.cost[begins_graph(program)], minlength=num_keys)
+    each = np.bincount(program.cost, minlength=num_keys)
+    begun_each = (begun / np.maximum(each, 1)).tolist()
+    table = prices.table(program.cost_keys, plan.gpu, begun_each)
     return settle(plan, step.program, table, model.profile)[2]
+
+
+def begins_graph(program: Program) -> NDArray[np.bool_]:
+    """Of each op, whether the runtime begins a CUDA graph with it.
+
+    A graph is of one stream: it ends before an op that waits or transfers and after one that others
+    wait for or that transfers (:func:`mhcplan.runtime.captured.parts_of`).
+    """
+    is_transfer = program.group >= 0
+    waits = np.diff(program.waits.offsets) > 0
+    begins = waits | is_transfer
+    begins[1:] |= np.diff(program.stream) != 0
+    begins[1:] |= (program.record[:-1] >= 0) | is_transfer[:-1]
+    begins[program.rank_offsets[:-1]] = True
+    batched = (program.batch[1:] >= 0) & (program.batch[1:] == program.batch[:-1])
+    begins[1:] &= ~batched
+    return begins
 
 
 def _step_claim(lines: Lines) -> StepClaim:

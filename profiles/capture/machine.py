@@ -27,7 +27,8 @@ _ENVIRONMENT = ("NCCL_", "CUDA_", "TORCH_NCCL_", "PYTORCH_", "TRITON_", "NVIDIA_
 _MEASURING = ("cases", "comm", "machine", "ops", "segments", "timing")  # of this folder
 _COPY_BYTES = 2 * 1024**3
 _GEMM_SIZE = 8192
-_CHAIN_BYTES, _CHAIN_LENGTH = 2**25, 32  # a kernel reads and writes all of the bytes
+_CHAIN_LENGTH, _GRAPHS = 32, 4
+_CHAIN_BYTES = 2**25  # an addition reads and writes all of them
 
 
 def code_sha256() -> str:
@@ -175,25 +176,46 @@ def _host_median_ns(call: Callable[[], object], repeats: int = 200) -> int:
     return round(statistics.median(times))
 
 
-def measure_graph_gap(timer: GpuTimer) -> int:
-    """By how much sooner a kernel follows another in a CUDA graph than on a stream, in ns.
+class GraphCosts(NamedTuple):
+    """By how much sooner kernels of a CUDA graph follow each other than on a stream; what a graph
+    takes beyond its kernels. In ns."""
 
-    Of a chain of additions of some 20 us each, which is run both ways.
-    """
+    gap_ns: int
+    launch_ns: int
+
+
+def measure_graphs(timer: GpuTimer) -> GraphCosts:
+    """Of a chain of additions and matrix products in turns, some 20 and 70 us each, that is run on
+    a stream, as one graph, and as several graphs one after another."""
     x = torch.zeros(_CHAIN_BYTES // 4, device=timer.device)
-
-    def chain() -> None:
-        for _ in range(_CHAIN_LENGTH):
-            x.add_(1)
-
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        chain()
-    on_stream, in_graph = (
-        timer.measure([call], 30_000_000, kernels=_CHAIN_LENGTH).duration_ns
-        for call in (chain, graph.replay)
+    a, b, c = (
+        torch.randn(rows, 2560, device=timer.device, dtype=torch.bfloat16)
+        for rows in (4096, 2560, 4096)
     )
-    return max(round((on_stream - in_graph) / _CHAIN_LENGTH), 0)
+
+    def chain(kernels: int = _CHAIN_LENGTH) -> None:
+        for _ in range(kernels // 2):
+            x.add_(1)
+            torch.mm(a, b, out=c)
+
+    def kernel_ns(call: Callable[[], object]) -> float:
+        sample = timer.measure([call], 30_000_000, kernels=_CHAIN_LENGTH)
+        return sample.duration_ns / _CHAIN_LENGTH
+
+    def as_graphs(count: int) -> Callable[[], object]:
+        graphs = [torch.cuda.CUDAGraph() for _ in range(count)]
+        for graph in graphs:
+            with torch.cuda.graph(graph):
+                chain(_CHAIN_LENGTH // count)
+        return lambda: [graph.replay() for graph in graphs]
+
+    chain()  # libraries are loaded before a capture
+    on_stream, as_one, as_several = (
+        kernel_ns(call) for call in (chain, as_graphs(1), as_graphs(_GRAPHS))
+    )
+    launch_ns = (as_several - as_one) * _CHAIN_LENGTH / (_GRAPHS - 1)
+    gap_ns = on_stream - as_one + launch_ns / _CHAIN_LENGTH
+    return GraphCosts(max(round(gap_ns), 0), max(round(launch_ns), 0))
 
 
 class HostCosts(NamedTuple):

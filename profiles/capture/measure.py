@@ -73,6 +73,7 @@ class OpsPart(Spec):
     context_bytes: NonNegativeInt
     allocator_margin_percent: float
     graph_gap_ns: NonNegativeInt = 0
+    graph_launch_ns: NonNegativeInt = 0
     ops: tuple[OpTiming, ...]
 
 
@@ -190,13 +191,14 @@ def measure_ops_part(
         warm_compilers(todo, workers)
         _progress(f"compiled in {workers} processes, {time.monotonic() - begin:.0f} s")
     rates: list[Rate] = []
-    host, context, margin, graph_gap = machine.HostCosts(0, 0, 0), 0, 0.0, 0
+    host, graphs = machine.HostCosts(0, 0, 0), machine.GraphCosts(0, 0)
+    context, margin = 0, 0.0
     load = session.timer if isinstance(session.timer, GpuTimer) else None
     if load is not None:
         load.heat(1.0)
         rates = machine.measure_rates(load)
         host = machine.measure_host(device)
-        graph_gap = machine.measure_graph_gap(load)
+        graphs = machine.measure_graphs(load)
     missing = measure_ops(keys, session, store, deadline)
     if load is not None:
         margin = allocator_margin_percent(device)
@@ -207,7 +209,8 @@ def measure_ops_part(
         provenance=machine.provenance(device, 1, code, load), rates=tuple(rates),
         launch_ns=host.launch_ns, event_record_ns=host.event_record_ns,
         event_wait_ns=host.event_wait_ns, context_bytes=context, allocator_margin_percent=margin,
-        graph_gap_ns=graph_gap, ops=tuple(store.rows.values()),
+        graph_gap_ns=graphs.gap_ns, graph_launch_ns=graphs.launch_ns,
+        ops=tuple(store.rows.values()),
     )  # fmt: skip
 
 
@@ -266,6 +269,7 @@ def merge(ops: OpsPart, comms: Sequence[CommPart], hardware: HardwareSpec, name:
             event_wait_ns=ops.event_wait_ns, context_bytes=ops.context_bytes,
             communicator_bytes=max((comm.communicator_bytes for comm in comms), default=0),
             allocator_margin_percent=ops.allocator_margin_percent, graph_gap_ns=ops.graph_gap_ns,
+            graph_launch_ns=ops.graph_launch_ns,
         ),
         ops=tuple(sorted(_of_run(ops.ops, 0), key=lambda row: row.key)),
         transfers=tuple(transfers[key] for key in sorted(transfers)),
@@ -278,7 +282,7 @@ def _of_run(rows: Iterable[OpTiming], run: int) -> tuple[OpTiming, ...]:
 
 def extend(base: Profile, ops: OpsPart | None, comms: Sequence[CommPart]) -> Profile:
     """``base`` with what the parts measured added; of equal rows the parts' count, and the last
-    part's word on what a communicator takes and how close kernels of a graph are.
+    part's word on what a communicator takes and what CUDA graphs do.
 
     Raises:
         ProfileError: a part is of another device.
@@ -298,7 +302,8 @@ def extend(base: Profile, ops: OpsPart | None, comms: Sequence[CommPart]) -> Pro
     }
     overheads = base.overheads
     if ops is not None and ops.graph_gap_ns:
-        overheads = overheads.model_copy(update={"graph_gap_ns": ops.graph_gap_ns})
+        found = {"graph_gap_ns": ops.graph_gap_ns, "graph_launch_ns": ops.graph_launch_ns}
+        overheads = overheads.model_copy(update=found)
     for comm in comms:
         overheads = overheads.model_copy(update={"communicator_bytes": comm.communicator_bytes})
     return base.model_copy(

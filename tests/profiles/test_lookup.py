@@ -18,6 +18,7 @@ from mhcplan.profiles.lookup import CostModel
 from mhcplan.profiles.op_fit import Roofline
 from mhcplan.profiles.schema import Profile, ProfileError
 from mhcplan.profiles.vocabulary import (
+    NO_COST,
     TRANSFER_PATTERNS,
     VOCABULARY,
     OpKey,
@@ -329,13 +330,15 @@ def test_segments_scale_with_the_op(profile: Profile, costs: CostModel) -> None:
 
 def test_kernels_of_a_graph_follow_each_other_sooner(profile: Profile) -> None:
     key = next(row.key for row in profile.ops if row.segments)
-    overheads = profile.overheads.model_copy(update={"graph_gap_ns": 700})
+    found = {"graph_gap_ns": 700, "graph_launch_ns": 2000}
+    overheads = profile.overheads.model_copy(update=found)
     model = CostModel(profile.model_copy(update={"overheads": overheads}))
     send = "send_recv 2/2 1048576"
-    issued = model.table([str(key), send])
-    captured = model.table([str(key), send], captured=True)
+    issued = model.table([str(key), send, NO_COST])
+    captured = model.table([str(key), send, NO_COST], graphs_begun=[0.25, 1, 1])
     sooner = 700 * len(model.op(key).segments)
-    assert (issued.duration_ns - captured.duration_ns).tolist() == [sooner, 0]
+    more = captured.duration_ns - issued.duration_ns
+    assert more.tolist() == [500 - sooner, 2000 - 700, 0]
     assert issued.host_ns.all()
     assert not captured.host_ns.any()
 

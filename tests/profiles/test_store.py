@@ -237,7 +237,7 @@ def test_validate_lists_every_problem(file: Path) -> None:
 def test_diff_of_equal_profiles_is_empty() -> None:
     found = diff(SMALL, SMALL)
     assert (found.added, found.removed, found.changed) == ((), (), ())
-    assert found.unchanged == len(SMALL.ops) + len(SMALL.transfers) + len(SMALL.rates) + 6
+    assert found.unchanged == len(SMALL.ops) + len(SMALL.transfers) + len(SMALL.rates) + 7
 
 
 def test_diff_says_what_changed_and_by_how_much() -> None:

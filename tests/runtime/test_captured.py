@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,8 +17,10 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
+from mhcplan.planner.measured.claim import begins_graph
 from mhcplan.runtime import captured
 from mhcplan.runtime.captured import CapturedStep
+from mhcplan.runtime.executor import Bound, Executor
 from mhcplan.runtime.measure import time_steps, trace_step
 from mhcplan.runtime.spec import RunSpec
 from mhcplan.runtime.train import Session, Trainer
@@ -136,3 +139,20 @@ def test_a_captured_trace_has_no_host(trainer: Trainer) -> None:
     assert issued is not None
     assert np.count_nonzero(issued.timeline.issue_ns) > 0.9 * issued.program.num_ops
     assert (issued.timeline.end_ns >= issued.timeline.start_ns).all()
+
+
+@pytest.mark.parametrize("p2p", ["eager", "grouped"])
+def test_claims_begin_graphs_where_the_runtime_does(p2p: str) -> None:
+    """The Program alone says it, without a binding."""
+    case = make_case("claimed", schedule="dualpipe", pp=2, n=2, recompute=2, p2p=p2p)
+    program = case.program
+    begins = begins_graph(program)
+    anything: Any = SimpleNamespace(
+        bind=lambda _op, _attached: Bound(lambda _reads, _out: [], ((),) * 8), start=None
+    )
+    for rank in range(2):
+        executor = Executor(program, rank, anything, anything, anything)
+        parts = captured.parts_of(executor.instructions)
+        first = [part[0].ops[0].index for part in parts]
+        own = slice(*program.rank_offsets[rank : rank + 2])
+        assert (np.flatnonzero(begins[own]) + own.start).tolist() == first
