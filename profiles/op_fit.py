@@ -1,11 +1,14 @@
 """How long the kernels of one kind take, by physical form: launch, arithmetic and bytes.
 
-    time = a + b products + c scores + d bytes + e longer of products and bytes + f splits,
+    time = a + b products + c scores + d bytes + e longer of products and bytes + f splits
+           + g stores,
 
-a .. f >= 0; work is in the time that it takes at the profile's own rates. The numbers are the least
+a .. g >= 0; work is in the time that it takes at the profile's own rates. The numbers are the least
 squares of the relative error over the measured shapes: a is what every launch of the kind pays,
 b .. d are by how much it misses the rates, e is for kernels that compute and move bytes at once,
-and f is what one more split costs where few tokens are to fill the chip. The vocabulary counts the
+f is what one more split costs where few tokens are to fill the chip, and g is for what a product
+stores when its sums are done, which no arithmetic of its own hides (in FP8, where the sums take
+half as long, it shows). The vocabulary counts the
 work; of grouped products whole tiles are counted. Kinds that run the same kernels share a fit
 (:data:`ALIKE`); different expansion rates n run different ones, so each n with enough shapes has
 its own. What the form leaves over is small and varies slowly from shape to shape;
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-_TERMS = 6
+_TERMS = 7
 
 # Kinds that run the same kernels at other sizes: what one teaches holds for the other.
 _FAMILIES = (("attention_gqa", "attention_mla"), ("experts", "experts_skewed"))
@@ -130,13 +133,15 @@ class FittedTime:
 
     def _terms(self, key: OpKey) -> Floats:
         kind, shape = OP_KINDS[key.kind], dict(key.shape)
+        flops, num_bytes = (max(count(shape, key.pass_), 1) for count in (kind.flops, kind.bytes))
         flops_ns, bytes_ns = self._roofline.work_ns(key)
-        scores_ns = flops_ns * kind.scores(shape, key.pass_) / max(kind.flops(shape, key.pass_), 1)
+        scores_ns = flops_ns * kind.scores(shape, key.pass_) / flops
         products_ns = (flops_ns - scores_ns) * whole_tiles(key)
         num_splits = splits(key, self._roofline.num_sms)
         # W adds its product to a gradient in memory when it is done: nothing overlaps there
         longer_ns = max(products_ns, bytes_ns) if key.pass_ != "W" else 0.0
-        return np.array([1.0, products_ns, scores_ns, bytes_ns, longer_ns, num_splits])
+        stores_ns = bytes_ns * kind.stores(shape, key.pass_) / num_bytes
+        return np.array([1.0, products_ns, scores_ns, bytes_ns, longer_ns, num_splits, stores_ns])
 
 
 def _rows_of_state(key: OpKey) -> int | None:

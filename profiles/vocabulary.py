@@ -67,6 +67,7 @@ class OpKind:
         category: class of time in the report: ``compute``, ``mhc`` or ``optimizer``.
         flops, bytes: least work of (shape, pass): floating-point operations, bytes of HBM.
         scores: those of the flops that are attention's scores: other kernels than the products'.
+        stores: those of the bytes that a lone product stores when its sums are done.
         saved: bytes that F keeps for I beyond the op's own inputs and outputs.
         deferred: bytes that I leaves for W (inputs and output gradients of its linears).
     """
@@ -77,6 +78,7 @@ class OpKind:
     flops: Callable[[Shape, str], int]
     bytes: Callable[[Shape, str], int]
     scores: Callable[[Shape, str], int]
+    stores: Callable[[Shape, str], int]
     saved: Callable[[Shape], int]
     deferred: Callable[[Shape], int]
 
@@ -93,10 +95,13 @@ def _kind(
     flops: Callable[[Shape, str], int],
     bytes: Callable[[Shape, str], int],
     scores: Callable[[Shape, str], int] = lambda _s, _p: 0,
+    stores: Callable[[Shape, str], int] = lambda _s, _p: 0,
     saved: Callable[[Shape], int] = _none,
     deferred: Callable[[Shape], int] = _none,
 ) -> OpKind:
-    return OpKind(tuple(axes.split()), passes, category, flops, bytes, scores, saved, deferred)
+    return OpKind(
+        tuple(axes.split()), passes, category, flops, bytes, scores, stores, saved, deferred
+    )
 
 
 # -- mHC (paper section 4.3.1 and Table 2; bytes of F as fused: reference "I/O after fusion") ----
@@ -500,6 +505,7 @@ def _gemm_kind(operand_bytes: int) -> OpKind:
         "compute",
         flops=lambda s, _p: 2 * s["m"] * s["n"] * s["k"],
         bytes=lambda s, _p: (s["m"] + s["n"]) * s["k"] * operand_bytes + s["m"] * s["n"] * BF16,
+        stores=lambda s, _p: s["m"] * s["n"] * BF16,
     )
 
 

@@ -139,3 +139,21 @@ def test_kinds_of_a_family_teach_each_other() -> None:
 def test_as_many_shapes_as_terms_are_left_to_the_roofline() -> None:
     keys = [op_key("norm", "F", tokens=1024 * i, hidden=2560) for i in (1, 2)]
     assert fitted(keys, lambda key: 5 * ROOFLINE(key))(keys[0]) == ROOFLINE(keys[0])
+
+
+def test_what_a_product_stores_is_told_from_what_it_reads() -> None:
+    keys = [
+        op_key("gemm_fp8", "F", m=m, n=n, k=k)
+        for m in (1024, 4096)
+        for n, k in ((2560, 3072), (6144, 2560), (8192, 8192), (36864, 7168))
+    ]
+
+    def time_ns(key: OpKey) -> float:
+        shape = dict(key.shape)
+        flops_ns, bytes_ns = ROOFLINE.work_ns(key)
+        kind = OP_KINDS[key.kind]
+        stored = kind.stores(shape, key.pass_) / kind.bytes(shape, key.pass_)
+        return 4_000 + 0.5 * flops_ns + 0.6 * bytes_ns * stored
+
+    unseen = op_key("gemm_fp8", "F", m=2048, n=4096, k=1024)
+    assert fitted(keys, time_ns)(unseen) == pytest.approx(time_ns(unseen), rel=1e-3)
