@@ -17,7 +17,7 @@ from mhcplan.planner.schedules.p2p import P2P, MessageTable, place_messages
 from mhcplan.sim.tiling import Stamps
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Sequence
 
     from mhcplan.planner.lowering.work import StageShape
     from mhcplan.planner.schedules.actions import Action, Message
@@ -77,12 +77,7 @@ def stamp_rows(key: RowKey) -> Rows:
     return _Rows(key).rows()
 
 
-class _Stamp(NamedTuple):
-    name: TemplateName
-    rank: int
-    cell: str
-    chunks: tuple[tuple[int, int], ...]  # (stage, microbatch) of slot 0 and, for a pair, slot 1
-    batch: int = -1
+Chunk = tuple[int, int]  # (stage, microbatch)
 
 
 class _Rows:
@@ -93,112 +88,119 @@ class _Rows:
         self._grouped = key.p2p == "grouped"
         self._release_after = 0 if self._grouped else 1  # slots between a send and its release
         self._bundles: dict[Bundle, None] = {}
+        self._names: dict[TemplateName, int] = {}
+        self._cells: dict[str, int] = {}
+        self._stage_templates: dict[tuple[int, str], int] = {}
+        self._pair_templates: dict[tuple[int, int], int] = {}
+        # template, rank, stages and microbatches of slots 0 and 1, batch and cell of every stamp
+        self._stamps: list[tuple[int, int, int, int, int, int, int, int]] = []
         self._batch = -1
 
     def rows(self) -> Rows:
-        stamps = [stamp for rank in range(self.key.num_ranks) for stamp in self._rank(rank)]
-        names, cells = dict[TemplateName, int](), dict[str, int]()
+        for rank in range(self.key.num_ranks):
+            self._rank(rank)
+        table = np.array(self._stamps, np.int64)
         columns = Stamps(
-            template=np.array([names.setdefault(s.name, len(names)) for s in stamps], np.int64),
-            rank=np.array([s.rank for s in stamps], np.int64),
-            stages=np.array([_two(s.chunks, 0) for s in stamps], np.int64),
-            microbatches=np.array([_two(s.chunks, 1) for s in stamps], np.int64),
-            batch=np.array([s.batch for s in stamps], np.int64),
-            cell=np.array([cells.setdefault(s.cell, len(cells)) for s in stamps], np.int64),
-        )
+            template=table[:, 0], rank=table[:, 1], stages=table[:, 2:4],
+            microbatches=table[:, 4:6], batch=table[:, 6], cell=table[:, 7],
+        )  # fmt: skip
+        columns = Stamps(*map(np.ascontiguousarray, columns))
         for column in columns:
             column.flags.writeable = False  # shared
-        return Rows(tuple(names), tuple(self._bundles), columns, tuple(cells))
+        return Rows(tuple(self._names), tuple(self._bundles), columns, tuple(self._cells))
 
-    def _rank(self, rank: int) -> Iterator[_Stamp]:
+    def _rank(self, rank: int) -> None:
         row = self.schedule.actions[rank]
-        last_use = {part.stage: i for i, action in enumerate(row) for part in action.parts}
-        for i, action in enumerate(row):
-            yield from self._before(rank, i)
-            chunks = tuple((part.stage, part.microbatch) for part in action.parts)
-            yield _Stamp(self._action(action), rank, str(action), chunks)
+        parts_of = [action.parts for action in row]
+        last_use = {part.stage: i for i, parts in enumerate(parts_of) for part in parts}
+        for i, (action, parts) in enumerate(zip(row, parts_of, strict=True)):
+            self._before(rank, i, parts_of)
+            chunks = [(part.stage, part.microbatch) for part in parts]
+            self._stamp(self._action(parts), rank, str(action), chunks[0], chunks[-1])
             if not self.key.reduces_at_end:
-                for stage in sorted({p.stage for p in action.parts if last_use[p.stage] == i}):
-                    yield from self._reduce(rank, stage)
+                for stage in sorted({part.stage for part in parts if last_use[part.stage] == i}):
+                    self._reduce(rank, stage)
         for slot in range(len(row), len(row) + 1 + self._release_after):
-            yield from self._before(rank, slot)
+            self._before(rank, slot, parts_of)
+        stages = sorted(set(self.schedule.stages_of(rank)))
         if self.key.reduces_at_end:
-            for stage in sorted(set(self.schedule.stages_of(rank))):
-                yield from self._reduce(rank, stage)
-        yield self._optimizer(rank)
+            for stage in stages:
+                self._reduce(rank, stage)
+        cell = f"{stages[0]}OPTIMIZER" if len(stages) == 1 else "OPTIMIZER"
+        chunks = [self._first_chunk(rank, stage) for stage in stages]
+        self._stamp(self._number("optimizer", rank), rank, cell, chunks[0], chunks[-1])
 
-    def _before(self, rank: int, slot: int) -> Iterator[_Stamp]:
+    def _before(self, rank: int, slot: int, parts_of: Sequence[tuple[Action, ...]]) -> None:
         """What stands between action ``slot`` - 1 and the next: messages, waits and releases."""
-        messages = self._messages[rank][slot] if slot < len(self._messages[rank]) else ()
+        posted = self._messages[rank]
+        messages = posted[slot] if slot < len(posted) else ()
         batch = -1
         if self._grouped:
             batch = self._batch = self._batch + 1
         for kind, stage, microbatch, _ in messages:
-            yield from self._message(rank, kind, stage, microbatch, batch)
+            self._message(rank, kind, stage, microbatch, batch)
         if self._grouped:
             for kind, stage, microbatch, _ in messages:
                 if kind.startswith("RECV"):
-                    yield from self._message(rank, f"AWAIT{kind[4:]}", stage, microbatch)
-        for letter, stage, microbatch in self._released(rank, slot - self._release_after):
-            yield from self._message(rank, f"RELEASE_{letter}", stage, microbatch)
-
-    def _released(self, rank: int, slot: int) -> Iterator[tuple[str, int, int]]:
-        """Chunks whose dead buffers can go once what was posted in ``slot`` is done: those sent
-        there, and those of the action before it that are sent nowhere."""
-        if not 0 <= slot <= len(self.schedule.actions[rank]):
+                    self._message(rank, f"AWAIT{kind[4:]}", stage, microbatch)
+        # Dead buffers go once what was posted after an action is done: those of chunks sent there,
+        # and of the action's own chunks that are sent nowhere.
+        done = slot - self._release_after
+        if not 0 <= done <= len(parts_of):
             return
-        for kind, stage, microbatch, _ in self._messages[rank][slot]:
+        for kind, stage, microbatch, _ in posted[done]:
             if kind.startswith("SEND"):
-                yield kind[-1], stage, microbatch
-        for part in self.schedule.actions[rank][slot - 1].parts if slot else ():
+                self._message(rank, f"RELEASE_{kind[-1]}", stage, microbatch)
+        for part in parts_of[done - 1] if done else ():
             letter = "F" if part.kind == "F" else "B"
-            self._ask("stage", self.key.shapes[part.stage])
-            sent = f"SEND_{letter}" in self.key.messages[part.stage]
-            if part.kind != "W" and not sent:
-                yield letter, part.stage, part.microbatch
+            if part.kind != "W" and f"SEND_{letter}" not in self.key.messages[part.stage]:
+                self._message(rank, f"RELEASE_{letter}", part.stage, part.microbatch)
 
-    def _message(
-        self, rank: int, what: str, stage: int, microbatch: int, batch: int = -1
-    ) -> Iterator[_Stamp]:
-        bundle = self._ask("stage", self.key.shapes[stage])
+    def _message(self, rank: int, what: str, stage: int, microbatch: int, batch: int = -1) -> None:
         if what in self.key.messages[stage]:
-            name, cell = TemplateName(bundle, what), f"{stage}{what}{microbatch}"
-            yield _Stamp(name, rank, cell, ((stage, microbatch),), batch)
+            template, chunk = self._of_stage(stage, what), (stage, microbatch)
+            self._stamp(template, rank, f"{stage}{what}{microbatch}", chunk, chunk, batch)
 
-    def _action(self, action: Action) -> TemplateName:
-        shapes = [self.key.shapes[part.stage] for part in action.parts]
-        bundles = [self._ask("stage", shape) for shape in shapes]
-        if len(shapes) == 1:
-            return TemplateName(bundles[0], action.parts[0].kind)
-        return TemplateName(self._ask("pair", *shapes))
-
-    def _ask(self, *bundle: object) -> Bundle:
-        self._bundles.setdefault(bundle)
-        return bundle
-
-    def _reduce(self, rank: int, stage: int) -> Iterator[_Stamp]:
+    def _reduce(self, rank: int, stage: int) -> None:
         if (rank, stage) in self.key.reduced:
-            name = TemplateName(self._ask("reduce", rank, stage))
-            yield _Stamp(name, rank, f"{stage}REDUCE_GRAD", self._first_chunks(rank, stage))
+            chunk = self._first_chunk(rank, stage)
+            template = self._number("reduce", rank, stage)
+            self._stamp(template, rank, f"{stage}REDUCE_GRAD", chunk, chunk)
 
-    def _optimizer(self, rank: int) -> _Stamp:
-        stages = sorted(set(self.schedule.stages_of(rank)))
-        cell = f"{stages[0]}OPTIMIZER" if len(stages) == 1 else "OPTIMIZER"
-        name = TemplateName(self._ask("optimizer", rank))
-        return _Stamp(name, rank, cell, self._first_chunks(rank, *stages))
+    def _stamp(
+        self, template: int, rank: int, cell: str, chunk: Chunk, other: Chunk, batch: int = -1
+    ) -> None:
+        number = self._cells.setdefault(cell, len(self._cells))
+        stamp = template, rank, chunk[0], other[0], chunk[1], other[1], batch, number
+        self._stamps.append(stamp)
 
-    def _first_chunks(self, rank: int, *stages: int) -> tuple[tuple[int, int], ...]:
-        """The chunk of the first microbatch that a rank runs of each stage."""
-        parts = [part for action in self.schedule.actions[rank] for part in action.parts]
-        return tuple(
-            (stage, min(part.microbatch for part in parts if part.stage == stage))
-            for stage in stages
-        )
+    def _action(self, parts: tuple[Action, ...]) -> int:
+        if len(parts) == 1:
+            return self._of_stage(parts[0].stage, parts[0].kind)
+        forward, backward = (part.stage for part in parts)
+        if (forward, backward) not in self._pair_templates:
+            shapes = [self.key.shapes[stage] for stage in (forward, backward)]
+            for shape in shapes:
+                self._bundles.setdefault(("stage", shape))
+            self._pair_templates[forward, backward] = self._number("pair", *shapes)
+        return self._pair_templates[forward, backward]
 
+    def _of_stage(self, stage: int, part: str) -> int:
+        """Number of an action or a message of a stage."""
+        if (stage, part) not in self._stage_templates:
+            number = self._number("stage", self.key.shapes[stage], part=part)
+            self._stage_templates[stage, part] = number
+        return self._stage_templates[stage, part]
 
-def _two(chunks: tuple[tuple[int, int], ...], i: int) -> tuple[int, int]:
-    """Stages (``i`` 0) or microbatches (1) of both slots."""
-    return chunks[0][i], chunks[-1][i]
+    def _number(self, *bundle: object, part: str = "") -> int:
+        """Number of a template, in the order in which they are first asked for."""
+        self._bundles.setdefault(bundle)
+        return self._names.setdefault(TemplateName(bundle, part), len(self._names))
+
+    def _first_chunk(self, rank: int, stage: int) -> Chunk:
+        """The chunk of the first microbatch that a rank runs of a stage."""
+        parts = (part for action in self.schedule.actions[rank] for part in action.parts)
+        return stage, min(part.microbatch for part in parts if part.stage == stage)
 
 
 def _messages(schedule: Schedule, p2p: P2P) -> MessageTable:
