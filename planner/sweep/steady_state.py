@@ -38,11 +38,14 @@ class Family(NamedTuple):
 
 
 def families_of(plan: PlanSpec) -> Iterator[Family]:
-    """Families of a plan, shortest first, while its own step is as long as the family's two."""
+    """Families of a plan, shortest first, while its own step is longer than both of a family.
+
+    Two short steps may take longer than the plan's own, but plans with other M share them.
+    """
     period = _period(plan)
     for few in (per_rank * plan.layout.pp for per_rank in _FEW):
         more = plan.microbatches - few
-        if few % period or more % period or plan.microbatches < 2 * few:
+        if few % period or more % period or more <= period:
             return
         short, longer = (plan.model_copy(update={"microbatches": m}) for m in (few, few + period))
         yield Family(short, longer, more // period)

@@ -95,9 +95,10 @@ def test_growth_that_some_op_exceeds_is_not_settled() -> None:
 
 
 def test_a_short_step_is_worked_out_itself() -> None:
-    assert family_of(plan("1f1b", 4, 16)) is None
-    assert family_of(plan("interleaved-1f1b", 4, 24 + 4)) is not None
-    assert family_of(plan("1f1b", 4, 25)) is not None
+    assert family_of(plan("1f1b", 4, 13)) is None
+    assert family_of(plan("1f1b", 4, 14)) is not None
+    assert family_of(plan("interleaved-1f1b", 4, 12 + 4)) is None
+    assert family_of(plan("interleaved-1f1b", 4, 12 + 8)) is not None
 
 
 def test_longer_families_follow_while_the_step_is_longer_still() -> None:
