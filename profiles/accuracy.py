@@ -33,6 +33,7 @@ from mhcplan.sim.breakdown import CLASSES, TRAFFIC, breakdown, overlap
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from collections.abc import Set as AbstractSet
     from importlib.resources.abc import Traversable
     from pathlib import Path
 
@@ -114,7 +115,7 @@ class Claim(Spec):
     @property
     def digest(self) -> str:
         """sha256 of the line."""
-        return hashlib.sha256(claim_line(self).encode()).hexdigest()
+        return _digest(claim_line(self))
 
 
 class Times(Spec):
@@ -304,7 +305,8 @@ def shipped_rows() -> tuple[Row, ...]:
         ProfileError: a measurement whose claim is not there.
     """
     found = read_lines(_shipped("accuracy.jsonl"), Measurement)
-    return tuple(joined(found, shipped_claims())) if found else ()
+    named = {measurement.prediction for measurement in found}
+    return tuple(joined(found, read_lines(_shipped("predictions.jsonl"), Claim, named)))
 
 
 def joined(measurements: Iterable[Measurement], claims: Iterable[Claim]) -> list[Row]:
@@ -330,8 +332,11 @@ def newest(rows: Iterable[Row]) -> list[Row]:
     return list({row.claim.row: row for row in rows}.values())
 
 
-def read_lines(path: Path | Traversable, kind: type[SomeLine]) -> list[SomeLine]:
-    """Read a file of lines; none where there is no file. A last line cut short is left out.
+def read_lines(
+    path: Path | Traversable, kind: type[SomeLine], digests: AbstractSet[str] | None = None
+) -> list[SomeLine]:
+    """Read a file of lines, or those of some digests; none where there is no file. A last line cut
+    short is left out.
 
     Raises:
         ProfileError: a line that is none of this kind; line and field are named.
@@ -343,6 +348,8 @@ def read_lines(path: Path | Traversable, kind: type[SomeLine]) -> list[SomeLine]
     for number, line in enumerate(text.splitlines(keepends=True), 1):
         if not line.endswith("\n"):
             break
+        if digests is not None and _digest(line.rstrip("\n")) not in digests:
+            continue
         try:
             found.append(kind.model_validate_json(line))
         except ValidationError as error:
@@ -369,6 +376,10 @@ def claim_line(claim: Claim) -> str:
 
 def _line(line: Claim | Measurement) -> str:
     return json.dumps(line.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+
+def _digest(line: str) -> str:
+    return hashlib.sha256(line.encode()).hexdigest()
 
 
 def _shipped(name: str) -> Traversable:

@@ -285,6 +285,11 @@ def test_a_profile_that_was_not_committed_makes_no_blind_row(repository: Path) -
     assert why_not_blind(repository, Row(of, found)) == reason
 
 
+def test_shipped_rows_are_measurements_beside_their_claims() -> None:
+    runs = read_lines(ROOT / "profiles/data/accuracy.jsonl", Measurement)
+    assert list(shipped_rows()) == joined(runs, shipped_claims())
+
+
 def test_shipped_rows_were_claimed_before_they_ran() -> None:
     assert len({c.digest for c in shipped_claims()}) == len(shipped_claims())
     if not (ROOT / ".git").exists():
