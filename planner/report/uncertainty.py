@@ -21,6 +21,7 @@ is, and nothing is said of the memory's.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import TYPE_CHECKING
@@ -99,11 +100,14 @@ def intervals(prediction: Prediction, errors: ModelErrors | None = None) -> Inte
     draws = np.random.default_rng(_SEED)
     common = _latin_hypercube(draws)
     answer = prediction.step.timeline.step_ns, prediction.baseline.timeline.step_ns
-    step = answer[0] * step_ratios(prediction.step, common, draws)
+    of_step, of_baseline = draws.spawn(2)
     if prediction.plan.residual.is_plain:
-        baseline = step
+        step = baseline = answer[0] * step_ratios(prediction.step, common, of_step)
     else:
-        baseline = answer[1] * step_ratios(prediction.baseline, common, draws)
+        with ThreadPoolExecutor(1) as other_core:  # random numbers and paths need no GIL
+            beside = other_core.submit(step_ratios, prediction.baseline, common, of_baseline)
+            step = answer[0] * step_ratios(prediction.step, common, of_step)
+            baseline = answer[1] * beside.result()
     overhead = 100 * (step / baseline - 1) + _drawn(errors.overhead_points, draws, otherwise=0.0)
     wrong = _drawn(errors.step, draws, otherwise=1.0)
     low, high = _ends(step * wrong)
