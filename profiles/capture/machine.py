@@ -185,18 +185,23 @@ class GraphCosts(NamedTuple):
 
 
 def measure_graphs(timer: GpuTimer) -> GraphCosts:
-    """Of a chain of additions and matrix products in turns, some 20 and 70 us each, that is run on
-    a stream, as one graph, and as several graphs one after another."""
+    """Of a chain of additions and of one of matrix products, some 20 and 70 us each: run on a
+    stream, as one graph, and as several graphs one after another. The mean of the two."""
     x = torch.zeros(_CHAIN_BYTES // 4, device=timer.device)
     a, b, c = (
         torch.randn(rows, 2560, device=timer.device, dtype=torch.bfloat16)
         for rows in (4096, 2560, 4096)
     )
+    chains = [_chain(timer, lambda: x.add_(1)), _chain(timer, lambda: torch.mm(a, b, out=c))]
+    return GraphCosts(*(max(round(statistics.fmean(of)), 0) for of in zip(*chains, strict=True)))
+
+
+def _chain(timer: GpuTimer, kernel: Callable[[], object]) -> tuple[float, float]:
+    """Gap and launch, see :class:`GraphCosts`, of a chain of one kernel."""
 
     def chain(kernels: int = _CHAIN_LENGTH) -> None:
-        for _ in range(kernels // 2):
-            x.add_(1)
-            torch.mm(a, b, out=c)
+        for _ in range(kernels):
+            kernel()
 
     def kernel_ns(call: Callable[[], object]) -> float:
         sample = timer.measure([call], 30_000_000, kernels=_CHAIN_LENGTH)
@@ -214,8 +219,7 @@ def measure_graphs(timer: GpuTimer) -> GraphCosts:
         kernel_ns(call) for call in (chain, as_graphs(1), as_graphs(_GRAPHS))
     )
     launch_ns = (as_several - as_one) * _CHAIN_LENGTH / (_GRAPHS - 1)
-    gap_ns = on_stream - as_one + launch_ns / _CHAIN_LENGTH
-    return GraphCosts(max(round(gap_ns), 0), max(round(launch_ns), 0))
+    return on_stream - as_one + launch_ns / _CHAIN_LENGTH, launch_ns
 
 
 class HostCosts(NamedTuple):
