@@ -64,15 +64,7 @@ class CapturedStep:
         """Start the step, behind enough idling for the host to stay ahead of it."""
         torch.cuda._sleep(_LEAD_CYCLES)
         self._begin.record()
-        streams = self._streams
-        streams.begin()
-        for part in self._parts:
-            streams.enter(part.stream, part.waits)
-            if part.graph is not None:
-                part.graph.replay()
-            for event in part.records:
-                streams.leave(event)
-        streams.join()
+        self._replay()
         self._end.record()
 
     @property
@@ -83,6 +75,17 @@ class CapturedStep:
     def elapsed_ns(self) -> int:
         """How long the last step took on this device, which must be idle."""
         return round(self._begin.elapsed_time(self._end) * 1e6)
+
+    def _replay(self) -> None:
+        streams = self._streams
+        streams.begin()
+        for part in self._parts:
+            streams.enter(part.stream, part.waits)
+            if part.graph is not None:
+                part.graph.replay()
+            for event in part.records:
+                streams.leave(event)
+        streams.join()
 
     def _capture(self, executor: Executor, observer: Observer | None) -> list[_Part]:
         parts: list[_Part] = []

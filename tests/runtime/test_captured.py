@@ -17,7 +17,9 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
+from benchmarks import graphs
 from mhcplan.planner.measured.claim import begins_graph
+from mhcplan.profiles.capture.overlap_trace import Run
 from mhcplan.runtime import captured
 from mhcplan.runtime.captured import CapturedStep
 from mhcplan.runtime.executor import Bound, Executor
@@ -127,6 +129,48 @@ def test_a_graph_is_of_one_stream_and_no_event_is_within(trainer: Trainer) -> No
         assert not any(it.waits for it in part[1:])
         assert not any(it.records for it in part[:-1])
         assert len(part) == 1 or not any(it.is_transfer for it in part)
+
+
+def test_the_one_graph_that_parts_are_compared_with_is_one(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def graph(made: Graph, *, capture_error_mode: str) -> Iterator[None]:
+        made.capture_begin(pool=Pool.id, capture_error_mode=capture_error_mode)
+        yield
+        made.capture_end()
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    step = graphs.OneGraph(trainer)
+    step.load(0)
+    Event.log.clear()
+    step.step()
+    assert Event.log == ["sleep", "record", "replay", "record"]
+    assert len(time_steps({"one graph": step}, steps=2, warm_up=0)["one graph"].step_ns) == 2
+
+
+def test_a_memset_is_late_if_compute_stood_still_before_it() -> None:
+    names = ["gemm", "long", "Memset (Device)", "Memset (Device)", "gemm", "Memset (Device)"]
+    spans_us = [[0, 100], [10, 300], [250, 1], [330, 1], [400, 10], [429, 1]]
+    run = Run([[1000 * start, 1000 * length] for start, length in spans_us], names=names)
+    assert graphs.stalls_ns(run) == [20_000]
+    assert graphs.stalls_ns(Run()) == []
+
+
+def test_the_comparison_of_graphs_says_what_it_needs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["graphs.py", "--help"])
+    with pytest.raises(SystemExit) as done:
+        graphs.main()
+    assert done.value.code == 0
+    assert "one CUDA graph" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr("sys.argv", ["graphs.py", "--rows", "1f1b-n1"])
+    with pytest.raises(SystemExit) as done:
+        graphs.main()
+    assert done.value.code == 2
+    assert "needs 2 CUDA devices, found 1" in capsys.readouterr().err
 
 
 def test_a_captured_trace_has_no_host(trainer: Trainer) -> None:
