@@ -85,7 +85,7 @@ def build_stage(
         shares: (index, number) of the optimizer's share in each part.
         device: where it lives.
         loss_scale: factor of each token's loss in the gradient.
-        optimizer: options of AdamW.
+        optimizer: options, see :func:`~mhcplan.runtime.parameters.build_parameters`.
     """
     parts = {"dense": dense_parameters(spec, blocks)}
     experts = expert_parameters(spec, blocks, expert_index)

@@ -1,15 +1,16 @@
 """Flat parameter buffers of a stage: views for the ops, shards for the optimizer.
 
 A stage has two parts, as the Program reduces them: ``dense`` (what every replica holds) and
-``experts`` (this rank's routed experts). A part has a section a dtype: one flat weight buffer, one
-flat fp32 gradient, of which AdamW owns this rank's equal share (ZeRO-1). Values are drawn by
-(seed, name), so that equal names are equal numbers wherever they lie.
+``experts`` (this rank's routed experts). A part has a section a dtype (two, if vectors are not to
+decay): one flat weight buffer, one flat fp32 gradient, of which AdamW owns this rank's equal share
+(ZeRO-1). Values are drawn by (seed, name), so that equal names are equal numbers wherever they lie.
 """
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -63,7 +64,7 @@ def draw_(x: Tensor, seed: int, name: str, std: float, mean: float | tuple[float
 
 @dataclass
 class Section:
-    """Parameters of one part and dtype in flat buffers, padded to equal shares.
+    """Parameters of one part, dtype and decay in flat buffers, padded to equal shares.
 
     Attributes:
         data: [size] weights; ``grad``: [size] their gradients, fp32 at least.
@@ -119,20 +120,25 @@ def build_parameters(
         device: where they lie.
         dtype: of all but the wide ones.
         seed: of the values.
-        optimizer: options of :class:`~mhcplan.kernels.layers.AdamW`.
+        optimizer: options of :class:`~mhcplan.kernels.layers.AdamW`; with ``decay_vectors`` False
+            its decay leaves parameters of one axis (norms' gains, biases, alphas) alone.
     """
+    options = dict(optimizer)
+    decay_vectors = options.pop("decay_vectors", True)
     built = StageParameters()
     for part, parameters in parts.items():
-        built.sections[part] = []
-        for section_dtype in dict.fromkeys((dtype, torch.float32)):
-            chosen = [
-                p for p in parameters if (torch.float32 if p.wide else dtype) == section_dtype
-            ]
-            if chosen:
-                section = _section(
-                    chosen, *shares[part], device, section_dtype, seed, built.weights, optimizer
-                )
-                built.sections[part].append(section)
+        alike: dict[tuple[torch.dtype, bool], list[Parameter]] = {}
+        for p in parameters:
+            decays = decay_vectors or len(p.shape) > 1
+            alike.setdefault((torch.float32 if p.wide else dtype, decays), []).append(p)
+        kinds = product(dict.fromkeys((dtype, torch.float32)), (True, False))
+        built.sections[part] = [
+            _section(
+                alike[section_dtype, decays], *shares[part], device, section_dtype, seed,
+                built.weights, options if decays else options | {"decay": 0.0},
+            )
+            for section_dtype, decays in kinds if (section_dtype, decays) in alike
+        ]  # fmt: skip
     return built
 
 

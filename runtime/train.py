@@ -56,7 +56,7 @@ class Trainer:
         program: what to run, on ``num_ranks * ep * dp`` processes.
         spec: model and batch that it was lowered from.
         session: of this process.
-        optimizer: options of :class:`~mhcplan.kernels.layers.AdamW`.
+        optimizer: options, see :func:`~mhcplan.runtime.parameters.build_parameters`.
         order, poison: see :class:`~mhcplan.runtime.executor.Executor`.
 
     Raises:

@@ -33,10 +33,12 @@ from tests.runtime.plans import make_case
 from tests.support.programs import Maker
 
 
-def stage_of(spec: RunSpec, blocks: range, index: int = 0, shares: int = 1) -> Stage:
+def stage_of(
+    spec: RunSpec, blocks: range, index: int = 0, shares: int = 1, **optimizer: object
+) -> Stage:
     return build_stage(
         spec, blocks, expert_index=index, shares=dict.fromkeys(("dense", "experts"), (0, shares)),
-        device=torch.device("cpu"), loss_scale=1.0, optimizer={},
+        device=torch.device("cpu"), loss_scale=1.0, optimizer=optimizer,
     )  # fmt: skip
 
 
@@ -54,6 +56,21 @@ def test_a_model_holds_what_the_planner_counts(options: dict[str, Any]) -> None:
     for blocks in (range(2), range(2, 4)):
         held = stage_of(spec, blocks).parameters.num_elements
         assert held == stage_parameters(spec.model, spec.residual, blocks).total
+
+
+@pytest.mark.parametrize("decay_vectors", [True, False])
+def test_vectors_decay_unless_they_are_not_to(decay_vectors: bool) -> None:
+    """Without a gradient a step is the decay alone."""
+    spec = make_case("decay", schedule="1f1b", n=2).spec
+    parameters = stage_of(spec, range(4), lr=0.5, decay=0.5, decay_vectors=decay_vectors).parameters
+    before = {name: weight.data.clone() for name, weight in parameters.weights.items()}
+    for section in parameters.all_sections():
+        section.adamw.step()
+    kept = {name: weight.data.ndim == 1 and not decay_vectors
+            for name, weight in parameters.weights.items()}  # fmt: skip
+    assert before["head.norm"].ndim == before["collapse.alpha"].ndim == 1
+    for name, weight in parameters.weights.items():
+        torch.testing.assert_close(weight.data, before[name] * (1 if kept[name] else 0.75))
 
 
 def test_weights_do_not_depend_on_where_they_lie() -> None:
