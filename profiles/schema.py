@@ -38,6 +38,9 @@ Pattern = Literal["send_recv", "send_recv_both", "all_to_all", "all_to_all_uneve
                   "reduce_scatter", "all_gather"]  # fmt: skip
 Medium = Literal["intra_node", "inter_node"]
 MeasuredOrAssumed = Literal["measured", "assumed"]
+# far beyond any machine, and far inside the integers that the engines count with
+_Bounded = Annotated[float, Field(ge=0, le=1_000_000)]
+_OverheadNs = Annotated[int, Field(ge=0, le=SECOND_NS)]
 
 
 class ProfileError(ValueError):
@@ -218,8 +221,8 @@ class TrafficTrait(Figure):
     ctas: Annotated[tuple[tuple[NonNegativeInt, PositiveInt], ...], Field(min_length=1)]
     cta_bytes_per_ns: Annotated[float, Field(gt=0)]
     fixed_ns: NonNegativeInt
-    sent_hbm_factor: Annotated[float, Field(ge=0)]
-    received_hbm_factor: Annotated[float, Field(ge=0)]
+    sent_hbm_factor: _Bounded
+    received_hbm_factor: _Bounded
 
 
 class ContentionModel(Figure):
@@ -227,12 +230,19 @@ class ContentionModel(Figure):
     kernels and of traffic, and its mean error |predicted / measured - 1| on ``held_out_pairs`` it
     was not fitted on."""
 
-    parameters: dict[str, float]
+    parameters: dict[str, _Bounded]
     traits: tuple[KernelTrait, ...] = ()
     traffic: tuple[TrafficTrait, ...] = ()
     held_out_pairs: NonNegativeInt = 0
     compute_error_percent: Annotated[float, Field(ge=0)] = 0.0
     traffic_error_percent: Annotated[float, Field(ge=0)] = 0.0
+
+    @model_validator(mode="after")
+    def _has_a_machine(self) -> Self:
+        for name in ("num_sms", "hbm_bytes_per_ns"):  # shares are shares of these
+            if (value := self.parameters.get(name, 1)) < 1:
+                raise ValueError(f"parameters.{name}={value} must be at least 1")
+        return self
 
 
 class PowerModel(Figure):
@@ -250,9 +260,9 @@ class PowerModel(Figure):
     """
 
     limit_watts: Annotated[float, Field(gt=0)]
-    idle_watts: Annotated[float, Field(ge=0)]
-    active_watts: Annotated[float, Field(ge=0)]
-    joules_per_tflop: Annotated[float, Field(ge=0)]
+    idle_watts: _Bounded
+    active_watts: _Bounded
+    joules_per_tflop: _Bounded
     free_watts: Annotated[float, Field(ge=1)]
     stretch: Annotated[float, Field(ge=0, le=10)]
     tflops: Annotated[float, Field(ge=1)]
@@ -276,14 +286,14 @@ class Overheads(Figure):
     takes beyond its kernels. 0 where they were not measured.
     """
 
-    launch_ns: NonNegativeInt
-    event_record_ns: NonNegativeInt
-    event_wait_ns: NonNegativeInt
+    launch_ns: _OverheadNs
+    event_record_ns: _OverheadNs
+    event_wait_ns: _OverheadNs
     context_bytes: NonNegativeInt
     communicator_bytes: NonNegativeInt
-    allocator_margin_percent: Annotated[float, Field(ge=0)]
-    graph_gap_ns: NonNegativeInt = 0
-    graph_launch_ns: NonNegativeInt = 0
+    allocator_margin_percent: _Bounded
+    graph_gap_ns: _OverheadNs = 0
+    graph_launch_ns: _OverheadNs = 0
 
 
 class Provenance(Spec):

@@ -84,6 +84,8 @@ def structure_faults(program: Program) -> Iterator[tuple[int, str]]:
     for group in program.groups:
         if not all(0 <= member < program.num_ranks for member in group.members):
             yield NO_OP, f"{group} has a member that is no rank"
+        if len(set(group.members)) < len(group.members):
+            yield NO_OP, f"{group} has a member twice"
     unsorted = np.flatnonzero(np.diff(program.rank) < 0)
     if len(unsorted):
         yield int(unsorted[0]) + 1, f"op {unsorted[0] + 1} of a lower rank follows a higher one"

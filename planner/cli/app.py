@@ -115,13 +115,15 @@ def build_app() -> App:
     """The command tree; nothing behind it is imported yet."""
     from cyclopts import App, Group, Parameter
 
+    from mhcplan.planner.cli.values import value_of
+
     app = App(
         name="mhcplan",
         help=_HELP,
         help_format="markdown",
         version=mhcplan.__version__,
         suppress_keyboard_interrupt=False,
-        default_parameter=Parameter(show_default=_default),
+        default_parameter=Parameter(show_default=_default, converter=value_of),
     )
     groups = {name: Group(name, sort_key=i) for i, name in enumerate(_GROUPS)}
     places: dict[str, dict[str, Any]] = {
@@ -199,7 +201,7 @@ def _run(arguments: list[str]) -> int:
     if arguments == ["--version"]:  # asked by scripts: not worth loading the command tree
         print(mhcplan.__version__)
         return 0
-    from cyclopts import CycloptsError, UnknownOptionError
+    from cyclopts import CycloptsError, UnknownOptionError, UnusedCliTokensError
 
     from mhcplan.planner.diagnose.recording import RecordingError
     from mhcplan.planner.output import OutputError
@@ -218,6 +220,8 @@ def _run(arguments: list[str]) -> int:
         option = (error.token.keyword or error.token.value) if error.token else ""
         missing = not_modelled(option.lstrip("-"))
         return _refuse(f"{option}: {missing}" if missing else str(error))
+    except UnusedCliTokensError as error:
+        return _refuse(f"too many words: {' '.join(error.unused_tokens or ())}")
     except (CycloptsError, SpecError, ProfileError, OutputError, RecordingError) as error:
         return _refuse(str(error))
     except ImportError as error:

@@ -7,20 +7,15 @@ shows is the plan field's own.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
-from cyclopts import CoercionError, Parameter, convert
+from cyclopts import Parameter
 from cyclopts.types import PositiveInt
 from pydantic.fields import FieldInfo
 
 from mhcplan.planner.plan.file import FLAG_FIELDS, resolve_plan
 from mhcplan.planner.plan.spec import Engine, LayoutSpec, PlanSpec, Priority, ScheduleName
 from mhcplan.profiles.specs import ResidualKind, ResidualSpec
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from cyclopts import Token
 
 GLOBAL_BATCH_HELP = (
     "sequences of the whole job's step, in place of --microbatches: a multiple of"
@@ -35,18 +30,6 @@ def field_of(name: str) -> FieldInfo:
     return _SPECS.get(parent, PlanSpec).model_fields[last]
 
 
-def unrounded(type_: object, tokens: Sequence[Token]) -> object:
-    """What cyclopts makes of a flag's value, which rounds 3.5 to 4 where a count is meant.
-
-    Raises:
-        CoercionError: such a fraction.
-    """
-    value = cast("object", convert(type_, tokens))
-    if isinstance(value, int) and "." in tokens[0].value:
-        raise CoercionError(token=tokens[0], target_type=int)
-    return value
-
-
 def _flag(name: str) -> Parameter:
     """A flag of the plan field behind ``name``, with its description and its default."""
     info = field_of(name)
@@ -54,7 +37,7 @@ def _flag(name: str) -> Parameter:
     def default(_value: object) -> str:
         return str(info.default)
 
-    return Parameter(help=info.description, show_default=default, converter=unrounded)
+    return Parameter(help=info.description, show_default=default)
 
 
 @Parameter(name="*", group="Plan")
@@ -72,9 +55,7 @@ class PlanFlags:
     ep: Annotated[int | None, _flag("ep")] = None
     dp: Annotated[int | None, _flag("dp")] = None
     microbatches: Annotated[int | None, _flag("microbatches")] = None
-    global_batch: Annotated[
-        PositiveInt | None, Parameter(help=GLOBAL_BATCH_HELP, converter=unrounded)
-    ] = None
+    global_batch: Annotated[PositiveInt | None, Parameter(help=GLOBAL_BATCH_HELP)] = None
     micro_batch_size: Annotated[int | None, _flag("micro_batch_size")] = None
     seq_len: Annotated[int | None, _flag("seq_len")] = None
     schedule: Annotated[ScheduleName | None, _flag("schedule")] = None

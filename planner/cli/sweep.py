@@ -10,7 +10,6 @@ from cyclopts import Parameter
 from cyclopts.types import PositiveFloat, PositiveInt
 
 from mhcplan.planner.cli.axis_flags import AxisFlags
-from mhcplan.planner.cli.flags import unrounded
 from mhcplan.planner.cli.predict import Source
 from mhcplan.planner.cli.terminal import note, output, progress_bar
 from mhcplan.planner.output import write_file
@@ -129,7 +128,7 @@ def plan(
     source: Source,
     /,
     *,
-    gpus: Annotated[PositiveInt, Parameter(converter=unrounded)],
+    gpus: PositiveInt,
     memory_gib: PositiveFloat | None = None,
     axes: AxisFlags | None = None,
     seconds: PositiveFloat = 50.0,

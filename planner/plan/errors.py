@@ -22,6 +22,7 @@ _VALUE_LENGTH, _MESSAGE_LENGTH = 60, 200
 _DISCRIMINATED = {"attention": {"mla", "gqa"}}  # loc names the union's arm, a plan's path does not
 _VALID = {
     "residual.recompute_block": "must be auto, none, stage or a number of sites of at least 1",
+    "layout.blocks_per_stage": "must be a list of blocks, one of every stage, such as [4, 4, 3]",
     "memory_limit_bytes": "must be a size of at least 1 byte, such as 80000000000 or '80GB'",
 }
 _NOT_MODELLED = {

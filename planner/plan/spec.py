@@ -360,11 +360,10 @@ def _check_size(plan: PlanSpec) -> None:
         )
     if plan.model.num_blocks > MAX_BLOCKS:
         raise ValueError(f"model.num_blocks={plan.model.num_blocks} must be at most {MAX_BLOCKS}")
-    parameters = model_parameters(plan.model, plan.residual).total
-    if parameters > MAX_PARAMETERS:
+    if model_parameters(plan.model, plan.residual).total > MAX_PARAMETERS:
         raise ValueError(
-            f"model: {plan.model.name} has {parameters:.1e} parameters, at most"
-            f" {MAX_PARAMETERS:.0e} are counted"
+            f"model: {plan.model.name} has more than {MAX_PARAMETERS:.0e} parameters, the most that"
+            " are counted"
         )
 
 

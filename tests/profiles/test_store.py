@@ -149,6 +149,33 @@ def test_bad_field_is_named(file: Path, field: str, value: object, line: str) ->
     assert validate(file)[0].endswith(refusal(file))
 
 
+@pytest.mark.parametrize("value", [1e308, 2**70, -1])
+@pytest.mark.parametrize(
+    "field",
+    [
+        "overheads.event_wait_ns",
+        "overheads.allocator_margin_percent",
+        "contention_model.parameters.num_sms",
+        "contention_model.parameters.busy_delay",
+        "contention_model.traffic.0.sent_hbm_factor",
+        "power_model.idle_watts",
+    ],
+)
+def test_figure_that_no_machine_has_is_named(tmp_path: Path, field: str, value: float) -> None:
+    shipped = tmp_path / "shipped.json"
+    shipped.write_text(profile_file_text("h100-sxm"))
+    change(shipped, field, value)
+    assert refusal(shipped).startswith(f"{field}: ")
+
+
+@pytest.mark.parametrize("name", ["num_sms", "hbm_bytes_per_ns"])
+def test_contention_on_no_machine_is_refused(tmp_path: Path, name: str) -> None:
+    shipped = tmp_path / "shipped.json"
+    shipped.write_text(profile_file_text("h100-sxm"))
+    change(shipped, f"contention_model.parameters.{name}", 0)
+    assert refusal(shipped).startswith(f"contention_model: parameters.{name}=0.0 must be at least")
+
+
 def test_row_that_appears_twice_is_named(file: Path) -> None:
     raw = json.loads(file.read_text())
     change(file, "ops", [*raw["ops"], raw["ops"][0]])

@@ -181,6 +181,11 @@ MUTATIONS: dict[str, tuple[str, str, Mutation]] = {
         "no rank",
         with_field(groups=(*PROGRAM.groups, Group("dp", (0, 5), 2, "intra_node"))),
     ),
+    "a member twice": (
+        "structure",
+        "twice",
+        with_field(groups=(*PROGRAM.groups, Group("dp", (1, 1), 2, "intra_node"))),
+    ),
     # streams
     "a stream of another rank": (
         "streams",

@@ -132,6 +132,11 @@ def test_setting_that_reaches_nothing(setting: str, message: str) -> None:
         parse_setting(setting)
 
 
+def test_list_is_not_called_by_its_python_type() -> None:
+    with pytest.raises(SpecError, match=r"blocks_per_stage=4 must be a list of blocks"):
+        resolve_plan("mhc-3b", {}, ["layout.blocks_per_stage=4"])
+
+
 def test_set_reaches_every_field() -> None:
     paths = list(field_paths(PlanSpec))
     assert {"layout.pp", "residual.kind", "model.attention.num_heads", "p2p"} <= set(paths)
