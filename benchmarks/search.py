@@ -11,6 +11,7 @@ wall time, so that a busy machine shows.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import resource
 import sys
@@ -117,6 +118,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     parts = arguments.only.split(",")
+    gc.set_threshold(200_000, 20, 20)  # as the command line does; workers follow
     console, rows, results = Console(), list[Row](), list[list[object]]()
     for part, work in (("sweep", sweeps), ("clusters", clusters)):
         if part not in parts:

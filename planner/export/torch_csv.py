@@ -111,7 +111,7 @@ def exported_schedule(schedule: Schedule, *, recomputes: bool) -> Schedule:
         )
         for row in schedule.actions
     )
-    return Schedule(schedule.name, schedule.num_microbatches, schedule.placement, rows)
+    return Schedule(schedule.name, schedule.num_microbatches, schedule.placement, rows.__getitem__)
 
 
 def compute_only_rows(schedule: Schedule) -> Rows:

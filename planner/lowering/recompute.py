@@ -56,7 +56,7 @@ def resolve_recompute_block(plan: PlanSpec) -> int | None:
         return max(sites)
     if wish != "auto":
         return min(wish, max(sites))
-    ranks = _live_peaks(plan.schedule, plan.layout.pp, plan.microbatches)
+    ranks = _live_peaks(plan.schedule, plan.layout.pp, _until_steady(plan))
 
     def worst(block: int) -> int:
         n = plan.residual.expansion_rate
@@ -81,6 +81,14 @@ def as_played(plan: PlanSpec, recompute_block: int | None) -> PlanSpec:
 def recomputes(plan: PlanSpec, recompute_block: int | None) -> bool:
     """Whether a backward runs any part of the forward again, mHC's or the sublayers' own."""
     return recompute_block is not None or plan.recompute_layers != "none"
+
+
+def _until_steady(plan: PlanSpec) -> int:
+    """Microbatches beyond which no more chunks live at once, however many follow: three a rank;
+    all of them where rounds of interleaved 1F1B are larger than P."""
+    if plan.schedule == "interleaved-1f1b" and plan.microbatches % plan.layout.pp:
+        return plan.microbatches
+    return min(plan.microbatches, 3 * plan.layout.pp)
 
 
 @lru_cache(maxsize=64)

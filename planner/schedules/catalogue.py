@@ -47,8 +47,8 @@ def one_f_one_b(num_ranks: int, num_microbatches: int) -> Schedule:
         ScheduleError: A number below 1.
     """
     _check_positive(num_ranks, num_microbatches)
-    rows: list[RowWriter] = []
-    for rank in range(num_ranks):
+
+    def write_row(rank: int) -> RowWriter:
         row = RowWriter((rank, range(num_microbatches)))
         warm_up = min(num_ranks - 1 - rank, num_microbatches)
         for _ in range(warm_up):
@@ -58,8 +58,9 @@ def one_f_one_b(num_ranks: int, num_microbatches: int) -> Schedule:
             row.b()
         for _ in range(warm_up):
             row.b()
-        rows.append(row)
-    return _schedule("1f1b", num_microbatches, loop_placement(num_ranks), rows)
+        return row
+
+    return _schedule("1f1b", num_microbatches, loop_placement(num_ranks), write_row)
 
 
 def interleaved_1f1b(num_ranks: int, num_microbatches: int) -> Schedule:
@@ -74,8 +75,8 @@ def interleaved_1f1b(num_ranks: int, num_microbatches: int) -> Schedule:
     """
     _check_positive(num_ranks, num_microbatches)
     round_size = _round_size(num_ranks, num_microbatches)
-    rows: list[RowWriter] = []
-    for rank in range(num_ranks):
+
+    def write_row(rank: int) -> RowWriter:
         row = RowWriter(*((stage, range(num_microbatches)) for stage in (rank, rank + num_ranks)))
         total = 2 * num_microbatches
         warm_up = min(round_size + 2 * (num_ranks - 1 - rank), total)
@@ -84,8 +85,9 @@ def interleaved_1f1b(num_ranks: int, num_microbatches: int) -> Schedule:
                 row.f(step // round_size % 2)
             if step >= warm_up:
                 row.b(1 - (step - warm_up) // round_size % 2)
-        rows.append(row)
-    return _schedule("interleaved-1f1b", num_microbatches, loop_placement(num_ranks, 2), rows)
+        return row
+
+    return _schedule("interleaved-1f1b", num_microbatches, loop_placement(num_ranks, 2), write_row)
 
 
 def zb1p(num_ranks: int, num_microbatches: int) -> Schedule:
@@ -98,8 +100,8 @@ def zb1p(num_ranks: int, num_microbatches: int) -> Schedule:
         ScheduleError: A number below 1.
     """
     _check_positive(num_ranks, num_microbatches)
-    rows: list[RowWriter] = []
-    for rank in range(num_ranks):
+
+    def write_row(rank: int) -> RowWriter:
         row = RowWriter((rank, range(num_microbatches)))
         warm_up = min(num_ranks - 1 - rank, num_microbatches)
         for _ in range(warm_up):
@@ -111,8 +113,9 @@ def zb1p(num_ranks: int, num_microbatches: int) -> Schedule:
             if repeat >= rank:
                 row.w()
         row.drain()
-        rows.append(row)
-    return _schedule("zb1p", num_microbatches, loop_placement(num_ranks), rows)
+        return row
+
+    return _schedule("zb1p", num_microbatches, loop_placement(num_ranks), write_row)
 
 
 def zbv(num_ranks: int, num_microbatches: int) -> Schedule:
@@ -127,10 +130,13 @@ def zbv(num_ranks: int, num_microbatches: int) -> Schedule:
     """
     _check_positive(num_ranks, num_microbatches)
     ordered = max(num_microbatches, 2 * num_ranks - 1)
-    rows = [_zbv_row(num_ranks, rank, ordered) for rank in range(num_ranks)]
-    for row in rows:
+
+    def write_row(rank: int) -> RowWriter:
+        row = _zbv_row(num_ranks, rank, ordered)
         row.actions = [action for action in row.actions if action.microbatch < num_microbatches]
-    return _schedule("zbv", num_microbatches, v_placement(num_ranks), rows)
+        return row
+
+    return _schedule("zbv", num_microbatches, v_placement(num_ranks), write_row)
 
 
 def _zbv_row(num_ranks: int, rank: int, num_microbatches: int) -> RowWriter:
@@ -184,16 +190,17 @@ def dualpipe(num_ranks: int, num_microbatches: int) -> Schedule:
         )
     _check_two_per_rank("dualpipe", num_ranks, num_microbatches)
     half = num_microbatches // 2
-    rows: list[RowWriter] = []
-    for rank in range(num_ranks):
+
+    def write_row(rank: int) -> RowWriter:
         # Phase 0 is the direction that starts nearer to this rank: direction 0 for the first half
         # of the ranks, 1 for the second, which so run the same program mirrored.
         position = min(rank, num_ranks - 1 - rank)
         near, far = range(half), range(half, num_microbatches)
         if rank >= num_ranks // 2:
             near, far = far, near
-        rows.append(_dualpipe_row(num_ranks, position, near, far))
-    return _schedule("dualpipe", num_microbatches, two_copy_placement(num_ranks), rows)
+        return _dualpipe_row(num_ranks, position, near, far)
+
+    return _schedule("dualpipe", num_microbatches, two_copy_placement(num_ranks), write_row)
 
 
 def dualpipev(num_ranks: int, num_microbatches: int) -> Schedule:
@@ -208,10 +215,11 @@ def dualpipev(num_ranks: int, num_microbatches: int) -> Schedule:
     _check_positive(num_ranks, num_microbatches)
     _check_two_per_rank("dualpipev", num_ranks, num_microbatches)
     microbatches = range(num_microbatches)
-    rows = [
-        _dualpipe_row(2 * num_ranks, rank, microbatches, microbatches) for rank in range(num_ranks)
-    ]
-    return _schedule("dualpipev", num_microbatches, v_placement(num_ranks), rows)
+
+    def write_row(rank: int) -> RowWriter:
+        return _dualpipe_row(2 * num_ranks, rank, microbatches, microbatches)
+
+    return _schedule("dualpipev", num_microbatches, v_placement(num_ranks), write_row)
 
 
 def _dualpipe_row(num_stages: int, position: int, near: range, far: range) -> RowWriter:
@@ -295,9 +303,12 @@ def build_schedule(name: str, num_ranks: int, num_microbatches: int) -> Schedule
 
 
 def _schedule(
-    name: str, num_microbatches: int, placement: Placement, rows: list[RowWriter]
+    name: str,
+    num_microbatches: int,
+    placement: Placement,
+    write_row: Callable[[int], RowWriter],
 ) -> Schedule:
-    return Schedule(name, num_microbatches, placement, tuple(tuple(row.actions) for row in rows))
+    return Schedule(name, num_microbatches, placement, lambda rank: write_row(rank).actions)
 
 
 def _check_positive(num_ranks: int, num_microbatches: int) -> None:

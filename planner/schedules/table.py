@@ -7,8 +7,13 @@ there. The schedules themselves are in :mod:`mhcplan.planner.schedules.catalogue
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 from mhcplan.planner.schedules.actions import Action
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 Placement = tuple[tuple[int, ...], ...]
 """``placement[direction][stage]`` is the rank that holds the stage for that direction."""
@@ -18,7 +23,7 @@ class ScheduleError(ValueError):
     """A schedule that cannot be built as asked; the message is one line for the user."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Schedule:
     """What every rank does in one step.
 
@@ -26,18 +31,24 @@ class Schedule:
         name: Key of ``SCHEDULES``.
         num_microbatches: M, of both directions together.
         placement: Rank of every stage, a row per direction (and so per copy of the model).
-        actions: A row of actions per rank, in the order in which the rank runs them.
+        write_row: Actions of a rank. They are written when first asked for: where stages are says
+            whether a plan is legal, and most legal plans of a search are never lowered.
     """
 
     name: str
     num_microbatches: int
     placement: Placement
-    actions: tuple[tuple[Action, ...], ...]
+    write_row: Callable[[int], Sequence[Action]]
+
+    @cached_property
+    def actions(self) -> tuple[tuple[Action, ...], ...]:
+        """A row of actions per rank, in the order in which the rank runs them."""
+        return tuple(tuple(self.write_row(rank)) for rank in range(self.num_ranks))
 
     @property
     def num_ranks(self) -> int:
         """P, the ranks of one pipeline."""
-        return len(self.actions)
+        return max(self.placement[0]) + 1
 
     @property
     def num_stages(self) -> int:

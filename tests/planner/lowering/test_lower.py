@@ -15,7 +15,7 @@ from mhcplan.planner.lowering.recompute import (
     stored_elements,
 )
 from mhcplan.planner.plan.spec import PlanSpec, make_plan, schedule_of
-from mhcplan.planner.schedules.catalogue import SCHEDULES
+from mhcplan.planner.schedules.catalogue import SCHEDULES, build_schedule
 from mhcplan.profiles.vocabulary import parse_key
 from mhcplan.sim.program import COMPONENTS, Program, match_transfers
 
@@ -261,6 +261,23 @@ def test_dualpipe_holds_p_plus_1_chunks_on_every_rank(num_ranks: int) -> None:
     schedule = schedule_of(plan)
     peaks = [sum(live_peak(schedule, rank).values()) for rank in range(num_ranks)]
     assert peaks == [num_ranks + 1] * num_ranks
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 6, 8])
+def test_no_more_chunks_live_at_once_beyond_three_microbatches_a_rank(
+    name: str, num_ranks: int
+) -> None:
+    if name == "dualpipe" and num_ranks % 2:
+        pytest.skip("its ranks mirror each other")
+
+    def peaks(num_microbatches: int) -> list[dict[int, int]]:
+        schedule = build_schedule(name, num_ranks, num_microbatches)
+        return [live_peak(schedule, rank) for rank in range(num_ranks)]
+
+    step = {"interleaved-1f1b": num_ranks, "dualpipe": 2}.get(name, 1)
+    for more in range(step, 3 * num_ranks + step, step):
+        assert peaks(3 * num_ranks + more) == peaks(3 * num_ranks)
 
 
 def test_static_memory_counts_both_copies_of_dualpipe() -> None:

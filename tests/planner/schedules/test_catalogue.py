@@ -424,7 +424,7 @@ def test_a_deadlock_is_told_with_the_actions_that_wait() -> None:
     good = build_schedule("1f1b", 2, 2)
     crossed = tuple(map(parse_action, ("0F0", "0B0", "0F1", "0B1")))
     late = tuple(map(parse_action, ("1F0", "1F1", "1B0", "1B1")))
-    bad = Schedule("1f1b", 2, good.placement, (crossed, late))
+    bad = Schedule("1f1b", 2, good.placement, (crossed, late).__getitem__)
     message = "schedule='1f1b' deadlocks before 0B0, 1F1"
     with pytest.raises(ScheduleError, match=message):
         end_times_ns(bad, EQUAL)
