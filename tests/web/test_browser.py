@@ -169,6 +169,7 @@ def test_two_plans_stand_side_by_side_and_their_timelines_move_together(open_pag
     assert b > a
     assert "residual.expansion_rate" in page.locator("#difference").inner_text()
     assert page.locator("#timeline-a").is_visible()
+    assert page.locator("#name-b").inner_text() == "B: mhc-3b --pp 2 --microbatches 4 --n 8"
     page.locator("#timeline").focus()
     page.keyboard.press("w")
     ranges = page.evaluate("() => window.mhcplan.together.drawn.timelines.map((t) => t.range)")
@@ -417,6 +418,14 @@ def test_page_fits_its_window(open_page: Open) -> None:
         for scheme in ("light", "dark"):
             page.emulate_media(color_scheme=scheme)
             _keep(page, f"{viewport['width']}-{scheme}")
+
+
+def test_no_figure_of_a_long_step_is_cut_off(open_page: Open) -> None:
+    page = open_page("model=mhc-27b&micro_batch_size=4")
+    assert number(fact(page, "step")) > 10_000  # ms
+    for name in ("breakdown", "memory"):
+        table = page.locator(f"#{name}-table > div")
+        assert table.evaluate("(box) => box.scrollWidth - box.clientWidth") == 0
 
 
 def _keep(page: Page, name: str) -> None:

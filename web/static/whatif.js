@@ -155,8 +155,9 @@ function showPinned() {
   for (const name of ["swap", "unpin", "name-a", "name-b", "timeline-a", "difference"]) {
     byId(name).hidden = !pinned;
   }
-  byId("name-a").textContent = `A: ${state.pinned ?? ""}`;
-  byId("name-b").textContent = `B: ${state.plan}`;
+  const [a, b] = answered.names;
+  byId("name-a").textContent = `A: ${a}`;
+  byId("name-b").textContent = `B: ${b}`;
 }
 
 // -- the timeline ----------------------------------------------------------------------------------
