@@ -82,11 +82,6 @@ class Site:
         dx, dphi, dbias, dalpha = mhc.mhc_pre_backward(*given)
         return u, y, dx, df, dphi, dbias, dalpha
 
-    def reference_forward(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """u and y by the reference in the inputs' own dtypes: what eager torch runs."""
-        u, mix = self.reference_pre(self.x, *self.parameters)
-        return u, reference.post_res(self.x, self.f, mix)
-
     def kernels(self) -> dict[str, tuple[Call, float]]:
         """{kernel: (call, C elements a token that it has to move)}."""
         n, x, f, dy, du = self.n, self.x, self.f, self.dy, self.du

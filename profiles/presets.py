@@ -6,7 +6,7 @@ Where a public source is silent, the preset says so in ``assumed``, and predicti
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from mhcplan.profiles.specs import Gqa, HardwareSpec, Link, Mla, ModelSpec, Moe
 
@@ -205,8 +205,6 @@ HARDWARE: Mapping[str, HardwareSpec] = {
     )
 }
 
-_Preset = TypeVar("_Preset", ModelSpec, HardwareSpec)
-
 
 def find_model(name: str) -> ModelSpec:
     """The model preset ``name``.
@@ -214,23 +212,10 @@ def find_model(name: str) -> ModelSpec:
     Raises:
         UnknownPresetError: no such preset; the message names close matches.
     """
-    return _find("model", name, MODELS)
-
-
-def find_hardware(name: str) -> HardwareSpec:
-    """The machine preset ``name``.
-
-    Raises:
-        UnknownPresetError: no such preset; the message names close matches.
-    """
-    return _find("hardware", name, HARDWARE)
-
-
-def _find(what: str, name: str, presets: Mapping[str, _Preset]) -> _Preset:
     try:
-        return presets[name]
+        return MODELS[name]
     except KeyError:
-        raise UnknownPresetError(unknown_name(what, name, presets)) from None
+        raise UnknownPresetError(unknown_name("model", name, MODELS)) from None
 
 
 def unknown_name(what: str, name: str, known: Mapping[str, object]) -> str:

@@ -206,11 +206,6 @@ class ResidualSpec(Spec):
         """Norms a token and site: one of the whole state, or HC's, one of every row."""
         return 0 if self.is_plain else self.expansion_rate if self.kind == "hc" else 1
 
-    @property
-    def has_sinkhorn(self) -> bool:
-        """Whether Sinkhorn steps make H_res doubly stochastic."""
-        return self.kind in ("mhc", "mhc-single-pass")
-
     def num_parameters(self, hidden_size: int) -> int:
         """phi, b and the alphas, one a map, of one site (paper, equations 14-16; HC's: 5)."""
         if self.is_plain:

@@ -16,7 +16,7 @@ its event. Nothing else overlaps, but who waits for what is the same.
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,27 +28,6 @@ if TYPE_CHECKING:
     from mhcplan.sim.program import Stream
 
 MAX_STREAMS_PER_PRIORITY = 32  # torch's pool; the next one would be the first again
-
-
-class Streams(Protocol):
-    """See the module's docstring."""
-
-    device: torch.device
-
-    def enter(self, stream: int, events: Iterable[int]) -> None:
-        """Make ``stream`` current and let it wait for ``events``."""
-
-    def transferred(self, works: Sequence[Any]) -> None:
-        """Order the current stream after transfers that were just started."""
-
-    def leave(self, event: int) -> None:
-        """Record ``event`` on the current stream."""
-
-    def host_wait(self) -> None:
-        """Block the host until the current stream is done."""
-
-    def join(self) -> None:
-        """Let the compute stream wait for all others: the end of a step."""
 
 
 class StreamPool:

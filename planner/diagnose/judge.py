@@ -106,11 +106,6 @@ class Diagnosis(Spec):
     alarms: list[Alarm]
     notes: list[str]
 
-    @property
-    def is_sound(self) -> bool:
-        """Whether no alarm sounds."""
-        return not self.alarms
-
 
 def judge(recording: Recording) -> Diagnosis:
     """The verdict on a recording."""

@@ -178,9 +178,8 @@ class _Lowering:
         """The weights of a stage that one GPU of a rank holds, by the team that holds the same."""
         counts, teams = self._counts[stage], self.placement.ranks[rank]
         experts = counts.routed_experts // self.plan.layout.ep
-        dense = counts.total - counts.routed_experts
         return (
-            Shard("dense", DATA, dense, teams.dense),
+            Shard("dense", DATA, counts.replicated, teams.dense),
             Shard("experts", DATA_EXPERTS, experts, teams.expert_copies),
         )
 

@@ -141,7 +141,7 @@ def test_files_that_are_no_recording_are_named(
 
 def test_a_calm_run_sounds_no_alarm() -> None:
     verdict = judge(recording(calm_records()))
-    assert verdict.is_sound
+    assert not verdict.alarms
     assert verdict.notes == []
     assert verdict.forward_gain.mean == verdict.backward_gain.of_mean_map == 1.0
     assert (verdict.first_step, verdict.last_step) == (EVERY - 1, EVERY * RECORDS - 1)

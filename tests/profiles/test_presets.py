@@ -9,7 +9,6 @@ from mhcplan.profiles.presets import (
     HARDWARE,
     MODELS,
     UnknownPresetError,
-    find_hardware,
     find_model,
 )
 from mhcplan.profiles.specs import ResidualSpec
@@ -101,9 +100,3 @@ def test_unknown_model_suggests_close_names() -> None:
         find_model("mhc-27")
     with pytest.raises(UnknownPresetError, match=r"known: mhc-3b, .*qwen3-30b-a3b$"):
         find_model("gpt")
-
-
-def test_unknown_hardware_suggests_close_names() -> None:
-    with pytest.raises(UnknownPresetError, match=r"^hardware='H100' .* did you mean .*h100-sxm"):
-        find_hardware("H100")
-    assert find_hardware("h100-sxm").num_sms == 132
