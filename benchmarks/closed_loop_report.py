@@ -80,12 +80,12 @@ in `profiles/data/predictions.jsonl`, measurements in `profiles/data/accuracy.js
 
 LEGEND = """\
 *Step* is the median of at least 20 steps that nothing watches, of the slowest process; *host* is
-how much longer the step takes when the hosts issue it op by op than as a CUDA graph (one of all
-streams, so far); *traced* is how much longer it takes with an event around every op. Errors are
-predicted over measured, minus 1: *anchored* ones after the machine's anchors (a copy, a matrix
-product and a block of another shape, measured just before the rows) have scaled the profile; these
-are judged. Memory is the allocator's, of the process that is farthest off. *Blind*: git shows that
-claim and profile came first.
+how much longer the step takes when the hosts issue it op by op than as CUDA graphs (older rows: as
+one graph of all streams); *traced* is how much longer it takes with an event around every op.
+Errors are predicted over measured, minus 1: *anchored* ones after the machine's anchors (a copy, a
+matrix product and a block of another shape, measured just before the rows) have scaled the profile;
+these are judged. Memory is the allocator's, of the process that is farthest off. *Blind*: git shows
+that claim and profile came first.
 """
 
 
@@ -206,20 +206,25 @@ def held(found: float, limit: float, unit: str) -> str:
 
 
 def compared_lines(name: str, rows: Sequence[Row], every: Sequence[Row]) -> Iterator[str]:
-    """Rows that are compared with the base of their set, where the same run measured it."""
+    """Rows that are compared with the base of their set, where the same run measured it: its
+    anchors are taken once, however often it is interrupted."""
     base = f"{name}-base"
-    bases = {row.measured.command: row for row in every if row.claim.row == base}
+    bases = {anchors_of(row): row for row in every if row.claim.row == base}
     yield f"## Settings one by one: {name}\n"
     yield from row_lines(rows)
     yield f"| against `{base}` of the same run | measured | predicted |"
     yield "|---|---:|---:|"
     for row in rows:
-        other = bases.get(row.measured.command)
+        other = bases.get(anchors_of(row))
         if other is None or row.claim.row == base:
             continue
         change = (100 * (ns(row) / ns(other) - 1) for ns in (measured_ns, predicted_ns))
         yield f"| {row.claim.row} | {' | '.join(f'{percent:+.1f} %' for percent in change)} |"
     yield ""
+
+
+def anchors_of(row: Row) -> tuple[tuple[str, float], ...]:
+    return tuple(sorted(row.measured.anchors.items()))
 
 
 def row_lines(rows: Sequence[Row]) -> Iterator[str]:
