@@ -90,6 +90,7 @@ def _with_next(
         step_ns=report.step_time_ns,
         overhead_percent=report.overhead_percent,
         device_bytes=report.device_memory_bytes,
+        measured_percent=report.sources_percent.measured,
         fits=report.fits,
         chosen=prediction.plan == chosen,
         key=there.query(),

@@ -35,6 +35,7 @@ class Point:
         label: what was varied, as the axis or the hover names it.
         group: what shares a colour.
         device_bytes: memory that the fullest GPU needs.
+        measured_percent: share of op time that was measured at its shape on this device.
         chosen: it is the what-if that the sweep started from.
         key: what the page takes to go there.
     """
@@ -44,6 +45,7 @@ class Point:
     step_ns: int
     overhead_percent: float
     device_bytes: int
+    measured_percent: float
     fits: bool
     chosen: bool
     key: str
@@ -65,7 +67,8 @@ def axis_figure(points: Sequence[Point], labels: Sequence[str], limit_bytes: int
             line={"color": color, "width": 2},
             marker=_markers(points, color, "circle"),
             customdata=[point.key for point in points],
-            hovertemplate="%{x}: %{y:,.2f}<extra>%{fullData.name}</extra>",
+            text=[_source(point) for point in points],
+            hovertemplate="%{x}: %{y:,.2f}<br>%{text}<extra>%{fullData.name}</extra>",
         )
     figure.update_layout(
         plain_layout(height=320),
@@ -108,8 +111,8 @@ def pareto_figure(points: Sequence[Point], limit_bytes: int) -> go.Figure:
             mode="markers",
             marker=_markers(members, color, symbol),
             customdata=[point.key for point in members],
-            text=[point.label for point in members],
-            hovertemplate="%{text}<br>%{y:,.2f} ms, %{x:,.2f} GB<extra></extra>",
+            text=[f"{point.label}<br>{_source(point)}" for point in members],
+            hovertemplate="%{y:,.2f} ms, %{x:,.2f} GB<br>%{text}<extra></extra>",
         )
     line = limit_line(limit_bytes, "y")
     x, y = ({"x0": line["y0"], "x1": line["y1"]}, {"y0": 0, "y1": 1})
@@ -130,6 +133,10 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
         if not front or point.step_ns < front[-1].step_ns:
             front.append(point)
     return front
+
+
+def _source(point: Point) -> str:
+    return f"{point.measured_percent:.0f} % of op time measured at its shape"
 
 
 def _markers(points: Sequence[Point], color: str, symbol: str) -> dict[str, Any]:

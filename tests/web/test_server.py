@@ -145,6 +145,7 @@ def test_sweep_goes_on_point_by_point(server: str) -> None:
     assert len(overhead["x"]) + len(told[-1]["refused"]) == 5
     chosen = answer(server, overhead["customdata"][1])["report"]
     assert chosen["overhead_percent"] == pytest.approx(overhead["y"][1])
+    assert overhead["text"][1].startswith(f"{chosen['sources_percent']['measured']:.0f} % of op")
 
 
 def test_a_sweep_ends_when_nobody_listens(server: str) -> None:

@@ -16,6 +16,7 @@ POINTS = st.lists(
         step_ns=st.integers(1, 6),
         overhead_percent=st.floats(-5, 50),
         device_bytes=st.integers(1, 6),
+        measured_percent=st.floats(0, 100),
         fits=st.booleans(),
         chosen=st.booleans(),
         key=st.text("k", max_size=2),
@@ -50,9 +51,19 @@ def test_points_carry_where_a_click_goes_and_hollow_ones_do_not_fit(points: list
 
 
 def test_axis_keeps_the_order_of_its_labels_while_points_come() -> None:
-    point = Point("none", "", 2_000_000, 12.5, 60 * GB, True, True, "n=4")
+    point = Point("none", "", 2_000_000, 12.5, 60 * GB, 70.4, True, True, "n=4")
     figure = axis_figure([point], ["none", "2", "auto"], 80 * GB).to_plotly_json()
     assert figure["layout"]["xaxis"]["categoryarray"] == ["none", "2", "auto"]
     overhead, memory = figure["data"]
     assert (overhead["y"], memory["y"]) == ([12.5], [60.0])
     assert figure["layout"]["shapes"][0]["y0"] == 80
+
+
+def test_hover_says_how_much_of_a_point_was_measured() -> None:
+    point = Point("16", "zbv", 2_000_000, 84.7, 60 * GB, 33.3, True, False, "n=16")
+    said = "33 % of op time measured at its shape"
+    for trace in axis_figure([point], ["16"], 80 * GB).to_plotly_json()["data"]:
+        assert trace["text"] == [said]
+        assert "%{text}" in trace["hovertemplate"]
+    _, group = pareto_figure([point], 80 * GB).to_plotly_json()["data"]
+    assert group["text"] == [f"16<br>{said}"]
