@@ -168,7 +168,8 @@ def test_the_readme_says_how_far_off_predictions_were() -> None:
     found: list[str] = [f"{len(rows)} training steps"]
     for anchored in (False, True):
         errors = [abs(row.step_error_percent(anchored=anchored)) for row in rows]
-        found.append(f"{statistics.fmean(errors):.1f} % on average and {max(errors):.1f} % at worst")
+        mean, worst = statistics.fmean(errors), max(errors)
+        found.append(f"{mean:.1f} % on average and {worst:.1f} % at worst")
     points = [row.overhead_error_points(anchored=False) for row in rows]
     found.append(f"{max(abs(p) for p in points if p is not None):.1f} points of the step")
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
