@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import factorial
 from typing import NamedTuple
 
@@ -543,6 +544,7 @@ class TransferKey(NamedTuple):
 NO_COST = "none"  # bookkeeping on the host and on events: nothing runs on the GPU
 
 
+@lru_cache(maxsize=4096)
 def parse_key(text: str) -> OpKey | TransferKey | None:
     """Read a key's ``str`` back; None for :data:`NO_COST`.
 

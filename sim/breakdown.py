@@ -160,14 +160,17 @@ def _swept(program: Program, timeline: Timeline) -> tuple[Array, _Gaps]:
 
 
 def _refuse_unknown_categories(program: Program, timeline: Timeline) -> None:
-    if set(program.categories) <= set(CATEGORIES):
-        return
-    is_known = np.isin(program.categories, CATEGORIES)[program.category]
-    ran = (program.group < 0) & (timeline.end_ns > timeline.start_ns)
-    unknown = np.flatnonzero(ran & ~is_known)
-    if len(unknown):
-        category = program.categories[program.category[unknown[0]]]
+    unknown = program.shared(_without_class)
+    ran = unknown[timeline.end_ns[unknown] > timeline.start_ns[unknown]]
+    if len(ran):
+        category = program.categories[program.category[ran[0]]]
         raise ValueError(f"category {category!r} of a compute op is not one of {CATEGORIES}")
+
+
+def _without_class(program: Program) -> Array:
+    """Compute ops whose category has no class."""
+    is_known = np.isin(program.categories, CATEGORIES)[program.category]
+    return np.flatnonzero((program.group < 0) & ~is_known)
 
 
 class _Lanes(NamedTuple):
@@ -309,11 +312,27 @@ def _awaited_transfers(program: Program, gaps: _Gaps) -> tuple[Array, Array]:
 
 def _data_ready_ns(program: Program, timeline: Timeline) -> Array:
     """For every transfer op, when the ops that its senders wait for had ended."""
-    order = order_of(program)
-    first, meeting = order.first, order.meeting
+    order, sent = order_of(program), program.shared(_sent_of)
     ready = np.zeros(program.num_ops, np.int64)
-    np.maximum.at(ready, first[program.waits.owners], timeline.end_ns[order.waited.values])
-    senders = np.flatnonzero((meeting >= 0) & (program.is_send | (program.peer < 0)))
-    by_meeting = np.zeros(int(meeting.max(initial=-1)) + 1, np.int64)
-    np.maximum.at(by_meeting, meeting[senders], ready[first[senders]])
-    return np.where(meeting >= 0, by_meeting[meeting], 0)
+    np.maximum.at(ready, sent.kernel, timeline.end_ns[sent.waited])
+    by_meeting = np.zeros(int(order.meeting.max(initial=-1)) + 1, np.int64)
+    np.maximum.at(by_meeting, order.meeting[sent.senders], ready[order.first[sent.senders]])
+    return np.where(order.meeting >= 0, by_meeting[order.meeting], 0)
+
+
+class _Sent(NamedTuple):
+    """Ops that send, and pairs of the first op of their kernel and an op that it waits for."""
+
+    senders: Array
+    kernel: Array
+    waited: Array
+
+
+def _sent_of(program: Program) -> _Sent:
+    order = order_of(program)
+    senders = np.flatnonzero((order.meeting >= 0) & (program.is_send | (program.peer < 0)))
+    sends = np.zeros(program.num_ops, np.bool_)
+    sends[order.first[senders]] = True
+    kernel = order.first[program.waits.owners]
+    pairs = np.flatnonzero(sends[kernel])
+    return _Sent(senders, kernel[pairs], order.waited.values[pairs])
