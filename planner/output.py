@@ -51,7 +51,8 @@ def write_files(folder: Path, contents: Mapping[str, str | bytes]) -> None:
     except FileExistsError:
         raise OutputError(f"{folder}: is not a folder") from None
     except OSError as error:
-        raise OutputError(f"{error.filename or folder}: {error.strerror}") from None
+        # the first name of an error may be one of our own making
+        raise OutputError(f"{error.filename2 or folder}: {error.strerror}") from None
 
 
 def _write_into(device: Path, content: str | bytes) -> None:

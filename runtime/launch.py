@@ -12,6 +12,7 @@ process, whatever its main thread waits for.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -212,7 +213,15 @@ def _supervise(processes: list[Any], store: TCPStore) -> None:
     if any(codes.values()):
         # one that died without a word is the cause: others may only have lost their connection
         silent = [i for i, code in codes.items() if code not in (0, FAILED_EXIT_CODE, None)]
-        words = [f"process {i} ended with exit code {codes[i]}" for i in silent]
+        words = [f"process {i} {_how_it_ended(codes[i])}" for i in silent]
         if store.check([_FAILED]):
             words.append(store.get(_FAILED).decode())
         raise ProcessFailed("\n".join(words))
+
+
+def _how_it_ended(code: int) -> str:
+    """An exit code in words: a negative one is the signal that killed the process."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    why = ": the machine ran out of memory, or somebody ended it" * (-code == signal.SIGKILL)
+    return f"was killed by {signal.Signals(-code).name}{why}"

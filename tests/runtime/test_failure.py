@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,8 @@ class FailsAt:
         if index == self._index:
             if self._how == "raises":
                 raise ValueError("a wrong number in the middle")
+            if self._how == "is killed":
+                os.kill(os.getpid(), signal.SIGKILL)
             os._exit(9)
 
     def after(self, index: int) -> None:
@@ -54,7 +57,12 @@ def wait_for_nobody(process: int, _world: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "words"), [("raises", "a wrong number in the middle"), ("dies", "exit code 9")]
+    ("how", "words"),
+    [
+        ("raises", "a wrong number in the middle"),
+        ("dies", "exit code 9"),
+        ("is killed", "was killed by SIGKILL: the machine ran out of memory"),
+    ],
 )
 def test_a_failure_in_a_step_ends_all_processes(how: str, words: str) -> None:
     case = make_case("failing", schedule="1f1b", n=1)

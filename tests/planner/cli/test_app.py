@@ -253,6 +253,13 @@ def test_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.Mon
     assert [(f.name, f.read_text()) for f in tmp_path.iterdir()] == [("a", "old")]
 
 
+def test_what_cannot_be_written_is_named_as_it_was_asked_for(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "plan.toml"
+    folder.mkdir()
+    said = f"mhcplan: {folder}: Is a directory\n"
+    assert run("init", "mhc-3b", "--force", "-o", str(folder)) == (2, "", said)
+
+
 def test_pipe_or_device_is_written_into_and_never_replaced(run: Run, tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
