@@ -45,10 +45,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 # torch's CUDA build demands a triton of its own; where pip finds that build, its triton is taken.
-$(VENV)/.installed-test: $(VENV)/.installed
+$(VENV)/.installed-test: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
 	$(PIP) --constraint constraints.txt --editable '.[test]' \
 	  || $(PIP) --editable '.[test]'
-	@touch $@
+	@touch $(VENV)/.installed $@
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info src/*.egg-info
