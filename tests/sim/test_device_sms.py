@@ -90,7 +90,7 @@ def played(
     *,
     compute_sms: int | None = None,
     connections: int = 8,
-    together: float = 0.0,
+    **parameters: float,
 ) -> Timeline:
     """Play with the loads of some ops, by the number that the maker gave them."""
     program, costs = maker.build()
@@ -99,7 +99,7 @@ def played(
     loaded = Loads(
         tuple((load,) if isinstance(load := by_op.get(i), Kernel) else () for i in keys),
         tuple(load if isinstance(load := by_op.get(i), Traffic) else None for i in keys),
-        replace(BARE, together=together), compute_sms, connections,
+        replace(BARE, **parameters), compute_sms, connections,
     )  # fmt: skip
     assert_equal(program, with_loads(costs, loaded))
     return simulate_compiled(program, with_loads(costs, loaded))
@@ -148,6 +148,14 @@ def test_what_goes_on_beside_an_urgent_kernel(
     assert (line.end_ns[first], line.end_ns[urgent]) == pytest.approx(ends, abs=2)
 
 
+def test_an_equally_urgent_kernel_takes_what_the_first_leaves() -> None:
+    maker = Maker()
+    first, second = maker.op(0, 1000), maker.op(0, 100, stream="side")
+    line = played(maker, {first: TILES, second: STREAMING}, together=0.5)
+    assert line.end_ns[first] == 1000
+    assert line.end_ns[second] == pytest.approx(200, abs=2)
+
+
 def message_beside(
     kernel: Kernel, ctas: int = 20, *, priority: int = 0, after: int = 300
 ) -> tuple[int, int, str, int]:
@@ -174,7 +182,7 @@ def test_traffic_of_equal_priority_finds_room_between_two_kernels() -> None:
 
 
 def test_traffic_finds_room_in_a_tail_that_leaves_sms_idle() -> None:
-    assert message_beside(Kernel(1000, 480, 1))[:3] == (800, 900, "sms")
+    assert message_beside(Kernel(1000, 480, 1)) == (800, 900, "sms", 2000)
 
 
 def test_a_copy_engine_and_a_grid_with_spare_sms_let_traffic_through() -> None:
@@ -191,6 +199,50 @@ def test_urgent_traffic_takes_the_next_sms_that_fall_free() -> None:
     start, end, reason, last = message_beside(TILES, priority=-1)
     assert (start, end, reason) == (400, 500, "sms")
     assert last > 2000  # fewer SMs for the rest of a wave
+
+
+def test_urgent_traffic_waits_until_all_ctas_of_an_sm_have_ended() -> None:
+    """Two CTAs of 200 ns an SM, out of step, of a kernel that leaves SMs at any time: that both
+    have ended on 8 of 100 SMs takes sqrt(8 / 100) of a CTA's life."""
+    kernel = replace(STREAMING_TILES, ctas=1000, ctas_per_sm=2)
+    assert message_beside(kernel, priority=-1)[:3] == (300 + 57, 300 + 57 + 100, "sms")
+
+
+def test_a_handshake_is_made_again_for_ctas_that_found_no_sm() -> None:
+    """10 SMs are free for 11 CTAs: there is a second round."""
+    maker = Maker()
+    busy = maker.op(0, 1000)
+    gap, pair = (maker.group(name, 0, size=2, medium=name) for name in ("gap", "pair"))
+    wait = maker.transfer(0, gap, 300)
+    sent = maker.transfer(0, pair, 200, waits=[wait])
+    given = {busy: Kernel(1000, 90, 1), wait: Traffic(0), sent: Traffic(11, fixed_ns=100)}
+    line = played(maker, given)
+    assert line.start_ns[sent] == 300
+    assert line.end_ns[sent] == pytest.approx(300 + 2 * 100 + 100, abs=2)
+
+
+def end_beside_50_held_sms(kernel: Kernel, crowding: float, traffic_share: float) -> int:
+    """When an op of 1000 ns ends, beside traffic that uses a share of the memory bandwidth."""
+    maker = Maker()
+    held = maker.transfer(0, maker.group("pair", 0, size=2), 10_000)
+    op = maker.op(0, 1000)
+    moved = round(traffic_share * 10_000 * BARE.hbm_bytes_per_ns)
+    given = {held: Traffic(50, received_hbm_bytes=moved), op: kernel}
+    line = played(maker, given, crowding=crowding)
+    return int(line.end_ns[maker.index_of[op]])
+
+
+@pytest.mark.parametrize(("per_sm", "expected_ns"), [(2, 1500), (1, 2000)])
+def test_ctas_crowd_together_where_they_fit(per_sm: int, expected_ns: int) -> None:
+    """100 CTAs on 50 SMs: two an SM, which share what one of them left idle, or two waves."""
+    found = end_beside_50_held_sms(Kernel(1000, 100, per_sm), crowding=0.5, traffic_share=0.0)
+    assert found == pytest.approx(expected_ns, rel=1e-3)
+
+
+def test_on_fewer_sms_a_kernel_bound_by_memory_needs_no_less_of_it() -> None:
+    kernel = Kernel(1000, 100, 2, hbm_bytes=10**12)
+    found = end_beside_50_held_sms(kernel, crowding=0.0, traffic_share=0.2)
+    assert found == pytest.approx(1250, rel=1e-3)
 
 
 def test_a_peer_that_is_late_makes_its_partner_hold_sms() -> None:
@@ -271,6 +323,18 @@ def test_transfers_that_want_more_than_a_link_carries_share_it() -> None:
     shares = dict(zip(ops, (1.0, 0.5, 0.5), strict=True))
     line = played(maker, {op: Traffic(0, link_share=share) for op, share in shares.items()})
     assert line.end_ns.tolist() == pytest.approx([600, 600, 600], abs=2)
+
+
+@pytest.mark.parametrize("shared_end_sends", [True, False])
+def test_a_link_has_two_directions_and_each_is_shared(shared_end_sends: bool) -> None:
+    maker = Maker(3)
+    given: dict[int, Kernel | Traffic] = {}
+    for other in (1, 2):
+        group = maker.group(f"pair{other}", 0, other)
+        ends = (0, other) if shared_end_sends else (other, 0)
+        given[maker.transfer(ends[0], group, 300, to=ends[1])] = Traffic(0)
+        given[maker.transfer(ends[1], group, 300, source=ends[0])] = Traffic(0)
+    assert played(maker, given).end_ns.tolist() == pytest.approx([600] * 4, abs=2)
 
 
 def test_compute_on_fewer_sms_takes_more_waves_and_leaves_room() -> None:

@@ -61,6 +61,16 @@ def test_the_report_adds_what_allocator_and_device_take() -> None:
     assert second["device_bytes"] == 500 + 40
 
 
+def test_of_equal_peaks_the_first_counts() -> None:
+    maker = Maker()
+    a, b = maker.buffer(100), maker.buffer(100, "communication")
+    maker.op(0, 5, allocs=[a], frees=[a])
+    maker.op(0, 5, allocs=[b], frees=[b])
+    memory = memory_of(*maker.build())
+    assert memory.peak_op.tolist() == [0]
+    assert memory.peak_bytes[0, ACTIVATIONS] == 100
+
+
 def test_a_rank_without_ops_holds_its_static_bytes() -> None:
     maker = Maker(2)
     maker.static_bytes[1, 0] = 77
