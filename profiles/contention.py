@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from mhcplan.sim.device_kernels import Kernel, Parameters, hbm_share, units
 
 _TAIL_STEPS = 7
-_FULL_LINK = 0.9
 
 
 @dataclass(frozen=True)
@@ -51,24 +50,19 @@ class Message:
     both_busy: bool = True
 
 
-def chain_ns(body_ns: float, ctas: int, num_bytes: int, cta_bytes_per_ns: float,
-             link_share: float) -> float:  # fmt: skip
+def chain_ns(body_ns: float, ctas: int, num_bytes: int, cta_bytes_per_ns: float) -> float:
     """Of a transfer's time without its handshake, what its CTAs' chains of loads and stores take.
 
-    Where the link is not full, that is all of it. A full one hides chains as far as they are
-    shorter: of chains that would take the share s of the time by themselves, the share s shows when
-    they get longer. (A rule between two ends, chains as long as the link's time and none. Sends
-    over a full link beside kernels were within 15 % of it.)
+    What else bounds it, a full link most, hides chains as far as they are shorter: of chains that
+    would take the share s of the time by themselves, the share s shows when they get longer. (A
+    rule between two ends, chains as long as that time and none.)
 
     Args:
         body_ns: that time.
         ctas: that move the bytes.
         num_bytes: of the message, as its pattern counts them.
         cta_bytes_per_ns: what a CTA moves where nothing else limits it.
-        link_share: of what the link carries, taken in that time.
     """
-    if link_share < _FULL_LINK:
-        return body_ns
     chains = min(body_ns, num_bytes / (ctas * cta_bytes_per_ns))
     return chains * chains / max(body_ns, 1.0)
 

@@ -10,12 +10,10 @@ import hashlib
 import math
 import statistics
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from mhcplan.profiles.contention import Message, chain_ns
 from mhcplan.profiles.contention_replay import replay
-from mhcplan.profiles.transfer_costs import traffic_factor
 from mhcplan.sim.device_kernels import Kernel, Parameters
 
 if TYPE_CHECKING:
@@ -168,8 +166,7 @@ class Pairs:
         fixed = _fixed_ns(alone)
         chain = 0.0
         if ctas:
-            filled = self._link_rate(traffic, alone) / self._link_bytes_per_ns
-            chain = chain_ns(alone - fixed, ctas, size, CTA_BYTES_PER_NS[pattern], filled)
+            chain = chain_ns(alone - fixed, ctas, size, CTA_BYTES_PER_NS[pattern])
         first, second = (round(size * factor) for factor in HBM_FACTOR[pattern])
         eager = pattern == "send_recv" and size < BUFFER_BYTES * ctas
         return Message(
@@ -177,20 +174,6 @@ class Pairs:
             pattern in ("send_recv", "copy_engine"),
             traffic["busy"] == "all" and pattern != "copy_engine",
         )  # fmt: skip
-
-    @cached_property
-    def _link_bytes_per_ns(self) -> float:
-        """The most that a message alone sent."""
-        alone = [row["traffic"] for row in self.rows.values() if row["compute"] == "-"]
-        return max(
-            self._link_rate(traffic, self.message_ns(traffic))
-            for traffic in alone if traffic["pattern"] in CTA_BYTES_PER_NS
-        )  # fmt: skip
-
-    @staticmethod
-    def _link_rate(traffic: Row, alone_ns: float) -> float:
-        sent = traffic["num_bytes"] * traffic_factor(traffic["pattern"], 2)
-        return sent / (alone_ns - _fixed_ns(alone_ns))
 
     def measured(self, row: Row) -> tuple[float, float] | None:
         """Mean slowdown of compute and of traffic over both runs and the ranks that had both; None
@@ -269,7 +252,7 @@ def loss(pairs: Iterable[Pair], parameters: Parameters) -> float:
 
 # what is tried for each parameter: coarse, for a fit that a laptop makes in some minutes
 CHOICES: dict[str, tuple[float, ...]] = {
-    "busy_delay": (0.2, 0.3, 0.35, 0.4, 0.45, 0.55), "memory_power": (8.0, 14.0, 20.0, 28.0),
+    "busy_delay": (0.2, 0.3, 0.35, 0.4, 0.45, 0.55), "memory_power": (3.0, 5.0, 8.0, 14.0, 20.0),
     "memory_delay": (0.6, 0.8, 1.2, 1.6, 2.0, 2.4), "latency_delay": (1.0, 1.5, 2.0, 2.5, 3.0),
     "crowding": (0.35, 0.5, 0.7, 0.9),
     "bound_from": (0.5, 0.6, 0.7), "least_life": (0.3, 0.5, 0.65),

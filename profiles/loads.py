@@ -108,7 +108,9 @@ class LoadModel:
         if trait is None:
             return cost
         ctas = min(ctas, _usual_ctas(key, cost, trait))
-        least_ns = round(_fixed_ns(cost, trait) + key.num_bytes / (ctas * trait.cta_bytes_per_ns))
+        least_ns = round(
+            _fixed_ns(cost, trait) + _chained_bytes(key, cost) / (ctas * trait.cta_bytes_per_ns)
+        )
         if least_ns <= cost.duration_ns:
             return replace(cost, ctas=ctas)
         return replace(
@@ -183,13 +185,11 @@ class LoadModel:
         if trait is None:
             return Traffic(0, link_share=link_share)
         ctas, fixed_ns = _usual_ctas(key, cost, trait), _fixed_ns(cost, trait)
-        body_ns = max(cost.duration_ns - fixed_ns, 1)
-        filled = cost.link_bytes / body_ns / self._link_bytes_per_ns[_medium(key)]
-        rate = trait.cta_bytes_per_ns
+        body_ns, moved = max(cost.duration_ns - fixed_ns, 1), _chained_bytes(key, cost)
         return Traffic(
             ctas=ctas,
             fixed_ns=fixed_ns,
-            chain_ns=round(chain_ns(body_ns, ctas, key.num_bytes, rate, filled)),
+            chain_ns=round(chain_ns(body_ns, ctas, moved, trait.cta_bytes_per_ns)),
             sent_hbm_bytes=round(key.num_bytes * trait.sent_hbm_factor),
             received_hbm_bytes=round(key.num_bytes * trait.received_hbm_factor),
             link_share=link_share,
@@ -317,6 +317,11 @@ def _usual_ctas(key: TransferKey, cost: Cost, trait: TrafficTrait) -> int:
         return cost.ctas
     fitting = [ctas for least_bytes, ctas in trait.ctas if least_bytes <= key.num_bytes]
     return fitting[-1] if fitting else trait.ctas[0][1]
+
+
+def _chained_bytes(key: TransferKey, cost: Cost) -> int:
+    """Bytes of a transfer between two ranks that sends as much: CTAs' rates are known of these."""
+    return round(cost.link_bytes / traffic_factor(key.pattern, 2))
 
 
 def _fixed_ns(cost: Cost, trait: TrafficTrait) -> int:

@@ -111,12 +111,11 @@ def test_a_handshake_is_delayed_more_than_bytes() -> None:
     assert played(spare, half_of_each, model)[1] == pytest.approx(2, rel=1e-2)  # 1.5 and 2.5
 
 
-def test_chains_show_as_far_as_the_link_does_not_hide_them() -> None:
+def test_chains_show_as_far_as_nothing_else_hides_them() -> None:
     narrow = {"ctas": 4, "num_bytes": 1000, "cta_bytes_per_ns": 1.0}  # chains of 250 ns
-    assert chain_ns(300.0, link_share=0.5, **narrow) == 300  # the link is not full
-    assert chain_ns(500.0, link_share=1.0, **narrow) == 125  # half as long as the link's time
-    assert chain_ns(250.0, link_share=1.0, **narrow) == 250
-    assert chain_ns(100.0, link_share=1.0, **narrow) == 100  # what is measured cannot be shorter
+    assert chain_ns(500.0, **narrow) == 125  # half as long as the link's time
+    assert chain_ns(250.0, **narrow) == 250
+    assert chain_ns(100.0, **narrow) == 100  # what is measured cannot be shorter
 
 
 def test_ends_of_a_message_that_buffers_take_do_not_wait_for_each_other() -> None:

@@ -89,7 +89,7 @@ def test_attention_can_be_asked_to_end_its_ctas_one_by_one() -> None:
     ]
 
 
-@pytest.mark.parametrize(("pass_", "times"), [("F", 2.757), ("I", 2.182)])
+@pytest.mark.parametrize(("pass_", "times"), [("F", 2.757), ("I", 2.137)])
 def test_preemptible_attention_takes_as_much_longer_as_was_measured(
     pass_: str, times: float
 ) -> None:
@@ -149,6 +149,18 @@ def test_few_ctas_make_a_transfer_slower_than_measured_and_never_faster() -> Non
     assert few.source == "extrapolated"
     many = h100().costs([key], GpuSettings(comm_ctas=60))[0]
     assert many.duration_ns == measured.duration_ns
+
+
+def test_chains_of_a_larger_group_carry_the_bytes_that_it_sends() -> None:
+    pair, eight = (TransferKey("all_to_all", size, size, 2**26) for size in (2, 8))
+    costs = h100().costs([str(pair), str(eight)])
+    loads = h100().table([str(pair), str(eight)], GpuSettings()).loads
+    assert loads is not None
+    of_pair, of_eight = loads.traffic
+    assert of_pair is not None
+    assert of_eight is not None
+    longer = costs[1].duration_ns / costs[0].duration_ns  # 7/8 of the buffer leave, not 1/2
+    assert of_eight.chain_ns == pytest.approx(longer * of_pair.chain_ns, rel=0.1)
 
 
 def test_a_profile_without_a_contention_model_plays_none_and_says_so() -> None:

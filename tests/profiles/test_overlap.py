@@ -15,7 +15,7 @@ from mhcplan.profiles.contention_fit import TRAITS, Pairs, errors
 from mhcplan.profiles.contention_replay import play
 from mhcplan.profiles.loads import GpuSettings
 from mhcplan.profiles.lookup import CostModel
-from mhcplan.profiles.overlap import MESSAGE_GAP_NS, OverlapModel, parse_traffic, rows_of
+from mhcplan.profiles.overlap import MESSAGE_GAP_NS, Overlap, OverlapModel, parse_traffic, rows_of
 from mhcplan.profiles.schema import ProfileError
 from mhcplan.profiles.store import contention_log, find_profile
 from mhcplan.profiles.vocabulary import OpKey, TransferKey, op_key
@@ -61,16 +61,28 @@ def test_nothing_is_faster_beside_something_else(
 @pytest.mark.parametrize("engine", [simulate, simulate_compiled])
 @pytest.mark.parametrize(("op", "urgent"), [(POST, False), (FFN, False), (FFN, True)])
 def test_the_price_is_what_the_engines_give(op: OpKey, urgent: bool, engine: Engine) -> None:
-    """Two streams of two ranks, written down here, with the tables of a prediction."""
+    """Two streams of two ranks, written down here, with the tables of a prediction.
+
+    What a message waits for depends on how far the second rank is behind: the price is a mean."""
     price = MODEL.price(op, SEND, high_priority=urgent)
-    maker, messages = Maker(2), 150
+    found = [played(price, op, urgent, engine, lag_ns) for lag_ns in (0, 30_000)]
+    compute, traffic = (sum(side) / 2 for side in zip(*found, strict=True))
+    assert price.traffic_slowdown == pytest.approx(traffic, rel=0.1)
+    assert price.compute_slowdown == pytest.approx(compute, rel=0.05)
+
+
+def played(
+    price: Overlap, op: OpKey, urgent: bool, engine: Engine, lag_ns: int
+) -> tuple[float, float]:
+    """Slowdowns of compute and traffic where the second rank is behind by ``lag_ns``."""
+    maker, messages = Maker(2), 60
     pair = maker.group("pair", 0, 1)
     gaps = [maker.group(f"gap{rank}", rank, size=2) for rank in (0, 1)]
     level = {"priority": -int(urgent)}
     ops = 10 + round(1.5 * messages * price.traffic_slowdown * price.traffic_ns / price.compute_ns)
     for rank in (0, 1):
         length = price.compute_ns * (100 + rank) // 100  # no two GPUs are equal
-        maker.op(rank, rank * 15_000)
+        maker.op(rank, rank * lag_ns)
         for _ in range(ops):
             maker.op(rank, length)
         before: tuple[int, ...] = ()
@@ -105,9 +117,7 @@ def test_the_price_is_what_the_engines_give(op: OpKey, urgent: bool, engine: Eng
         begun = begun[begun <= ends[-1]]
         alone_ns = price.compute_ns * (100 + rank) // 100
         longer.append((begun[-1] - begun[0]) / (len(begun) - 1) / alone_ns)
-    compute = sum(longer) / 2
-    assert price.traffic_slowdown == pytest.approx(traffic, rel=0.15)
-    assert price.compute_slowdown == pytest.approx(compute, rel=0.05)
+    return sum(longer) / 2, traffic
 
 
 def test_a_stored_pair_has_the_error_that_the_fit_reports() -> None:
@@ -139,7 +149,7 @@ def test_what_was_not_overlapped_says_so() -> None:
     large = MODEL.price(POST, TransferKey("all_to_all", 8, 8, 2**30))
     assert [text.split()[1] for text in large.extrapolated[:2]] == ["bytes:", "ranks:"]
     bare = OverlapModel(PROFILE).price(POST, SEND)
-    assert bare.error.pairs == 324
+    assert bare.error.pairs == 294
     assert dataclasses.replace(bare, error=held_out.error) == held_out
 
 
