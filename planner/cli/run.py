@@ -207,13 +207,14 @@ def _print(lines: dict[str, ProgramMeasured], claim: Claim | None, why_not: str)
     columns = ("", "step ms", "±%", "host ms", "traced +%", "GB", "losses")
     rows: list[tuple[str, ...]] = []
     for name, line in lines.items():
+        peak_bytes = max(line.allocated_bytes)  # 0 on a CPU, whose allocator does not count
         for mode, times in line.times.items():
             traced = mode == list(line.times)[-1]
             slower = f"{100 * (line.traced_step_ns / times.step_ns - 1):.1f}" if traced else ""
             rows.append((
                 f"{TITLES[name]}, {mode}", f"{times.step_ns / 1e6:,.2f}",
                 f"{times.spread_percent:.1f}", f"{times.issue_ns / 1e6:,.2f}", slower,
-                f"{max(line.allocated_bytes) / 1e9:,.2f}",
+                f"{peak_bytes / 1e9:,.2f}" if peak_bytes else "",
                 " ".join(f"{loss:.4f}" for loss in line.losses),
             ))  # fmt: skip
     console = output()
