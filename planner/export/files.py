@@ -14,6 +14,7 @@ from mhcplan.planner.export.piper import piper_files
 from mhcplan.planner.export.stream_json import stream_files
 from mhcplan.planner.export.torch_csv import torch_files
 from mhcplan.planner.export.torchtitan import torchtitan_files
+from mhcplan.planner.plan.spec import SpecError
 from mhcplan.sim.chrome_trace import chrome_trace
 
 if TYPE_CHECKING:
@@ -55,8 +56,10 @@ def export(prediction: Prediction, to: ExportFormat) -> Export:
     """Write a prediction in a format.
 
     Raises:
-        SpecError: the format cannot run this plan; the message says why.
+        SpecError: there is no such format, or it cannot run this plan; the message says why.
     """
+    if to not in LOSSES:
+        raise SpecError(f"to={to!r} must be one of {', '.join(LOSSES)}")
     losses = losses_of(prediction, to)
     return Export(_files(prediction, to, losses), losses)
 

@@ -99,8 +99,10 @@ def quests(
     """One quest for each n that ``axes`` list, or for the source's own n.
 
     Raises:
-        SpecError: several values of a field that is not searched.
+        SpecError: no GPUs, or several values of a field that is not searched.
     """
+    if gpus < 1:
+        raise SpecError(f"gpus={gpus} must be at least 1")
     values: dict[str, JsonValue] = {}
     searched: list[Axis] = []
     rates: Sequence[JsonValue] = ()

@@ -146,6 +146,8 @@ def test_export_gives_files_or_writes_them(answer: Predicted, tmp_path: Path) ->
     assert mhcplan.export(answer, "torch-csv").losses
     with pytest.raises(SpecError, match="predict the changed plan"):
         mhcplan.export(answer, "stream-json", n=2)
+    with pytest.raises(SpecError, match="to='gantt' must be one of stream-json, torch-csv"):
+        mhcplan.export(answer, "gantt")  # type: ignore[arg-type]
 
 
 def test_prediction_explains_itself_and_draws_its_page(answer: Predicted) -> None:
@@ -187,6 +189,11 @@ def test_sweep_of_a_plan(answer: Predicted) -> None:
     ]  # fmt: skip
     with pytest.raises(SpecError, match="tp=2 is not one of"):
         mhcplan.sweep("mhc-3b", tp=2)
+
+
+def test_plan_without_gpus_is_refused() -> None:
+    with pytest.raises(SpecError, match="gpus=0 must be at least 1"):
+        mhcplan.plan("mhc-3b", gpus=0)
 
 
 def test_plan_finds_what_can_be_predicted(profile: str) -> None:
