@@ -401,23 +401,30 @@ def parse_profile(text: str, origin: str) -> Profile:
         ProfileError: malformed JSON, another format, a newer version, or a bad field (named).
     """
     try:
-        _check_header(json.loads(text, parse_constant=_refuse_constant), origin)
-        return Profile.model_validate_json(text, strict=True)
-    except json.JSONDecodeError as error:
-        raise ProfileError(f"{origin}: not valid JSON ({error.msg}, line {error.lineno})") from None
-    except RecursionError:
-        raise ProfileError(f"{origin}: not valid JSON (nested too deeply)") from None
+        profile = Profile.model_validate_json(text, strict=True)
     except ValidationError as error:
+        _check_header(text, origin)
         problems = tuple(
             f"{'.'.join(map(str, found['loc'])) or 'profile'}:"
             f" {found['msg'].removeprefix('Value error, ')}"
             for found in error.errors(include_url=False, include_context=False)
         )
         raise ProfileError(f"{origin}: {problems[0]}", problems) from None
+    if not {"format", "format_version"} <= profile.model_fields_set:
+        _check_header(text, origin)
+    return profile
 
 
-def _check_header(raw: object, origin: str) -> None:
-    """Refuse other files and newer versions before their fields are called unknown."""
+def _check_header(text: str, origin: str) -> None:
+    """Refuse what is no JSON, other files and newer versions, before fields are called unknown."""
+    try:
+        raw: object = json.loads(text, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        raise ProfileError(f"{origin}: not valid JSON ({error.msg}, line {error.lineno})") from None
+    except ValueError:
+        raise ProfileError(f"{origin}: not valid JSON (a number of too many digits)") from None
+    except RecursionError:
+        raise ProfileError(f"{origin}: not valid JSON (nested too deeply)") from None
     if not isinstance(raw, dict):
         raise ProfileError(f"{origin}: format is not {PROFILE_FORMAT!r}: the file is no object")
     header = cast("dict[str, object]", raw)

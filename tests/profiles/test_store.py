@@ -232,6 +232,7 @@ def test_truncated_file_is_refused(file: Path, share: float) -> None:
     ("text", "line"),
     [
         ("[1, 2]", "format is not 'mhcplan.profile': the file is no object"),
+        ("9" * 5000, "not valid JSON (a number of too many digits)"),
         ("NaN", "not valid JSON (NaN is no number"),
         ('{"a":' * 50_000, "not valid JSON (nested too deeply)"),
     ],
