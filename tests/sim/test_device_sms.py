@@ -239,6 +239,17 @@ def test_ctas_crowd_together_where_they_fit(per_sm: int, expected_ns: int) -> No
     assert found == pytest.approx(expected_ns, rel=1e-3)
 
 
+def test_ctas_that_crowded_together_leave_the_sms_to_others_that_fall_free() -> None:
+    maker = Maker()
+    pair, next_pair = (maker.group(name, 0, size=2, medium=name) for name in ("pair", "next"))
+    held = maker.transfer(0, pair, 500)
+    op = maker.op(0, 1000)
+    sent = maker.transfer(0, next_pair, 100, waits=[held])
+    kernel = Kernel(1000, 100, 2)
+    line = played(maker, {held: Traffic(50), op: kernel, sent: Traffic(50)})
+    assert line.start_ns[sent] == 500
+
+
 def test_on_fewer_sms_a_kernel_bound_by_memory_needs_no_less_of_it() -> None:
     kernel = Kernel(1000, 100, 2, hbm_bytes=10**12)
     found = end_beside_50_held_sms(kernel, crowding=0.0, traffic_share=0.2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -16,6 +18,7 @@ from mhcplan.planner.lowering.recompute import (
 )
 from mhcplan.planner.plan.spec import PlanSpec, make_plan, schedule_of
 from mhcplan.planner.schedules.catalogue import SCHEDULES, build_schedule
+from mhcplan.profiles.parameters import stage_parameters
 from mhcplan.profiles.vocabulary import parse_key
 from mhcplan.sim.program import COMPONENTS, Program, match_transfers
 
@@ -280,8 +283,23 @@ def test_no_more_chunks_live_at_once_beyond_three_microbatches_a_rank(
         assert peaks(3 * num_ranks + more) == peaks(3 * num_ranks)
 
 
+def test_static_memory_is_what_a_gpu_holds_of_every_parameter() -> None:
+    """bf16 weights 2 bytes, fp32 gradients 4; of its equal share, rounded up, AdamW's 12."""
+    tiny = tiny_plan(schedule="1f1b", layout={"pp": 4, "ep": 2, "dp": 5})
+    static = lower(tiny, 2).static_bytes
+    for rank, blocks in enumerate(tiny.stages):
+        counts = stage_parameters(tiny.model, tiny.residual, blocks)
+        dense, experts = counts.total - counts.routed_experts, counts.routed_experts // 2
+        own = math.ceil(dense / 10) + math.ceil(experts / 5)
+        expected = {"parameters": 2 * (dense + experts), "gradients": 4 * (dense + experts),
+                    "optimizer": 12 * own}  # fmt: skip
+        assert experts % 5, "a share is rounded up"
+        assert dict(zip(COMPONENTS, static[rank].tolist(), strict=True)) == (
+            dict.fromkeys(COMPONENTS, 0) | expected
+        )
+
+
 def test_static_memory_counts_both_copies_of_dualpipe() -> None:
-    """bf16 weights 2 bytes, fp32 gradients 4, AdamW 12 over the GPUs that share a weight."""
     one = lower(tiny_plan(schedule="1f1b", layout={"pp": 4, "ep": 1}), 2).static_bytes
     two = lower(tiny_plan(schedule="dualpipe", layout={"pp": 4, "ep": 1}), 2).static_bytes
     parameters, optimizer = COMPONENTS.index("parameters"), COMPONENTS.index("optimizer")
