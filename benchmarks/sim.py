@@ -17,12 +17,21 @@ a look at what is due next), breakdown 3, templates and the order of ops 2, what
 process are imports, half of them numba and pydantic's models; then machine code from disk,
 intervals and templates.
 
+A play takes 290 to 308 ns an op for 18,000 ops as for 290,000, so large arrays are not what it
+waits for; it executes some 1,200 instructions an op (counted by single steps, mhc-3b, P 2, M 4).
+
 What made plays no faster: columns of an op side by side in memory (1.11 to 1.17 of the time), int32
-instead of int64 (1.05 to 1.10), and what :mod:`mhcplan.sim.device_sms` asks twice asked once (1.01
-to 1.02). Ranks could be played apart only while no message between them waits or moves, which is so
-for a fifth of the times that a GPU is shared. Threads that hand over the GIL after 0.5 ms instead
-of 5 made no what-if faster. NUMBA_LOOP_VECTORIZE=0 gives 0.93: most loops go over two or three
-ops; it is no default, as it changes all of a process's numba code.
+instead of int64 (1.05 to 1.10), what :mod:`mhcplan.sim.device_sms` asks twice asked once (1.01 to
+1.02), state of places, streams and ranks as records instead of columns (0.97, within noise), no
+look at hosts that have issued all and at hardware queues that nobody waits for (1.02), straight to
+the first rank on which anything is due (1.01), rates of ops asked for in one place, a fifth less
+machine code (1.00). Compute ops that go on at once, not after all ranks, need a second copy of the
+code and took 1.13. Ranks could be played apart only while no message between them waits or moves,
+which is so for a fifth of the times that a GPU is shared. No period can be played once for all: the
+overlapped pairs of rank 0 still differ by 11 us from one microbatch to the next after 22 of them.
+Threads that hand over the GIL after 0.5 ms instead of 5 made no what-if faster.
+NUMBA_LOOP_VECTORIZE=0 gives 0.93: most loops go over two or three ops; it is no default, as it
+changes all of a process's numba code.
 """
 
 from __future__ import annotations
