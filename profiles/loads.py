@@ -24,7 +24,7 @@ from mhcplan.profiles.vocabulary import OpKey, TransferKey
 from mhcplan.sim.device_kernels import Kernel, Loads, Parameters, Traffic
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
     from mhcplan.profiles.costs import Cost
     from mhcplan.profiles.products import Product
@@ -196,8 +196,8 @@ class LoadModel:
         )
 
 
-def assumptions(profile: Profile, settings: GpuSettings) -> Iterator[str]:
-    """What contention takes for granted, in sentences for a report."""
+def assumptions(profile: Profile, settings: GpuSettings, media: Collection[str]) -> Iterator[str]:
+    """What contention takes for granted, in sentences for a report of groups on these media."""
     model = profile.contention_model
     if model is None:
         yield (
@@ -210,7 +210,8 @@ def assumptions(profile: Profile, settings: GpuSettings) -> Iterator[str]:
         f" {100 * _STREAMING_SHARE:.0f} % of the memory bandwidth; the others share the op's other"
         " bytes by their time, a matrix product has its operands at least"
     )
-    yield from dict.fromkeys(row.citation for row in model.traffic if row.source == "assumed")
+    assumed = (t for t in model.traffic if t.source == "assumed" and t.medium in media)
+    yield from dict.fromkeys(row.citation for row in assumed)
     num_sms = fitted_parameters(model).num_sms
     if settings.compute_sms is not None and settings.compute_sms < num_sms:
         yield (

@@ -112,7 +112,8 @@ def _warnings(prediction: Prediction) -> Iterator[str]:
         yield f"assumed: what a GPU draws and how its clock follows: {power.citation}"
     has_contention = prediction.step.table.loads is not None
     if plan.gpu is not None:
-        for text in together(assumptions(prediction.profile, plan.gpu)):
+        media = {group.medium for group in prediction.step.program.groups}
+        for text in together(assumptions(prediction.profile, plan.gpu, media)):
             yield f"{'assumed' if has_contention else 'simplified'}: {text}"
     for text in (device_sms if has_contention else device).NOT_MODELLED:
         yield f"simplified: {text}"

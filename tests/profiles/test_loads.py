@@ -21,6 +21,7 @@ from tests.support.synthetic_profile import synthetic_profile
 if TYPE_CHECKING:
     from mhcplan.sim.device_kernels import Loads
 
+MEDIA = ("intra_node", "inter_node")
 DEFAULT = GpuSettings()
 
 
@@ -132,9 +133,12 @@ def test_traffic_is_as_it_was_overlapped_or_assumed_and_said_so() -> None:
     assert (a2a.ctas, inside.ctas, between.ctas) == (32, 16, 2)
     assert inside.received_hbm_bytes == 3 * inside.sent_hbm_bytes == 3 * 67108864
     assert between.link_share == pytest.approx(1, abs=0.02)
-    said = " ".join(assumptions(h100().profile, DEFAULT))
+    said = " ".join(assumptions(h100().profile, DEFAULT, MEDIA))
     assert "two channels for each network card" in said
     assert "all_reduce is taken to use" in said
+    in_a_node = " ".join(assumptions(h100().profile, DEFAULT, MEDIA[:1]))
+    assert "between nodes" not in in_a_node
+    assert "all_reduce is taken to use" in in_a_node
 
 
 def test_few_ctas_make_a_transfer_slower_than_measured_and_never_faster() -> None:
@@ -170,13 +174,14 @@ def test_a_profile_without_a_contention_model_plays_none_and_says_so() -> None:
     cost = CostModel(profile).transfer(key)
     assert model.loads([key], [cost], DEFAULT) is None
     assert model.with_ctas(key, cost, 2) == cost
-    (text,) = assumptions(profile, DEFAULT)
+    (text,) = assumptions(profile, DEFAULT, MEDIA)
     assert "no contention model" in text
 
 
 def test_fewer_sms_than_the_gpu_has_come_with_a_warning() -> None:
     usual, all_sms, fewer = (
-        list(assumptions(h100().profile, GpuSettings(compute_sms=sms))) for sms in (None, 132, 112)
+        list(assumptions(h100().profile, GpuSettings(compute_sms=sms), MEDIA))
+        for sms in (None, 132, 112)
     )
     assert usual == all_sms
     (warning,) = set(fewer) - set(usual)
