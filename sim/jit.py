@@ -101,15 +101,17 @@ def _first_call(
 ) -> R:
     """Make the machine code and call it; trouble with the cache must not stop the program."""
     with _lock:
-        made = _machine_code(function, cached=True)
-        _load_numba_alone()
-        try:
-            result = _compile_and_call(made, *args, **kwargs)
-        except Exception:  # a full disk, a cache file cut short, a numba that is made otherwise:
-            made = _machine_code(function, cached=False)  # once more without cache and shortcut
-            result = made(*args, **kwargs)
-    code.append(made)
-    return result
+        if not code:  # another thread may have made it while this one waited
+            made = _machine_code(function, cached=True)
+            _load_numba_alone()
+            try:
+                result = _compile_and_call(made, *args, **kwargs)
+            except Exception:  # a full disk, a file cut short, a numba that is made otherwise:
+                made = _machine_code(function, cached=False)  # again without cache and shortcut
+                result = made(*args, **kwargs)
+            code.append(made)
+            return result
+    return code[0](*args, **kwargs)
 
 
 def _compile_and_call(made: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
+from threading import Barrier
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,6 +57,29 @@ def test_processes_that_start_together_share_one_cache(tmp_path: Path) -> None:
         assert output.split()[:3] == SORTED, errors
         if damage is None:
             assert before == [(file, file.stat().st_mtime_ns) for file in kept], "used, not remade"
+
+
+def test_threads_that_start_together_make_the_code_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    begin = Barrier(2)
+
+    def machine_code(function: Callable[..., Any], *, cached: bool) -> Callable[..., Any]:
+        made.append(function.__name__)
+        return function
+
+    def double(values: list[int]) -> int:
+        return 2 * values[0]
+
+    def call(value: int) -> int:
+        begin.wait()
+        return doubled([value])
+
+    monkeypatch.setattr(jit, "_machine_code", machine_code)
+    for _ in range(20):
+        doubled = jit.compiled(double)
+        with ThreadPoolExecutor(2) as threads:
+            assert list(threads.map(call, (3, 4))) == [6, 8]
+    assert made == ["double"] * 20
 
 
 def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
