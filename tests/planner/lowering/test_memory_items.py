@@ -10,7 +10,7 @@ import pytest
 from mhcplan.planner.lowering.lower import lower
 from mhcplan.planner.plan.spec import PlanSpec, make_plan, schedule_of
 from mhcplan.planner.predict import predict
-from mhcplan.profiles.vocabulary import FP32
+from mhcplan.profiles.vocabulary import FP32, OpKey, parse_key
 from mhcplan.sim.program import COMPONENTS, Program
 from tests.support.synthetic_profile import synthetic_profile
 
@@ -103,6 +103,24 @@ def test_what_a_delayed_w_needs_stays_until_it_ran(residual: str) -> None:
                 program.pass_[made[buffer]] == ord("I")
             )
     assert deferred > 0
+
+
+def test_w_of_experts_waits_with_what_a_swiglu_leaves_it() -> None:
+    """Of every row, beside the input that F kept: the gradients of gate, up and output, and their
+    product, in bf16; a GPU holds a part of the experts and gets, balanced, its tokens' copies."""
+    small = plan(schedule="zb1p")
+    program, moe = lower(small, 4), small.model.moe
+    assert moe is not None
+    rows, hidden = small.tokens * moe.top_k, small.model.hidden_size
+    made, sizes = writers(program), set[int]()
+    for op in (op for op in program if op.kind == "experts" and op.pass_ == "W"):
+        key = parse_key(program.cost_keys[program.cost[op.index]])
+        assert isinstance(key, OpKey)
+        shape = dict(key.shape)
+        assert (shape["experts"], shape["rows"]) == (moe.num_experts // 8, rows)
+        of_i = (b for b in op.reads if program.pass_[made[b]] == ord("I"))
+        sizes |= {int(program.buffer_bytes[buffer]) for buffer in of_i}
+    assert sizes == {rows * (3 * moe.ffn_dim + hidden) * 2}
 
 
 def test_delaying_w_holds_more_than_running_it_at_once() -> None:
