@@ -209,22 +209,18 @@ def compared_lines(name: str, rows: Sequence[Row], every: Sequence[Row]) -> Iter
     """Rows that are compared with the base of their set, where the same run measured it: its
     anchors are taken once, however often it is interrupted."""
     base = f"{name}-base"
-    bases = {anchors_of(row): row for row in every if row.claim.row == base}
+    bases = {row.machine: row for row in every if row.claim.row == base}
     yield f"## Settings one by one: {name}\n"
     yield from row_lines(rows)
     yield f"| against `{base}` of the same run | measured | predicted |"
     yield "|---|---:|---:|"
     for row in rows:
-        other = bases.get(anchors_of(row))
+        other = bases.get(row.machine)
         if other is None or row.claim.row == base:
             continue
         change = (100 * (ns(row) / ns(other) - 1) for ns in (measured_ns, predicted_ns))
         yield f"| {row.claim.row} | {' | '.join(f'{percent:+.1f} %' for percent in change)} |"
     yield ""
-
-
-def anchors_of(row: Row) -> tuple[tuple[str, float], ...]:
-    return tuple(sorted(row.measured.anchors.items()))
 
 
 def row_lines(rows: Sequence[Row]) -> Iterator[str]:

@@ -175,6 +175,16 @@ class Row:
         times = (program.times for program in self.measured.programs.values())
         return "captured" if all("captured" in modes for modes in times) else "issued"
 
+    @property
+    def machine(self) -> tuple[tuple[str, float], ...]:
+        """The machine of the run by its anchors, which are taken once."""
+        return tuple(sorted(self.measured.anchors.items()))
+
+    @property
+    def machine_factor(self) -> float:
+        """How long the claimed step takes on that machine, over the profile's."""
+        return self._claimed_ns(MHC, anchored=True) / self._claimed_ns(MHC, anchored=False)
+
     def step_error_percent(self, *, anchored: bool = True, program: str = MHC) -> float:
         """Of the step time, on this machine (``anchored``) or as claimed."""
         return 100 * (self._claimed_ns(program, anchored) / self._measured_ns(program) - 1)

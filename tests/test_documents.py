@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mhcplan.planner.cli import main
-from mhcplan.profiles.accuracy import newest, shipped_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -161,16 +159,3 @@ def test_site_is_built_without_a_warning_and_has_every_command(tmp_path: Path) -
     functions = (tmp_path / "api.html").read_text(encoding="utf-8")
     for name in ("predict", "sweep", "plan", "compare", "export"):
         assert f'id="mhcplan.planner.api.{name}"' in functions
-
-
-def test_the_readme_says_how_far_off_predictions_were() -> None:
-    rows = [row for row in newest(shipped_rows()) if row.claim.set in ("pp2", "ep2")]
-    found: list[str] = [f"{len(rows)} training steps"]
-    for anchored in (False, True):
-        errors = [abs(row.step_error_percent(anchored=anchored)) for row in rows]
-        mean, worst = statistics.fmean(errors), max(errors)
-        found.append(f"{mean:.1f} % on average and {worst:.1f} % at worst")
-    points = [row.overhead_error_points(anchored=False) for row in rows]
-    found.append(f"{max(abs(p) for p in points if p is not None):.1f} points of the step")
-    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    assert [part for part in found if part not in text] == []

@@ -15,15 +15,17 @@ jitter lengthens a step on average, so the answer, which is played with medians,
 low end.
 
 The model's own error comes on top where :class:`ModelErrors` of measured runs are given: each drawn
-run takes one of them. Without them the intervals say how much runs vary, not how wrong the model
-is, and nothing is said of the memory's.
+run takes one of them, and one of the machines that are known, the profile's own among them. Without
+them the intervals say how much runs vary, not how wrong the model is, and nothing is said of the
+memory's.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from statistics import NormalDist
+from statistics import NormalDist, median
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -56,14 +58,17 @@ class ModelErrors:
     """Measured over predicted, of runs that were predicted before they were measured.
 
     Attributes:
-        step: ratios of step times.
-        overhead_points: differences of overheads in percentage points.
+        step: ratios of step times, the machine's anchors taken into account.
+        overhead_points: differences of overheads in percentage points, likewise.
         memory: ratios of what the allocator reserved.
+        machines: how long steps take on each machine that is known, by its anchors, over the
+            profile's; that is 1, and is among them.
     """
 
     step: tuple[float, ...] = ()
     overhead_points: tuple[float, ...] = ()
     memory: tuple[float, ...] = ()
+    machines: tuple[float, ...] = ()
 
 
 def rows_that_judge(rows: Iterable[Row]) -> list[Row]:
@@ -74,21 +79,24 @@ def rows_that_judge(rows: Iterable[Row]) -> list[Row]:
 
 
 def measured_errors(rows: Iterable[Row]) -> ModelErrors:
-    """The model's error in runs that were predicted before they were measured.
+    """The model's error in runs that were predicted before they were measured, and their machines.
 
-    Errors are those of the prediction as it was made, without what anchors say of the machine, as
-    nobody has measured the machine that a plan is for.
+    Rows of one machine share what it differs in from the profile's, so that is told apart from the
+    model's error: nobody knows which machine a plan is for.
     """
     step: list[float] = []
     overhead: list[float] = []
     memory: list[float] = []
+    of_machine: defaultdict[tuple[tuple[str, float], ...], list[float]] = defaultdict(list)
     for row in rows:
-        step.append(1 / (1 + row.step_error_percent(anchored=False) / 100))
+        step.append(1 / (1 + row.step_error_percent() / 100))
         memory.append(1 / (1 + row.memory_error_percent("reserved") / 100))
-        points = row.overhead_error_points(anchored=False)
+        of_machine[row.machine].append(row.machine_factor)
+        points = row.overhead_error_points()
         if points is not None:
             overhead.append(-points)
-    return ModelErrors(tuple(step), tuple(overhead), tuple(memory))
+    machines = (1.0, *map(median, of_machine.values())) if of_machine else ()
+    return ModelErrors(tuple(step), tuple(overhead), tuple(memory), machines)
 
 
 def intervals(prediction: Prediction, errors: ModelErrors | None = None) -> Intervals:
@@ -110,6 +118,7 @@ def intervals(prediction: Prediction, errors: ModelErrors | None = None) -> Inte
             baseline = answer[1] * beside.result()
     overhead = 100 * (step / baseline - 1) + _drawn(errors.overhead_points, draws, otherwise=0.0)
     wrong = _drawn(errors.step, draws, otherwise=1.0)
+    wrong = wrong * _drawn(errors.machines, draws, otherwise=1.0)
     low, high = _ends(step * wrong)
     memory = _memory(prediction) * _drawn(errors.memory, draws, otherwise=1.0)
     limit = prediction.plan.memory_limit_bytes or prediction.profile.hardware.memory_bytes
@@ -194,6 +203,9 @@ def _notes(prediction: Prediction, errors: ModelErrors) -> Iterator[str]:
     yield f"{_share_without_spread(prediction.step):.1f} % of op time has no recorded spread"
     if not errors.step:
         yield "the model's own error is not in it: no run was predicted and then measured yet"
+    if errors.machines:
+        factors = ", ".join(f"{factor:.3f}" for factor in sorted(errors.machines))
+        yield f"machines of a kind differ: on those known steps take {factors} times as long"
     if not errors.memory:
         yield "memory has no interval: no run's memory was predicted and then measured yet"
     elif (bias := _bias(errors.memory)) is not None:

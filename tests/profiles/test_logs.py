@@ -50,9 +50,10 @@ def test_a_profile_comes_with_the_pairs_it_was_fitted_to(name: str) -> None:
     assert {entry["device"] for entry in contention_log(name)} == {device}
 
 
-def test_latencies_of_a_profile_are_those_of_its_log() -> None:
-    log = read_log(RAW / "h200-priority.jsonl.xz")
-    assert tuple(priority_latencies(log)) == find_profile("h200").priorities
+@pytest.mark.parametrize("name", ["h100-sxm", "h200"])
+def test_latencies_of_a_profile_are_those_of_its_log(name: str) -> None:
+    log = read_log(RAW / f"{name}-priority.jsonl.xz")
+    assert tuple(priority_latencies(log)) == find_profile(name).priorities
 
 
 def test_tail_shares_are_those_of_the_log() -> None:

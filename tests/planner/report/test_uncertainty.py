@@ -152,17 +152,17 @@ class MadeUpRow:
     step: float
     memory: float
     overhead: float | None
+    machine_factor: float = 1.0
+    machine: str = "the first"
 
-    def step_error_percent(self, *, anchored: bool) -> float:
-        assert not anchored
+    def step_error_percent(self) -> float:
         return self.step
 
     def memory_error_percent(self, kind: str) -> float:
         assert kind == "reserved"
         return self.memory
 
-    def overhead_error_points(self, *, anchored: bool) -> float | None:
-        assert not anchored
+    def overhead_error_points(self) -> float | None:
         return self.overhead
 
 
@@ -172,7 +172,22 @@ def test_errors_of_measured_runs_correct_the_prediction() -> None:
     assert found.step == pytest.approx((1 / 0.9, 1))
     assert found.memory == pytest.approx((0.8, 1))
     assert found.overhead_points == (-2,)
+    assert found.machines == (1, 1)
     assert measured_errors([]) == ModelErrors()
+
+
+def test_a_machine_counts_once_however_many_rows_it_ran() -> None:
+    """The profile's own is the first; a fast machine's rows do not push the answer out."""
+    first = [MadeUpRow(1, 0, None, factor) for factor in (0.97, 0.98, 0.99)]
+    found = measured_errors([*first, MadeUpRow(-1, 0, None, 1.05, "the second")])
+    assert found.machines == (1, 0.98, 1.05)
+    prediction = small()
+    low, high = intervals(
+        prediction, ModelErrors((1.0,), (0.0,), (1.0,), found.machines)
+    ).step_time_ns
+    answer = prediction.step.timeline.step_ns
+    assert low == pytest.approx(0.98 * answer, rel=0.01)
+    assert high == pytest.approx(1.05 * answer, rel=0.01)
 
 
 def test_only_the_newest_measurement_of_a_row_is_the_models_own_error() -> None:
