@@ -232,7 +232,7 @@ class HardwareSpec(Spec):
     """
 
     name: str
-    num_sms: PositiveInt
+    num_sms: Annotated[int, Field(ge=1, le=10_000)]
     memory_bytes: PositiveInt
     memory_bytes_per_second: PositiveInt
     bf16_flops_per_second: PositiveInt

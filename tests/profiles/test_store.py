@@ -153,6 +153,7 @@ def test_bad_field_is_named(file: Path, field: str, value: object, line: str) ->
 @pytest.mark.parametrize(
     "field",
     [
+        "hardware.num_sms",
         "overheads.event_wait_ns",
         "overheads.allocator_margin_percent",
         "contention_model.parameters.num_sms",
