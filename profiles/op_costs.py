@@ -13,6 +13,7 @@ held, up to 4x on each axis; beyond that the look-up refuses and says what to me
 from __future__ import annotations
 
 import math
+from statistics import median
 from typing import TYPE_CHECKING
 
 from mhcplan.profiles.costs import Cost, CostMissing, Source, worst
@@ -39,7 +40,12 @@ def measure_command(key: OpKey) -> str:
 
 
 class OpCosts:
-    """The measured rows of one kind and pass."""
+    """The measured rows of one kind and pass.
+
+    The host's time goes with the kernels that an op launches and not with its sizes. How busy the
+    host was when a row was measured moves it two- or threefold, so it is taken from all rows: the
+    median of a kernel's.
+    """
 
     def __init__(self, rows: Rows, alike: Rows, roofline: Roofline, profile_name: str) -> None:
         """Keep ``rows``, all of one kind and pass; errors name the profile.
@@ -52,6 +58,7 @@ class OpCosts:
         self._exact = dict(rows)
         self._keys = [key for key, _ in rows]
         self._rows = [row for _, row in rows]
+        self._launch_ns = median(row.host_ns / _launches(row) for row in self._rows)
         self._roofline = roofline
         self._form: FittedTime | None = None
         self._grid: Grid | None = None
@@ -61,7 +68,7 @@ class OpCosts:
         """Cost of ``key``; raises CostMissing."""
         row = self._exact.get(key)
         if row is not None:
-            return _as_measured(key, row)
+            return _as_measured(key, row, self._host_ns(row))
         if self._grid is None or self._form is None:
             times_ns = [row.duration_ns for _, row in self._alike]
             self._form = FittedTime([k for k, _ in self._alike], times_ns, self._roofline)
@@ -71,6 +78,9 @@ class OpCosts:
         outside = self._grid.outside(target)
         self._refuse_beyond_reach(key, outside)
         return self._interpolate(key, self._form, self._grid.neighbours(target), outside)
+
+    def _host_ns(self, row: OpTiming) -> int:
+        return round(self._launch_ns * _launches(row))
 
     def _log_slowdown(self, i: int, form: FittedTime) -> float:
         if i not in self._log_slowdowns:
@@ -103,7 +113,7 @@ class OpCosts:
         work = _bytes_ratio(key, nearest_key)
         return Cost(
             duration_ns=duration_ns,
-            host_ns=round(sum(weight * self._rows[i].host_ns for i, weight in votes)),
+            host_ns=self._host_ns(nearest),
             source=worst([how, *(row.source for row in rows)]),
             explanation=_explain(how, [self._keys[i] for i, _ in votes], outside, rows),
             spread_percent=max(row.spread_percent for row in rows),
@@ -116,11 +126,15 @@ class OpCosts:
         )
 
 
-def _as_measured(key: OpKey, row: OpTiming) -> Cost:
-    """The row itself: nothing of it is touched."""
+def _launches(row: OpTiming) -> int:
+    return max(len(row.segments), 1)
+
+
+def _as_measured(key: OpKey, row: OpTiming, host_ns: int) -> Cost:
+    """The row itself: nothing of it is touched but the host's time."""
     return Cost(
         duration_ns=row.duration_ns,
-        host_ns=row.host_ns,
+        host_ns=host_ns,
         source=row.source,
         explanation=row.citation or f"median of {row.samples} samples of {key}",
         spread_percent=row.spread_percent,

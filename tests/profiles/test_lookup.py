@@ -328,6 +328,19 @@ def test_segments_scale_with_the_op(profile: Profile, costs: CostModel) -> None:
     assert busy / was_busy == pytest.approx(cost.duration_ns / row.duration_ns, rel=1e-2)
 
 
+def test_a_busy_host_does_not_make_one_shape_dear(profile: Profile) -> None:
+    """Only what an op launches counts: a shape of twice the kernels takes twice the host's time."""
+    key, other = post(), post(tokens=8192)
+    changed = {key: {"host_ns": 10**6}}
+    (twice,) = (row.segments * 2 for row in profile.ops if row.key == other)
+    changed[other] = {"segments": twice}
+    rows = [row.model_copy(update=changed.get(row.key, {})) for row in profile.ops]
+    model = CostModel(profile.model_copy(update={"ops": tuple(rows)}))
+    usual = model.op(post(tokens=1024)).host_ns
+    assert model.op(key).host_ns == usual < 10**6
+    assert model.op(other).host_ns == 2 * usual
+
+
 def test_kernels_of_a_graph_follow_each_other_sooner(profile: Profile) -> None:
     key = next(row.key for row in profile.ops if row.segments)
     found = {"graph_gap_ns": 700, "graph_launch_ns": 2000}
