@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import timeit
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,13 @@ import jsonschema
 import pytest
 
 from mhcplan.profiles import store
-from mhcplan.profiles.schema import PROFILE_VERSION, Profile, ProfileError, profile_text
+from mhcplan.profiles.schema import (
+    PROFILE_VERSION,
+    Profile,
+    ProfileError,
+    profile_text,
+    read_profile,
+)
 from mhcplan.profiles.store import (
     diff,
     find_profile,
@@ -97,16 +104,18 @@ def test_shipped_profile_is_found_by_name(monkeypatch: pytest.MonkeyPatch, file:
 
 
 def test_two_thousand_rows_are_read_quickly(tmp_path: Path) -> None:
-    """The budget is 0.3 s of a laptop; it takes a fifth of that."""
+    """In some twice what JSON alone takes; ten would be a row checked in Python."""
     large = make_synthetic_profile(
         ("mhc-3b", "mhc-9b", "mhc-27b", "deepseek-v3"), (1024, 2048, 3072, 4096, 8192)
     )
     assert len(large.ops) > 2000
     path = tmp_path / "large.json"
     path.write_text(profile_text(large))
-    start = time.process_time()
-    find_profile(str(path))
-    assert time.process_time() - start < 0.3
+
+    def least_s(call: Callable[[], object]) -> float:
+        return min(timeit.repeat(call, timer=time.process_time, number=1, repeat=5))
+
+    assert least_s(lambda: read_profile(path)) < 10 * least_s(lambda: json.loads(path.read_text()))
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
