@@ -60,6 +60,7 @@ from mhcplan.profiles.accuracy import (
     read_lines,
     resource_of,
 )
+from mhcplan.profiles.lookup import CostModel
 from mhcplan.profiles.power import steady_ns
 from mhcplan.profiles.store import find_profile
 from mhcplan.runtime.job import Measured, Subject, measure
@@ -245,9 +246,12 @@ def run_anchors(
         block = Block(MODELS[ANCHOR_MODEL], ANCHOR_N, ANCHOR_TOKENS, ANCHOR_TOKENS, Env(device))
         found = compare(block, rows)
         keys = [str(key) for key in block.op_keys()]
-        gap_ns = profile.overheads.graph_gap_ns  # the block runs as one graph
-        graph = {key: rows[key].duration_ns - gap_ns * len(rows[key].segments) for key in keys}
-        scaled = [graph[key] * both[resource_of(rows[key], profile)] for key in keys]
+        # the block runs as one graph, whose launch is nothing beside it
+        in_graph = CostModel(profile).table(keys, graphs_begun=[0.0] * len(keys)).duration_ns
+        scaled = [
+            int(ns) * both[resource_of(rows[key], profile)]
+            for key, ns in zip(keys, in_graph, strict=True)
+        ]
         expected_ns = sum(scaled)
         if profile.power_model is not None:
             expected_ns = steady_ns(keys, [round(ns) for ns in scaled], profile.power_model)

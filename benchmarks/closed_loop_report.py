@@ -206,8 +206,7 @@ def held(found: float, limit: float, unit: str) -> str:
 
 
 def compared_lines(name: str, rows: Sequence[Row], every: Sequence[Row]) -> Iterator[str]:
-    """Rows that are compared with the base of their set, where the same run measured it: its
-    anchors are taken once, however often it is interrupted."""
+    """Rows that are compared with the base of their set, where the same run measured it."""
     base = f"{name}-base"
     bases = {row.machine: row for row in every if row.claim.row == base}
     yield f"## Settings one by one: {name}\n"

@@ -176,9 +176,11 @@ class Row:
         return "captured" if all("captured" in modes for modes in times) else "issued"
 
     @property
-    def machine(self) -> tuple[tuple[str, float], ...]:
-        """The machine of the run by its anchors, which are taken once."""
-        return tuple(sorted(self.measured.anchors.items()))
+    def machine(self) -> str:
+        """The machine of the run, named by its anchors, which are taken once however often the run
+        is interrupted; by its command where it has none."""
+        anchors = self.measured.anchors
+        return json.dumps(anchors, sort_keys=True) if anchors else self.measured.command
 
     @property
     def machine_factor(self) -> float:

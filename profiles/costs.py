@@ -101,7 +101,7 @@ def in_graph(cost: Cost, overheads: Overheads, begun: float) -> Cost:
     """
     if not cost.duration_ns:
         return replace(cost, host_ns=0)
-    kernels = max(len(cost.segments), 1)
+    kernels = max(len(cost.segments), 1)  # a transfer is one, which no row describes
     more_ns = round(begun * overheads.graph_launch_ns) - kernels * overheads.graph_gap_ns
     return replace(cost, duration_ns=max(cost.duration_ns + more_ns, 1), host_ns=0)
 

@@ -87,7 +87,7 @@ def measured_errors(rows: Iterable[Row]) -> ModelErrors:
     step: list[float] = []
     overhead: list[float] = []
     memory: list[float] = []
-    of_machine: defaultdict[tuple[tuple[str, float], ...], list[float]] = defaultdict(list)
+    of_machine: defaultdict[str, list[float]] = defaultdict(list)
     for row in rows:
         step.append(1 / (1 + row.step_error_percent() / 100))
         memory.append(1 / (1 + row.memory_error_percent("reserved") / 100))

@@ -164,10 +164,11 @@ def test_rows_of_an_ablation_are_compared_with_the_base_of_their_run() -> None:
     names = ("ablation-base", "other", "alone")
     claims = {name: made(row=name, set_="ablation") for name in names}
     rows = [
-        Row(claims[name], measured(claims[name], factor, anchors={"block": block}))
-        for name, factor, block in (
-            ("ablation-base", 1.0, 1.01), ("other", 1.2, 1.01),
-            ("ablation-base", 3.0, 1.02), ("alone", 1.0, 1.03),
+        Row(claims[name], measured(claims[name], factor, command=run, anchors=anchors))
+        for name, factor, run, anchors in (
+            ("ablation-base", 1.0, "first", {"block": 1.01}),
+            ("other", 1.2, "first, once more", {"block": 1.01}),
+            ("ablation-base", 3.0, "second", {"block": 1.02}), ("alone", 1.0, "third", {}),
         )
     ]  # fmt: skip
     page = "\n".join(page_lines(list(claims.values()), rows))

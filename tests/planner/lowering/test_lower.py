@@ -266,14 +266,18 @@ def test_dualpipe_holds_p_plus_1_chunks_on_every_rank(num_ranks: int) -> None:
     assert peaks == [num_ranks + 1] * num_ranks
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 6, 8])
+@pytest.mark.parametrize(
+    ("name", "num_ranks"),
+    [
+        (name, num_ranks)
+        for name in SCHEDULES
+        for num_ranks in (1, 2, 3, 4, 6, 8)
+        if name != "dualpipe" or num_ranks % 2 == 0  # its ranks mirror each other
+    ],
+)
 def test_no_more_chunks_live_at_once_beyond_three_microbatches_a_rank(
     name: str, num_ranks: int
 ) -> None:
-    if name == "dualpipe" and num_ranks % 2:
-        pytest.skip("its ranks mirror each other")
-
     def peaks(num_microbatches: int) -> list[dict[int, int]]:
         schedule = build_schedule(name, num_ranks, num_microbatches)
         return [live_peak(schedule, rank) for rank in range(num_ranks)]
