@@ -22,6 +22,7 @@ from mhcplan.profiles.schema import (
     Segment,
     TrafficTrait,
 )
+from mhcplan.profiles.transfer_costs import REDUCTIONS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 _ATTENTION = "sdpa"  # in the names of its kernels
+_FEW_CTAS, _LARGE_BYTES = (2, 4), 8 * 1024**2
 
 
 def contention_ops(source: Pairs) -> list[ContentionOp]:
@@ -148,15 +150,37 @@ def traffic_traits(source: Pairs) -> list[TrafficTrait]:
             sent_hbm_factor=sent, received_hbm_factor=received,
         )  # fmt: skip
     rows = list(found.values())
-    for pattern in ("all_reduce", "reduce_scatter", "all_gather"):
-        citation = f"{pattern} is taken to use SMs and memory as all_to_all was measured to"
-        rows.append(_assumed(found["all_to_all"], citation, pattern=pattern))
+    rows += [_reduction(source, pattern, found["all_to_all"]) for pattern in REDUCTIONS]
     citation = (
         "a message between nodes is taken to use 2 SMs: NCCL src/graph/paths.cc,"
         " ncclTopoGetNchannels, two channels for each network card"
     )
     network = {"medium": "inter_node", "ctas": ((0, 2),)}
     return [*rows, _assumed(found["send_recv"], citation, **network)]
+
+
+def _reduction(source: Pairs, pattern: str, like: TrafficTrait) -> TrafficTrait:
+    """The row of a pattern that was timed alone at most."""
+    rate = _cta_bytes_per_ns(source, pattern)
+    if rate is None:
+        citation = f"{pattern} is taken to use SMs and memory as {like.pattern} was measured to"
+        return _assumed(like, citation, pattern=pattern)
+    citation = f"{pattern} is taken to use memory as {like.pattern} was measured to"
+    ctas = _usual_ctas(source, pattern)
+    return _assumed(like, citation, pattern=pattern, ctas=ctas, cta_bytes_per_ns=rate)
+
+
+def _cta_bytes_per_ns(source: Pairs, pattern: str) -> float | None:
+    """Of the buffer, that one CTA moves where the library had few and large messages: nothing else
+    limits them."""
+    rates: list[float] = []
+    for row in source.rows.values():
+        traffic = row["traffic"]
+        if row["compute"] == "-" and traffic and traffic["pattern"] == pattern:
+            ctas, size = traffic["ctas"], traffic["num_bytes"]
+            if ctas in _FEW_CTAS and size >= _LARGE_BYTES:
+                rates.append(size / (ctas * (source.message_ns(traffic) - FIXED_NS)))
+    return round(statistics.median(rates), 1) if rates else None
 
 
 def _assumed(row: TrafficTrait, citation: str, **changes: object) -> TrafficTrait:

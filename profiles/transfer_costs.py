@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _PAIRS = ("send_recv", "send_recv_both")
 _HALVES = ("reduce_scatter", "all_gather")
+REDUCTIONS = ("all_reduce", *_HALVES)  # of gradients and shards
 _UNEVEN = "all_to_all_uneven"
 _ALL_TO_ALL = ("all_to_all", _UNEVEN)
 UNEVEN_SHARE = 1.5  # of an even share: what every rank sends to the first one of an uneven group

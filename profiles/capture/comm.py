@@ -28,21 +28,27 @@ from mhcplan.profiles.capture.ops import append_line
 from mhcplan.profiles.capture.timing import spread_percent
 from mhcplan.profiles.logs import read_log
 from mhcplan.profiles.schema import Medium, Pattern, TransferTiming
-from mhcplan.profiles.transfer_costs import UNEVEN_SHARE
+from mhcplan.profiles.transfer_costs import REDUCTIONS, UNEVEN_SHARE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
 PATTERNS: tuple[Pattern, ...] = get_args(Pattern)
-# 1 KiB to 1 GiB in steps of 2; and between them where messages of steps are, and where the library
-# changes its algorithm, so that a straight line from size to size is off by most
-SIZES = tuple(sorted({*(1024 * 2**i for i in range(21)), *(3 * 2**i for i in range(19, 26))}))
+# 1 KiB to 1 GiB in steps of 2; between them where messages of steps are; and closest where the
+# library changes its protocol, so that a straight line from size to size is off by most
+SIZES = tuple(
+    sorted({
+        *(1024 * 2**i for i in range(21)),
+        *(3 * 2**i for i in range(19, 26)),
+        *(eighths * 2**i for i in range(17, 20) for eighths in (10, 14)),
+    })
+)  # fmt: skip
 # renamed after torch 2.11
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _REDUCING = ("all_reduce", "reduce_scatter")
 _BURST_NS = 400_000
-_SAMPLES = 9
+_SAMPLES = 21
 _ROUNDS = 3
 _MAX_BURST = 40
 _CYCLES_PER_NS = 2  # of the sleeping kernel; an SM runs at 2 GHz at most, so it never sleeps less
@@ -67,19 +73,13 @@ class Transfers:
         count -= count % self.size
         send = self._send.view(dtype)[:count]
         receive = self._receive.view(dtype)[:count]
-        part = count // self.size
         if pattern == "all_to_all":
             return lambda: [dist.all_to_all_single(receive, send, async_op=True)]
         if pattern == "all_to_all_uneven":
             return self._uneven(send)
-        if pattern == "all_reduce":
-            return lambda: [dist.all_reduce(receive, async_op=True)]
-        if pattern == "reduce_scatter":
-            out = receive[:part]
-            return lambda: [_reduce_scatter(out, send, async_op=True)]
-        if pattern == "all_gather":
-            mine = send[:part]
-            return lambda: [_all_gather(receive, mine, async_op=True)]
+        if pattern in REDUCTIONS:
+            call = reduction(pattern, send, receive, self.size)
+            return lambda: [call()]
         return self._pairs(send, receive, both=pattern == "send_recv_both")
 
     def _uneven(self, send: torch.Tensor) -> Callable[[], Any]:
@@ -98,6 +98,21 @@ class Transfers:
         receives = dist.P2POp(dist.irecv, receive, peer)
         parts = [sends, receives] if both else [receives if self.rank % 2 else sends]
         return lambda: dist.batch_isend_irecv(parts)
+
+
+def reduction(
+    pattern: str, send: torch.Tensor, receive: torch.Tensor, ranks: int, group: object = None
+) -> Callable[[], Any]:
+    """A call that enqueues one of ``REDUCTIONS`` over buffers of ``ranks`` parts; its handle."""
+    part = send.numel() // ranks
+    options: dict[str, Any] = {"group": group, "async_op": True}
+    if pattern == "all_reduce":
+        return lambda: dist.all_reduce(receive, **options)
+    if pattern == "reduce_scatter":
+        out = receive[:part]
+        return lambda: _reduce_scatter(out, send, **options)
+    mine = send[:part]
+    return lambda: _all_gather(receive, mine, **options)
 
 
 def uneven_splits(count: int, ranks: int) -> list[int]:

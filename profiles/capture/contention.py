@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from mhcplan.profiles.capture.comm import run_workers
+from mhcplan.profiles.capture.comm import reduction, run_workers
 from mhcplan.profiles.capture.ops import append_line
 from mhcplan.profiles.capture.overlap_kernels import Compute, makers
 from mhcplan.profiles.capture.overlap_pairs import (
@@ -35,6 +35,7 @@ from mhcplan.profiles.capture.overlap_pairs import (
     CTAS,
     SIZES,
     Traffic,
+    all_reductions,
     all_traffic,
     pair_key,
     pairs,
@@ -43,6 +44,7 @@ from mhcplan.profiles.capture.overlap_pairs import (
 from mhcplan.profiles.capture.overlap_trace import Run, split_runs, trace_events
 from mhcplan.profiles.logs import read_log
 from mhcplan.profiles.overlap import rows_of
+from mhcplan.profiles.transfer_costs import REDUCTIONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -143,10 +145,13 @@ class Bench:
     def message(self, traffic: Traffic) -> Callable[[], Any] | None:
         """A call that enqueues one message and returns handles; None without a part in it."""
         group = self._group(traffic)
-        dtype = torch.bfloat16
+        dtype = torch.float32 if traffic.pattern in REDUCTIONS else torch.bfloat16
         count = traffic.num_bytes // dtype.itemsize
         count -= count % self.size
         send, receive = self._send.view(dtype)[:count], self._receive.view(dtype)[:count]
+        if traffic.pattern in REDUCTIONS:
+            call = reduction(traffic.pattern, send, receive, self.size, group)
+            return lambda: [call()]
         if traffic.pattern == "all_to_all":
             return lambda: [dist.all_to_all_single(receive, send, group=group, async_op=True)]
         if self.rank > 1:
@@ -443,7 +448,7 @@ def _items(bench: Bench, book: _Book) -> list[Item]:
     names = list(bench.compute)
     copies = list(plan.copies) if bench.gpu else []
     alone: list[Item] = [(name, None) for name in names]
-    alone += [("-", t) for t in traffic]
+    alone += [("-", t) for t in (*traffic, *all_reductions(plan.sizes, plan.ctas))]
     alone += [("-", Traffic(COPY, size)) for size in copies]
     todo = [*alone, *pairs(names, traffic, copies)]
     missing = [i for i in todo if pair_key(*i) not in book.rows]

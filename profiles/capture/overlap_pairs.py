@@ -14,6 +14,8 @@ import statistics
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from mhcplan.profiles.transfer_costs import REDUCTIONS
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -78,6 +80,11 @@ def all_traffic(sizes: Sequence[int] = SIZES, ctas: Sequence[int] = CTAS) -> lis
         Traffic(pattern, size, count, high)
         for high, count, size, pattern in itertools.product((False, True), ctas, sizes, PATTERNS)
     ]
+
+
+def all_reductions(sizes: Sequence[int] = SIZES, ctas: Sequence[int] = CTAS) -> list[Traffic]:
+    """Gradient traffic, of which only the time alone is wanted, by CTAs."""
+    return [Traffic(*item) for item in itertools.product(REDUCTIONS, sizes, ctas)]
 
 
 def pairs(

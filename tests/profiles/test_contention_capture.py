@@ -13,6 +13,7 @@ from mhcplan.profiles.capture.overlap_kernels import makers
 from mhcplan.profiles.capture.overlap_pairs import (
     MIB,
     Traffic,
+    all_reductions,
     all_traffic,
     meetings,
     pair_key,
@@ -131,6 +132,7 @@ def test_the_suite_runs_on_a_cpu_with_gloo(
     log, rows = measured
     names, traffic = ("gemm_library", "elementwise"), all_traffic((65536,), (0,))
     expected = {pair_key(*item) for item in pairs(names, traffic, ())}
+    traffic += all_reductions((65536,), (0,))
     expected |= {pair_key(n, None) for n in names} | {pair_key("-", t) for t in traffic}
     assert set(rows) == expected
     alone = rows["gemm_library|-"]

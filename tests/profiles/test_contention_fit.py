@@ -9,6 +9,7 @@ import pytest
 
 from mhcplan.profiles.contention import Parameters
 from mhcplan.profiles.contention_fit import (
+    FIXED_NS,
     HOLDOUT,
     Pair,
     Pairs,
@@ -26,6 +27,7 @@ from mhcplan.profiles.contention_rows import (
     contention_pairs,
     preemptible_times,
     priority_latencies,
+    traffic_traits,
 )
 
 Row = dict[str, Any]
@@ -169,6 +171,29 @@ def test_rows_of_a_profile_come_from_rows_of_a_capture() -> None:
     model = contention_model(Parameters(), {"nvjet": Trait(512)}, (), errors)
     assert (model.held_out_pairs, model.compute_error_percent) == (2, 20.0)
     assert model.parameters == {k: float(v) for k, v in vars(Parameters()).items()}
+
+
+def test_reductions_have_the_rate_of_few_ctas_alone_or_that_of_all_to_all() -> None:
+    rows = _rows()
+    for pattern in ("send_recv", "send_recv_both", "all_to_all"):
+        usual = _traffic(8 << 20, 0, high=False, pattern=pattern)
+        rows[pattern] = {"compute": "-", "traffic": usual, "traffic_launch": [16, 640, 96, 0]}
+    assumed = {row.pattern: row for row in traffic_traits(Pairs(rows))}
+    assert assumed["all_gather"].cta_bytes_per_ns == assumed["all_to_all"].cta_bytes_per_ns
+    for ctas, launched in ((0, 24), (2, 2), (4, 4), (8, 8)):
+        body_ns = (64 << 20) / (30.0 * ctas) if ctas in (2, 4) else 400_000.0  # 8: the link limits
+        item = _traffic(64 << 20, ctas, high=False, pattern="all_gather")
+        rows[f"-|all_gather {64 << 20} ctas={ctas} equal busy=all"] = {
+            "compute": "-", "traffic": item, "traffic_launch": [launched, 640, 96, 0],
+            "A": {"traffic": [_side(FIXED_NS + body_ns)] * 2},
+        }  # fmt: skip
+    found = {row.pattern: row for row in traffic_traits(Pairs(rows))}
+    gather = found["all_gather"]
+    assert (gather.cta_bytes_per_ns, gather.ctas) == (30.0, ((0, 24),))
+    assert gather.source == "assumed"
+    assert "memory" in gather.citation
+    assert "SMs" not in gather.citation
+    assert found["all_reduce"] == assumed["all_reduce"]
 
 
 def test_preemptible_attention_is_compared_with_the_persistent_kernel_that_it_replaces() -> None:
