@@ -1,8 +1,11 @@
 """Many independent tasks on all cores of this machine, or on a Ray or Dask cluster, through joblib.
 
-The same code runs everywhere: joblib's backends are the seam and no scheduling is done here. What
-is added is what a long search needs: results come as they are ready, a task that raises does not
-take the others' results with it, and the tasks of a worker that was killed go to another one.
+Clusters are joblib's backends. On this machine the process that asks works too, beside joblib's
+worker processes: they take a second or two to start. It takes tasks from the end of the list while
+they take them from its beginning, so that neighbours, which have most in common, stay together.
+
+What is added is what a long search needs: results come as they are ready, a task that raises does
+not take the others' results with it, and the tasks of a worker that was killed go to another one.
 """
 
 from __future__ import annotations
@@ -12,7 +15,8 @@ import logging
 import os
 import signal
 import warnings
-from concurrent.futures import BrokenExecutor
+from collections import deque
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -30,7 +34,9 @@ Result = TypeVar("Result")
 
 MAX_DEATHS = 3  # workers lost in a row without a result: it is the task that kills them
 
-_TASKS_OF_A_LIST = 4  # for each worker
+_TASKS_OF_A_LIST = 4  # for each worker of Ray
+_TASKS_AHEAD = 2  # for each process here, the one that runs included
+_IDLE_SECONDS = 300.0  # after which a process ends that a next sweep could use
 _CLUSTER_ERRORS = ("ray.exceptions", "distributed.")  # modules; tasks' own errors come as values
 
 
@@ -91,16 +97,17 @@ class Farm:
 
         Raises:
             FarmError: workers cannot be started, or die again and again.
-            Exception: the first one that a task raised, once the tasks that run beside it are done.
+            Exception: the first one that a task raised.
         """
         if self._backend == "local" and (self.jobs == 1 or len(tasks) == 1):
             for number, task in enumerate(tasks):
                 yield number, function(task)
             return
+        run = self._run_here if self._backend == "local" else self._run_on_cluster
         left, deaths = dict(enumerate(tasks)), 0
         while left:
             try:
-                with _closing(self._run(function, list(left.items()))) as results:
+                with _closing(run(function, list(left.items()))) as results:
                     for number, result in results:
                         deaths = 0
                         del left[number]
@@ -119,7 +126,32 @@ class Farm:
                     ) from None
                 self._restart()
 
-    def _run(
+    def _run_here(
+        self, function: Callable[[Task], Result], numbered: Sequence[tuple[int, Task]]
+    ) -> Generator[tuple[int, Result | _Raised]]:
+        """Results of this process and of others; what they have not begun when nobody asks any
+        more is not begun, and what they have is cut short."""
+        # a worker whose caches have grown is replaced, and no result is lost by it
+        warnings.filterwarnings("ignore", "A worker stopped while some jobs", UserWarning)
+        others = self.jobs - 1
+        workers = _module("joblib.externals.loky").get_reusable_executor(
+            others, timeout=_IDLE_SECONDS, initializer=_begin_worker, initargs=(gc.get_threshold(),)
+        )
+        left, running = deque(numbered), set[Future[tuple[int, Result | _Raised]]]()
+        try:
+            while left or running:
+                while len(running) < min(len(left), _TASKS_AHEAD * others):
+                    running.add(workers.submit(_caught, function, *left.popleft()))
+                if left:
+                    yield _caught(function, *left.pop())
+                done, running = wait(running, 0 if left else None, FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
+        finally:
+            if running:
+                workers.shutdown(kill_workers=True)
+
+    def _run_on_cluster(
         self, function: Callable[[Task], Result], numbered: Sequence[tuple[int, Task]]
     ) -> Generator[tuple[int, Result | _Raised]]:
         joblib = _module("joblib")
@@ -133,22 +165,13 @@ class Farm:
 
     def _start(self) -> Any:  # noqa: ANN401 - joblib has no types
         joblib = _module("joblib")
-        options: dict[str, Any] = {}
         return_as = "list" if self._backend == "ray" else "generator_unordered"
         try:
-            if self._backend == "ray":
-                jobs = _join_ray(self._jobs, self._opened)
-            elif self._backend == "dask":
-                jobs = _join_dask(self._jobs, self._opened)
-            else:
-                jobs = self.jobs
-                options |= {"initializer": _begin_worker, "initargs": (gc.get_threshold(),)}
-                # a worker whose caches have grown is replaced, and no result is lost by it
-                warnings.filterwarnings("ignore", "A worker stopped while some jobs", UserWarning)
+            join = _join_ray if self._backend == "ray" else _join_dask
+            jobs = join(self._jobs, self._opened)
         except (OSError, TimeoutError) as error:
             raise FarmError(f"backend={self._backend}: no workers ({error})") from None
-        name = "loky" if self._backend == "local" else self._backend
-        self._opened.enter_context(joblib.parallel_config(backend=name, n_jobs=jobs, **options))
+        self._opened.enter_context(joblib.parallel_config(backend=self._backend, n_jobs=jobs))
         # plans are seconds of work in kilobytes: hand tasks over one by one
         parallel = joblib.Parallel(return_as=return_as, batch_size=1, pre_dispatch="3*n_jobs")
         return self._opened.enter_context(parallel)

@@ -6,6 +6,7 @@ import gc
 import importlib.util
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -22,21 +23,33 @@ def square(number: int) -> int:
     return number * number
 
 
-def square_but_killed_once(task: tuple[int, str]) -> int:
-    """The worker that gets number 3 is killed, the first time."""
-    number, mark = task
-    if number == 3:
+def square_but_killed_once(task: tuple[int, str, int]) -> int:
+    """The worker that gets number 0 is killed, the first time; who asks works no sooner."""
+    number, mark, asking = task
+    if os.getpid() == asking:
+        while not Path(mark).exists():
+            time.sleep(0.01)
+    elif number == 0:
         try:
             Path(mark).touch(exist_ok=False)
         except FileExistsError:
-            return number * number
+            return 0
         os.kill(os.getpid(), signal.SIGKILL)
     return number * number
 
 
-def killed(_: int) -> int:
-    os.kill(os.getpid(), signal.SIGKILL)
+def killed_but(asking: int) -> int:
+    if os.getpid() != asking:
+        os.kill(os.getpid(), signal.SIGKILL)
     return 0
+
+
+def process_beside(folder: str) -> int:
+    """Who did a task, once two processes are at one."""
+    Path(folder, str(os.getpid())).touch()
+    while len(list(Path(folder).iterdir())) < 2:
+        time.sleep(0.01)
+    return os.getpid()
 
 
 def fails_at_3(number: int) -> int:
@@ -54,7 +67,7 @@ def test_one_job_is_this_process_and_keeps_the_order() -> None:
 
 
 def test_killed_worker_costs_no_result_and_error_of_a_task_comes_out(tmp_path: Path) -> None:
-    tasks = [(number, str(tmp_path / "mark")) for number in range(8)]
+    tasks = [(number, str(tmp_path / "mark"), os.getpid()) for number in range(8)]
     with Farm(jobs=2) as farm:
         assert sorted(farm.map(square_but_killed_once, tasks)) == [(n, n * n) for n in range(8)]
         assert (tmp_path / "mark").exists()
@@ -64,7 +77,14 @@ def test_killed_worker_costs_no_result_and_error_of_a_task_comes_out(tmp_path: P
 
 def test_task_that_kills_every_worker_is_given_up_with_one_line() -> None:
     with Farm(jobs=2) as farm, pytest.raises(FarmError, match="workers died 3 times in a row"):
-        list(farm.map(killed, [1, 2]))
+        list(farm.map(killed_but, [os.getpid()] * 2))
+
+
+def test_who_asks_works_too_from_the_end_of_the_list(tmp_path: Path) -> None:
+    with Farm(jobs=2) as farm:
+        processes = dict(farm.map(process_beside, [str(tmp_path)] * 6))
+    assert (processes[0] != os.getpid(), processes[5]) == (True, os.getpid())
+    assert len(set(processes.values())) == 2
 
 
 def _cluster_library(name: str) -> pytest.MarkDecorator:
@@ -85,7 +105,7 @@ def _cluster_library(name: str) -> pytest.MarkDecorator:
 def test_cluster_of_two_workers_gives_the_same_results_also_when_one_is_killed(
     backend: str, tmp_path: Path
 ) -> None:
-    tasks = [(number, str(tmp_path / "mark")) for number in range(12)]
+    tasks = [(number, str(tmp_path / "mark"), os.getpid()) for number in range(12)]
     with Farm(backend, jobs=2) as farm:  # pyright: ignore[reportArgumentType]
         assert sorted(farm.map(square_but_killed_once, tasks)) == [(n, n * n) for n in range(12)]
         assert sorted(farm.map(square, [7, 8])) == [(0, 49), (1, 64)]
@@ -102,5 +122,5 @@ def test_workers_look_for_garbage_as_rarely_as_the_process_that_starts_them(
     before = gc.get_threshold()
     monkeypatch.setattr(gc, "get_threshold", lambda: (54_321, 12, 13))
     with Farm(jobs=2) as farm:
-        assert dict(farm.map(collects_after, [1, 2])) == {0: (54_321, 12, 13), 1: (54_321, 12, 13)}
+        assert dict(farm.map(collects_after, [1, 2]))[0] == (54_321, 12, 13)
     assert before != (54_321, 12, 13)
