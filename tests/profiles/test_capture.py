@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from mhcplan.profiles.capture import grid, machine, measure, power
 from mhcplan.profiles.capture.__main__ import main
-from mhcplan.profiles.capture.comm import launched, uneven_splits, without_starved
+from mhcplan.profiles.capture.comm import launched, read_transfers, uneven_splits, without_starved
 from mhcplan.profiles.capture.ops import Log, Session, append_line, groups, measure_ops
 from mhcplan.profiles.capture.options import PARTS, Options, Part, share_seconds
 from mhcplan.profiles.capture.segments import Chip, Kernel, ctas_per_sm, make_segments
@@ -158,11 +158,18 @@ def test_transfers_go_on_after_a_kill(tmp_path: Path) -> None:
     again = run(*args)
     _, stderr = again.communicate(timeout=120)
     assert again.returncode == 0, stderr
-    assert "/14 " not in stderr  # 7 patterns, 2 sizes; some of them known
+    assert "/42 " not in stderr  # 7 patterns, 2 sizes, 3 turns; some of them known
+    assert "/39]" in stderr.replace(" ", "]")
     lines = log.read_text().splitlines()
     assert lines[:3] == kept
     rows = [json.loads(line)["transfer"] for line in lines if line.endswith("}")]
-    assert len({(row["pattern"], row["bytes"]) for row in rows}) == 14
+    times: dict[tuple[str, int], list[int]] = {}
+    for row in rows:
+        times.setdefault((row["pattern"], row["bytes"]), []).append(row["duration_ns"])
+    assert {len(found) for found in times.values()} == {3}
+    kept_rows, _ = read_transfers(log, {"device": json.loads(kept[0])["device"]})
+    for row in kept_rows:  # the others were slower than larger messages
+        assert row.duration_ns == min(times[row.pattern, row.bytes])
 
 
 def row_of(line: str) -> dict[str, object]:
