@@ -20,16 +20,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from mhcplan.sim.jit import Ints, compiled, ints
-from mhcplan.sim.order import NO_OP, order_of
-from mhcplan.sim.program import Csr
+from mhcplan.sim.jit import Ints, compiled, ints, usable_in_compiled
+from mhcplan.sim.order import NO_OP, describe, order_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
-    from mhcplan.sim.order import Order
     from mhcplan.sim.program import CostTable, Program
 
     Array = NDArray[np.int64]
@@ -122,91 +120,154 @@ class _Pass(NamedTuple):
     transfer: Ints
 
 
+class _Waits(NamedTuple):
+    """What nodes wait for; lists are linked, and -1 ends them. Columns are by op but ``member``.
+
+    Attributes:
+        first, previous, waited_begin, waited, sync, meeting: see :class:`mhcplan.sim.order.Order`.
+        following, last: the next op of a kernel; by its first op, the last.
+        member: of every meeting, a member.
+        next_member: another member of the same meeting.
+    """
+
+    first: Ints
+    previous: Ints
+    waited_begin: Ints
+    waited: Ints
+    sync: Ints
+    meeting: Ints
+    following: Ints
+    last: Ints
+    member: Ints
+    next_member: Ints
+
+
 def _pass_of(program: Program) -> _Pass:
     order = order_of(program)
     if (order.waited.values == NO_OP).any():
         raise CycleError("an op waits for an event that no op records")
     n, first = program.num_ops, order.first
-    is_transfer = order.meeting >= 0
-    last = np.arange(n)
-    np.maximum.at(last, first, np.arange(n))
-    kernels = np.flatnonzero(first == np.arange(n))
-    # node f is kernel f (ready, or for compute its end), node n + f the end of its transfers
-    nodes = np.concatenate([kernels, n + kernels[is_transfer[kernels]]])
-    end_of = first + np.where(is_transfer[first], n, 0)
-    sources, targets, transfer = _edges(order, kernels, end_of, n)
-    sync = order.sync[last[kernels]]
-    synced = sync != NO_OP
-    place = _topological(
-        nodes,
-        np.concatenate([sources, end_of[sync[synced]]]),
-        np.concatenate([targets, kernels[synced]]),
-        2 * n,
+    num_members = np.bincount(order.meeting[order.meeting >= 0])
+    following, last, next_member = (np.full(n, NO_OP, np.int64) for _ in range(3))
+    waits = _Waits(
+        ints(first), ints(order.previous), ints(order.waited.offsets), ints(order.waited.values),
+        ints(order.sync), ints(order.meeting), following, last,
+        np.full(len(num_members), NO_OP, np.int64), next_member,
+    )  # fmt: skip
+    _link(waits)
+    is_kernel = first == np.arange(n)
+    num_nodes = np.count_nonzero(is_kernel) + np.count_nonzero(is_kernel & (order.meeting >= 0))
+    num_edges = (
+        np.count_nonzero(is_kernel & (order.previous != NO_OP))
+        + len(waits.waited)
+        + int((num_members**2).sum())
     )
-    into = Csr.grouped(place[targets], len(nodes))
-    node, is_compute, sync_op, sync_node = (np.full(len(nodes), -1, np.int64) for _ in range(4))
-    node[place[kernels]] = last[kernels]
-    is_compute[place[kernels]] = ~is_transfer[kernels]
-    sync_op[place[kernels]] = sync
-    sync_node[place[kernels[synced]]] = place[end_of[sync[synced]]]
     opens_rank = np.zeros(n, np.int64)
     opens_rank[program.rank_offsets[:-1][np.diff(program.rank_offsets) > 0]] = 1
-    return _Pass(
-        ints(order.meeting), ints(opens_rank), ints(node), ints(is_compute), ints(sync_op),
-        ints(sync_node), ints(into.offsets), ints(place[sources[into.values]]),
-        ints(transfer[into.values]),
-    )  # fmt: skip
-
-
-def _edges(order: Order, kernels: Array, end_of: Array, n: int) -> tuple[Array, Array, Array]:
-    """Source, target and transfer of every edge: streams, events, and members of transfers."""
-    first = order.first
-    opens = kernels[order.previous[kernels] != NO_OP]
-    ops = np.flatnonzero(order.meeting >= 0)
-    members = Csr.grouped(order.meeting, int(order.meeting.max(initial=-1)) + 1)
-    counts = np.diff(members.offsets)[order.meeting[ops]]
-    whose = np.repeat(ops, counts)
-    nth = np.arange(len(whose)) - np.repeat(np.cumsum(counts) - counts, counts)
-    member = members.values[members.offsets[order.meeting[whose]] + nth]
-    waits = order.waited
-    sources = [end_of[order.previous[opens]], end_of[waits.values], first[member]]
-    targets = [opens, first[waits.owners], n + first[whose]]
-    timeless = np.full(len(opens) + len(waits.values), _NO_TRANSFER, np.int64)
-    transfer = np.concatenate([timeless, order.meeting[whose]])
-    return np.concatenate(sources), np.concatenate(targets), transfer
-
-
-def _topological(nodes: Array, sources: Array, targets: Array, num_names: int) -> Array:
-    """For every node its place in an order in which edges lead forwards; -1 for other names."""
-    from_ = Csr.grouped(sources, num_names)
-    missing = np.bincount(targets, minlength=num_names)
-    place = np.full(num_names, -1, np.int64)
-    queue = np.empty(len(nodes), np.int64)
-    reached = _sort(ints(nodes), from_.offsets, ints(targets[from_.values]), ints(missing), queue)
-    if reached < len(nodes):
-        raise CycleError(f"{len(nodes) - reached} kernels wait for each other")
-    place[queue] = np.arange(len(nodes))
-    return place
+    node, is_compute, sync_op, sync_node = (np.empty(num_nodes, np.int64) for _ in range(4))
+    begin = np.zeros(num_nodes + 1, np.int64)
+    source, transfer = (np.empty(num_edges, np.int64) for _ in range(2))
+    graph = _Pass(
+        waits.meeting, opens_rank, node, is_compute, sync_op, sync_node, begin, source, transfer
+    )
+    place, stack = np.full(2 * n, _UNSEEN, np.int64), np.empty(num_edges + n + 1, np.int64)
+    found = np.empty(num_edges + 1, np.int64)
+    stuck = _lay_out(waits, place, stack, found, np.empty_like(found), graph)
+    if stuck >= 0:
+        raise CycleError(f"{describe(program, stuck)} waits for itself, through others")
+    return graph
 
 
 @compiled
-def _sort(nodes: Array, begin: Array, targets: Array, missing: Array, queue: Array) -> int:
-    """Fill ``queue`` with nodes whose edges all come from nodes before them; returns how many."""
-    count = 0
-    for node in nodes:
-        if missing[node] == 0:
-            queue[count] = node
-            count += 1
-    done = 0
-    while done < count:
-        node = queue[done]
-        done += 1
-        for i in range(begin[node], begin[node + 1]):
-            missing[targets[i]] -= 1
-            if missing[targets[i]] == 0:
-                queue[count] = targets[i]
+def _link(waits: _Waits) -> None:
+    """Fill the linked lists."""
+    for op in range(len(waits.first)):
+        kernel, meeting = waits.first[op], waits.meeting[op]
+        if kernel != op:
+            waits.following[waits.last[kernel]] = op
+        waits.last[kernel] = op
+        if meeting >= 0:
+            waits.next_member[op] = waits.member[meeting]
+            waits.member[meeting] = op
+
+
+# Node f is the kernel whose first op is f: ready, or for compute its end. Of n ops, node n + f is
+# the end of its transfers. Nodes are found depth first: each has its place after all it waits for.
+
+_UNSEEN, _OPEN = -1, -2
+
+
+@usable_in_compiled
+def _end_of(waits: _Waits, op: int) -> int:
+    """The node at which an op ends."""
+    kernel = waits.first[op]
+    return kernel + len(waits.first) if waits.meeting[kernel] >= 0 else kernel
+
+
+@usable_in_compiled
+def _sources(waits: _Waits, node: int, found: Ints, via: Ints) -> int:
+    """The nodes that have an edge to ``node``, and the meeting whose transfer it takes, or -1;
+    returns how many. One that the host waits for has none, and stands behind them."""
+    n, count = len(waits.first), 0
+    if node < n:
+        if waits.previous[node] >= 0:
+            found[0], via[0], count = _end_of(waits, waits.previous[node]), _NO_TRANSFER, 1
+        op = node
+        while op >= 0:
+            for i in range(waits.waited_begin[op], waits.waited_begin[op + 1]):
+                found[count], via[count] = _end_of(waits, waits.waited[i]), _NO_TRANSFER
                 count += 1
+            op = waits.following[op]
+        sync = waits.sync[waits.last[node]]
+        if sync >= 0:
+            found[count] = _end_of(waits, sync)
+        return count
+    op = node - n
+    while op >= 0:
+        member = waits.member[waits.meeting[op]]
+        while member >= 0:
+            found[count], via[count] = waits.first[member], waits.meeting[op]
+            count += 1
+            member = waits.next_member[member]
+        op = waits.following[op]
     return count
+
+
+@compiled
+def _lay_out(waits: _Waits, place: Ints, stack: Ints, found: Ints, via: Ints, graph: _Pass) -> int:
+    """Fill ``graph``, and ``place`` of every node in it; returns an op in a cycle, or -1."""
+    n, nodes, edges = len(waits.first), 0, 0
+    for start in range(n):
+        stack[0], depth = _end_of(waits, start), 1
+        while depth > 0:
+            node = stack[depth - 1]
+            if place[node] >= 0:
+                depth -= 1
+                continue
+            op = waits.last[node] if node < n else NO_OP
+            sync = waits.sync[op] if op >= 0 else NO_OP
+            count, before = _sources(waits, node, found, via), depth
+            for i in range(count + (1 if sync >= 0 else 0)):
+                if place[found[i]] < 0:
+                    stack[depth] = found[i]
+                    depth += 1
+            if depth > before:
+                if place[node] == _OPEN:  # nothing below it is left but what waits for it
+                    return node if node < n else node - n
+                place[node] = _OPEN
+                continue
+            graph.node[nodes] = op
+            graph.is_compute[nodes] = 1 if op >= 0 and waits.meeting[node] < 0 else 0
+            graph.sync_op[nodes] = sync
+            graph.sync_node[nodes] = place[found[count]] if sync >= 0 else -1
+            for i in range(count):
+                graph.source[edges], graph.transfer[edges] = place[found[i]], via[i]
+                edges += 1
+            place[node] = nodes
+            nodes += 1
+            graph.begin[nodes] = edges
+            depth -= 1
+    return -1
 
 
 @compiled

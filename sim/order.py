@@ -71,6 +71,8 @@ def waited_ops(program: Program) -> Ints:
 
 def batch_first(program: Program) -> Ints:
     """For every op, the first op of its batched call: ops next to each other on one stream."""
+    if program.batch.max(initial=-1) < 0:
+        return np.arange(program.num_ops)
     by_stream = program.by_stream.values
     stream, batch = program.stream[by_stream], program.batch[by_stream]
     opens = np.ones(program.num_ops, np.bool_)
@@ -81,6 +83,8 @@ def batch_first(program: Program) -> Ints:
 
 
 def _last_sync(program: Program) -> Ints:
+    if not program.host_sync.any():
+        return np.full(program.num_ops, NO_OP, np.int64)
     syncs = np.where(program.host_sync, np.arange(program.num_ops), NO_OP)
     before = np.full(program.num_ops, NO_OP, np.int64)
     before[1:] = np.maximum.accumulate(syncs)[:-1]

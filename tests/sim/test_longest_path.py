@@ -92,7 +92,7 @@ def test_ops_that_wait_for_each_other_are_refused() -> None:
     a = maker.op(0, 5)
     b = maker.op(0, 5, stream="side", waits=[a])
     maker.wait(a, b)
-    with pytest.raises(CycleError, match="2 kernels wait for each other"):
+    with pytest.raises(CycleError, match=r"^op \d .*waits for itself, through others$"):
         StepGraph(maker.build()[0])
 
 
