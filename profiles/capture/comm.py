@@ -51,7 +51,7 @@ _REDUCING = ("all_reduce", "reduce_scatter")
 _BURST_NS = 400_000
 _SAMPLES = 15
 _ROUNDS = 3  # at most, until enough bursts were enqueued in time
-_TURNS = 3
+_TURNS = 5
 _MAX_BURST = 40
 _CYCLES_PER_NS = 2  # of the sleeping kernel; an SM runs at 2 GHz at most, so it never sleeps less
 _SLOWER = 1.25
@@ -398,7 +398,7 @@ def measure_transfers(
 ) -> tuple[list[TransferTiming], int]:
     """Measure every pattern at every size, as far as ``log`` does not have it yet.
 
-    All of them are measured in turn, three times over: a host that is busy for some seconds
+    All of them are measured in turn, five times over: a host that is busy for some seconds
     disturbs one time of a message and not the others.
 
     Args:
