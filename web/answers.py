@@ -77,7 +77,7 @@ def answer(whatif: WhatIf, pinned: WhatIf | None) -> bytes:
                 "memory": figure_json(memory_figure(report, beside)),
             },
             "tables": _tables(report),
-            "names": [_name(pinned), _name(whatif)] if pinned else [],
+            "names": [pinned.name(), whatif.name()] if pinned else [],
             "differences": _differences(whatif, pinned) if pinned else [],
         }
     )
@@ -190,13 +190,8 @@ def _tables(report: PlanReport) -> dict[str, list[str]]:
 
 
 def _differences(whatif: WhatIf, pinned: WhatIf) -> list[str]:
-    a, b = (side_of(_name(shown), *predicted(shown)) for shown in (pinned, whatif))
+    a, b = (side_of(shown.name(), *predicted(shown)) for shown in (pinned, whatif))
     return [table_html(section) for section in difference_sections(compare_sides(a, b))]
-
-
-def _name(whatif: WhatIf) -> str:
-    """A what-if as a side of ``compare`` is written."""
-    return whatif.command().removeprefix("mhcplan predict ")
 
 
 def _archive(prediction: Prediction, to: ExportFormat, stem: str) -> File:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
 _POWERS = tuple(2**power for power in range(17))
-_LABELS = {
+LABELS = {
     "model": "model",
     "n": "n, expansion rate",
     "recompute_block": "recompute block L_r, sites",
@@ -77,7 +77,7 @@ def controls(profiles: Sequence[str]) -> dict[str, Any]:
     offered = {"model": tuple(MODELS), "profile": tuple(profiles)}
     main = [
         _control(name, paths[name], fields[paths[name]], label, offered.get(name))
-        for name, label in _LABELS.items()
+        for name, label in LABELS.items()
     ]
     shown = {control.path for control in main}
     more = [

@@ -188,7 +188,7 @@ async def _sweep(request: Request, kind: str) -> Response:
                 yield _line({"message": error.message})
                 return
             said = {"done": progress.done, "total": progress.total, "refused": progress.refused}
-            yield _line({**said, "figure": figure})
+            yield _line({"plan": whatif.name(), **said, "figure": figure})
 
     return StreamingResponse(lines(), media_type="application/x-ndjson")
 

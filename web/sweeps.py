@@ -14,6 +14,7 @@ from mhcplan.planner.figures.timeline_page import figure_json
 from mhcplan.planner.plan.spec import ScheduleName
 from mhcplan.profiles.specs import SITES_PER_BLOCK
 from mhcplan.web.answers import predicted
+from mhcplan.web.controls import LABELS
 from mhcplan.web.whatif import Refused, WhatIf
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def advance(whatif: WhatIf, kind: SweepKind, progress: Progress | None) -> tuple
     if kind == "pareto":
         return progress, figure_json(pareto_figure(progress.points, limit))
     labels = [candidate.label for candidate in candidates]
-    return progress, figure_json(axis_figure(progress.points, labels, limit))
+    return progress, figure_json(axis_figure(progress.points, LABELS[kind], labels, limit))
 
 
 def _with_next(

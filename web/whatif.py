@@ -95,6 +95,10 @@ class WhatIf:
             words += [f"--{flag.replace('_', '-')}", text] if flag else ["--set", f"{path}={text}"]
         return shlex.join(words)
 
+    def name(self) -> str:
+        """The same as a side of ``compare`` is written."""
+        return self.command().removeprefix("mhcplan predict ")
+
     def changed(self, changes: Iterable[tuple[str, str]]) -> WhatIf:
         """This what-if with some fields (by dotted path) set otherwise."""
         return WhatIf(self.model, tuple((dict(self.settings) | dict(changes)).items()))

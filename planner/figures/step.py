@@ -49,11 +49,13 @@ _COMPONENT_COLORS = {
 _RANKS_NAMED = 20  # ranks at most that all have their number on an axis
 _TICK_PIXELS = 9  # a lane's least height for a name of its own
 _MARK = "#808080"  # told from light and dark alike
-_LANE_PIXELS = (4, 9)  # least and most pixels of a lane of height 1
+_LANE_PIXELS = (4.5, 9)  # least and most pixels of a lane of height 1
 _LANES_PIXELS = 900  # what all lanes together should take
 _MEMORY_PIXELS = 180
 _GAP_PIXELS = 28
-_MARGIN = {"l": 120, "r": 16, "t": 30, "b": 44}
+LIMIT_MARGIN = 56  # right of the axes, where the limit is named: no bar or curve lies there
+_MARGIN = {"l": 120, "r": LIMIT_MARGIN, "t": 16, "b": 44}
+THOUSANDS: dict[str, Any] = {"exponentformat": "none", "separatethousands": True}  # 10,000, not 10k
 
 
 def breakdown_figure(report: PlanReport, pinned: PlanReport | None = None) -> go.Figure:
@@ -77,7 +79,7 @@ def breakdown_figure(report: PlanReport, pinned: PlanReport | None = None) -> go
             hovertemplate="%{x:,.2f} ms<extra>%{fullData.name}</extra>",
         )
     figure.update_layout(plain_layout(height=90 + 60 * len(bars)), barmode="stack")
-    figure.update_xaxes(title={"text": "ms of a step", "standoff": 4})
+    figure.update_xaxes(title={"text": "ms of a step", "standoff": 4}, **THOUSANDS)
     figure.update_yaxes(autorange="reversed")
     return figure
 
@@ -113,12 +115,16 @@ def memory_figure(report: PlanReport, pinned: PlanReport | None = None) -> go.Fi
         )
     figure.update_layout(
         plain_layout(height=320),
+        margin={"l": 56, "r": LIMIT_MARGIN, "t": 16, "b": 44},
         barmode="stack",
         shapes=[limit_line(report.memory_limit_bytes, "y")],
         annotations=[limit_text(report.memory_limit_bytes, "y")],
     )
+    most = max(len(ranks), len(pinned.memory) if pinned else 0)
     figure.update_xaxes(
-        title={"text": "rank", "standoff": 4}, dtick=1 if len(ranks) <= _RANKS_NAMED else None
+        title={"text": "rank", "standoff": 4},
+        range=[-0.5, most - 0.5],
+        dtick=1 if most <= _RANKS_NAMED else None,
     )
     figure.update_yaxes(title="GB", rangemode="tozero")
     return figure
@@ -153,6 +159,7 @@ def timeline_figure(
         xaxis={
             "range": [0, data["step_ns"] / 1e6],
             "title": "ms since the step began",
+            **THOUSANDS,
             "anchor": "y2",
             "showspikes": True,
             "spikemode": "across",
@@ -164,7 +171,7 @@ def timeline_figure(
             "domain": [(_MEMORY_PIXELS + _GAP_PIXELS) / drawn, 1],
             "tickvals": list(ticks),
             "ticktext": list(ticks.values()),
-            "tickfont": {"size": 10},
+            "tickfont": {"size": 9},
             "showgrid": False,
             "zeroline": False,
             "showspikes": False,
@@ -224,16 +231,16 @@ def limit_line(limit_bytes: int, axis: str) -> dict[str, Any]:
 
 
 def limit_text(limit_bytes: int, axis: str) -> dict[str, Any]:
-    """What stands at that line."""
+    """What stands at that line's end, in a margin of ``LIMIT_MARGIN`` pixels."""
     limit = limit_bytes / 1e9
     return {
-        "text": f"limit {limit:,.1f} GB",
+        "text": f"limit<br>{limit:,.1f} GB",
         "xref": "paper",
         "yref": axis,
         "x": 1,
         "y": limit,
-        "xanchor": "right",
-        "yanchor": "bottom",
+        "xanchor": "left",
+        "align": "left",
         "showarrow": False,
         "font": {"size": 11},
     }

@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import plotly.graph_objects as go
 
-from mhcplan.planner.figures.step import limit_line, limit_text, plain_layout
+from mhcplan.planner.figures.step import (
+    LIMIT_MARGIN,
+    THOUSANDS,
+    limit_line,
+    limit_text,
+    plain_layout,
+)
 from mhcplan.planner.figures.timeline_data import PAINTS
 
 if TYPE_CHECKING:
@@ -51,7 +57,9 @@ class Point:
     key: str
 
 
-def axis_figure(points: Sequence[Point], labels: Sequence[str], limit_bytes: int) -> go.Figure:
+def axis_figure(
+    points: Sequence[Point], field: str, labels: Sequence[str], limit_bytes: int
+) -> go.Figure:
     """Overhead above, memory beneath, over all ``labels`` of one field."""
     figure = go.Figure()
     for name, axis, color, values in (
@@ -64,6 +72,7 @@ def axis_figure(points: Sequence[Point], labels: Sequence[str], limit_bytes: int
             y=values,
             yaxis=axis,
             mode="lines+markers",
+            cliponaxis=False,
             line={"color": color, "width": 2},
             marker=_markers(points, color, "circle"),
             customdata=[point.key for point in points],
@@ -73,8 +82,9 @@ def axis_figure(points: Sequence[Point], labels: Sequence[str], limit_bytes: int
     figure.update_layout(
         plain_layout(height=320),
         showlegend=False,
-        margin={"l": 56, "r": 16, "t": 16, "b": 40},
+        margin={"l": 56, "r": LIMIT_MARGIN, "t": 16, "b": 44},
         xaxis={
+            "title": {"text": field, "standoff": 4},
             "type": "category",
             "categoryorder": "array",
             "categoryarray": list(labels),
@@ -115,13 +125,15 @@ def pareto_figure(points: Sequence[Point], limit_bytes: int) -> go.Figure:
             hovertemplate="%{y:,.2f} ms, %{x:,.2f} GB<br>%{text}<extra></extra>",
         )
     line = limit_line(limit_bytes, "y")
-    x, y = ({"x0": line["y0"], "x1": line["y1"]}, {"y0": 0, "y1": 1})
+    upright = {"x0": line["y0"], "x1": line["y1"], "y0": 0, "y1": 1, "xref": "x", "yref": "paper"}
+    above = {"x": line["y0"], "y": 1, "xref": "x", "yref": "paper", "yanchor": "top"}
     figure.update_layout(
         plain_layout(height=380),
         margin={"l": 72, "r": 16, "t": 16, "b": 44},
-        shapes=[line | {"xref": "x", "yref": "paper"} | x | y],
+        shapes=[line | upright],
+        annotations=[limit_text(limit_bytes, "y") | above],
         xaxis={"title": "memory of the fullest GPU, GB"},
-        yaxis={"title": "ms of a step"},
+        yaxis={"title": "ms of a step", **THOUSANDS},
     )
     return figure
 

@@ -152,12 +152,14 @@ def _labels(
     program: Program, costs: Sequence[Cost], op: Ints
 ) -> tuple[list[dict[str, object]], Ints]:
     """The table of what ops are, and each op's row in it."""
-    columns = np.stack(
-        [program.kind[op], program.pass_[op], program.category[op], program.cost[op]]
-    )
-    rows, label = np.unique(columns, axis=1, return_inverse=True)
+    columns = [
+        column[op] for column in (program.kind, program.pass_, program.category, program.cost)
+    ]
+    sizes = [int(column.max(initial=0)) + 1 for column in columns]
+    # as one number each: sorting rows would take most of the time
+    rows, label = np.unique(np.ravel_multi_index(columns, sizes), return_inverse=True)
     labels: list[dict[str, object]] = []
-    table: list[list[int]] = rows.T.tolist()
+    table: list[list[int]] = np.stack(np.unravel_index(rows, sizes), axis=1).tolist()
     for kind, pass_, category, cost in table:
         letter = chr(pass_)
         labels.append(
@@ -191,16 +193,15 @@ def _behind(step: Step, shown: _Shown) -> Ints:
 
 def _path(step: Step, shown: _Shown) -> dict[str, object]:
     """The critical path: lane, start and end of its pieces; host threads are left out."""
-    pieces = [
-        (int(shown.lane[position]), piece.start_ns, piece.end_ns)
-        for piece in critical_path(step.timeline)
-        if piece.op >= 0 and (position := int(shown.position[piece.op])) >= 0
-    ]
-    table = np.array(pieces, np.int64).reshape(-1, 3)
+    pieces = critical_path(step.timeline)
+    op = np.array([piece.op for piece in pieces], np.int64)
+    start = np.array([piece.start_ns for piece in pieces], np.int64)
+    end = np.array([piece.end_ns for piece in pieces], np.int64)
+    is_drawn = (op >= 0) & (shown.position[op] >= 0)
     return {
-        "lane": _packed(table[:, 0]),
-        "start": _packed(np.diff(table[:, 1], prepend=0)),
-        "end": _packed(np.diff(table[:, 2], prepend=0)),
+        "lane": _packed(shown.lane[shown.position[op[is_drawn]]]),
+        "start": _packed(np.diff(start[is_drawn], prepend=0)),
+        "end": _packed(np.diff(end[is_drawn], prepend=0)),
     }
 
 

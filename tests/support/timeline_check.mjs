@@ -9,6 +9,7 @@ const all = ops.paints.map(() => true);
 for (const [name, ...args] of calls) {
   const result = {
     raster: (begin, end, columns) => js.raster(ops, begin, end, columns, all),
+    bars: (...given) => js.barTraces(ops, ...given.toSpliced(2, 0, all)),
     describe: (op) => js.describe(ops, op),
     pretty: (ns) => js.pretty(ns),
     blend: (a, b, share) => js.blend(a, b, share),

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (extra test)")
 LAPTOP, PHONE = {"width": 1280, "height": 720}, {"width": 390, "height": 844}
+TABLET = {"width": 1024, "height": 768}
 PATIENCE_MS = 240_000  # the first answer of a checkout compiles
 LARGE = "model=mhc-27b&microbatches=184"  # 207,080 ops
 
@@ -169,6 +170,7 @@ def test_two_plans_stand_side_by_side_and_their_timelines_move_together(open_pag
     assert b > a
     assert "residual.expansion_rate" in page.locator("#difference").inner_text()
     assert page.locator("#timeline-a").is_visible()
+    assert page.locator("#memory-table p").inner_text() == "margin, NCCL and context A in all"
     assert page.locator("#name-b").inner_text() == "B: mhc-3b --pp 2 --microbatches 4 --n 8"
     page.locator("#timeline").focus()
     page.keyboard.press("w")
@@ -286,6 +288,8 @@ def test_sweep_is_drawn_and_a_click_goes_there(open_page: Open) -> None:
     page = open_page(SMALL)
     page.get_by_role("button", name="Sweep n").click()
     page.get_by_text("Sweep n: 5 of 5").wait_for()
+    caption = page.locator("figcaption").inner_text()
+    assert caption.startswith("Sweep n of mhc-3b --pp 2 --microbatches 4.")
     points = page.locator("[data-plot='n'] .scatterlayer .trace").first.locator(".point")
     assert points.count() >= 4
     points.nth(1).scroll_into_view_if_needed()
@@ -408,7 +412,7 @@ def test_theme_follows_the_system_until_one_is_chosen(open_page: Open) -> None:
 
 def test_page_fits_its_window(open_page: Open) -> None:
     page = open_page(f"{SMALL}&n=2&a=model%3Dmhc-3b%26pp%3D2%26microbatches%3D4")
-    for viewport in (LAPTOP, PHONE):
+    for viewport in (LAPTOP, TABLET, PHONE):
         page.set_viewport_size(viewport)
         settled(page)
         assert page.evaluate("() => document.documentElement.scrollWidth") <= viewport["width"]
@@ -423,9 +427,11 @@ def test_page_fits_its_window(open_page: Open) -> None:
 def test_no_figure_of_a_long_step_is_cut_off(open_page: Open) -> None:
     page = open_page("model=mhc-27b&micro_batch_size=4")
     assert number(fact(page, "step")) > 10_000  # ms
-    for name in ("breakdown", "memory"):
-        table = page.locator(f"#{name}-table > div")
-        assert table.evaluate("(box) => box.scrollWidth - box.clientWidth") == 0
+    for viewport in (LAPTOP, TABLET):
+        page.set_viewport_size(viewport)
+        for name in ("breakdown", "memory"):
+            table = page.locator(f"#{name}-table > div")
+            assert table.evaluate("(box) => box.scrollWidth - box.clientWidth") == 0
 
 
 def _keep(page: Page, name: str) -> None:

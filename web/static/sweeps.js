@@ -22,12 +22,14 @@ export function addSweeps(state, go) {
 }
 
 async function sweep(kind, title, plan, go, signal) {
-  const plot = await plotOf(kind, title, plan, go), said = byId("sweep-state");
+  const plot = await plotOf(kind, go), said = byId("sweep-state");
   said.textContent = `${title}…`;
   try {
     for await (const line of lines(`/api/sweep/${kind}?${plan}`, { signal })) {
       if (line.message) throw new Error(line.message);
-      const { done, total, refused, figure } = line;
+      const { plan: name, done, total, refused, figure } = line;
+      plot.previousElementSibling.textContent =
+        `${title} of ${name}. Hollow: does not fit. Large: the plan. Click to go there.`;
       await draw(plot, figure);
       said.textContent = `${title}: ${done} of ${total}`
         + (refused.length ? `, ${refused.length} cannot be run (${refused.at(-1)})` : "");
@@ -38,7 +40,7 @@ async function sweep(kind, title, plan, go, signal) {
 }
 
 /** The plot of a kind of sweep, made when it is first asked for. */
-async function plotOf(kind, title, plan, go) {
+async function plotOf(kind, go) {
   let plot = document.querySelector(`[data-plot="${kind}"]`);
   if (!plot) {
     const box = document.createElement("figure"), caption = document.createElement("figcaption");
@@ -51,7 +53,5 @@ async function plotOf(kind, title, plan, go) {
     await Plotly.newPlot(plot, []);
     plot.on("plotly_click", ({ points: [point] }) => point.customdata && go(point.customdata));
   }
-  plot.previousElementSibling.textContent =
-    `${title} of ${plan}. Hollow: does not fit. Large: the plan. Click to go there.`;
   return plot;
 }

@@ -16,8 +16,7 @@ const HELD_MS = 1000; // while a slider is held: the next answer would have to w
 const RETRY_MS = 2000;
 const SLOW_MS = 1500;
 const SPEAK_MS = 900;
-// of a figure whose legend is the table beneath it
-const BESIDE_TABLE = { showlegend: false, height: 196, margin: { l: 104, r: 12, t: 12, b: 40 } };
+const BESIDE_TABLE_PIXELS = 196; // height of a figure whose legend is the table beneath it
 
 const controls = await json("/api/controls");
 const defaults = Object.fromEntries(
@@ -77,9 +76,9 @@ function show(answer) {
   byId("facts").dataset.fits = answer.report.fits;
   for (const name of ["breakdown", "memory"]) {
     const figure = answer.figures[name], table = byId(`${name}-table`);
-    draw(byId(name), figure, BESIDE_TABLE);
+    draw(byId(name), figure, { showlegend: false, height: BESIDE_TABLE_PIXELS });
     putTables(table, answer.tables[name]);
-    addSwatches(table, figure);
+    addLegend(table, figure);
   }
   putTables(byId("tables"), answer.tables.others);
   putTables(byId("differences"), answer.differences);
@@ -117,17 +116,20 @@ function putTables(element, tables) {
   element.innerHTML = tables.map((table) => `<div>${table}</div>`).join("");
 }
 
-/** Makes the table beneath a figure its legend. */
-function addSwatches(table, figure) {
-  const colors = new Map(figure.data.map(({ name, marker }) => [name, marker]));
-  for (const cell of table.querySelectorAll("td:first-child")) {
-    const marker = colors.get(cell.textContent);
-    if (!marker) continue;
-    const swatch = document.createElement("span");
-    swatch.className = marker.pattern ? "swatch hatched" : "swatch";
-    swatch.style.backgroundColor = marker.color;
-    cell.prepend(swatch);
+/** Makes the table beneath a figure its legend, with a line for what it has no row of. */
+function addLegend(table, figure) {
+  const cells = new Map(
+    [...table.querySelectorAll("td:first-child")].map((cell) => [cell.textContent, cell]));
+  const others = document.createElement("p");
+  others.className = "hint";
+  for (const { name, marker, mode } of figure.data) {
+    const swatch = document.createElement("span"), cell = cells.get(name);
+    swatch.className = mode === "markers" ? "swatch mark" : marker.pattern ? "swatch hatched" : "swatch";
+    swatch.style.backgroundColor = marker.color ?? marker.line.color;
+    if (cell) cell.prepend(swatch);
+    else others.append(swatch, `${name} `);
   }
+  if (others.childElementCount) table.prepend(others);
 }
 
 function factElement({ label, value, note, pinned, change }) {

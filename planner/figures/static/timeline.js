@@ -9,7 +9,7 @@
 // on the axis. Needs the global `Plotly`; works from file://.
 
 const BARS_AT_MOST = 3000;
-const TEXT_PIXELS_A_LETTER = 6.5;
+const TEXT_PIXELS_A_LETTER = 6.5, TEXT_PIXELS_HIGH = 10;
 const PATH_PIECES_AT_MOST = 2000;
 const TONES = [0.4, 0.7, 1]; // how strong a cell is that is filled up to 1/3, 2/3, 3/3
 const MARGIN = 0.5; // of the visible time, drawn on each side: panning shows it at once
@@ -101,8 +101,11 @@ function opAt(ops, lane, time) {
 
 // -- what is drawn ---------------------------------------------------------------------------------
 
-/** Bars of the visible ops, a trace a class. */
-function barTraces(ops, begin, end, shown, pixelsPerNs) {
+/**
+ * Bars of the ops between `begin` and `end`, a trace a class. They are cut where `view` ends, so that
+ * the name of a long op is in sight; a name is left out where its bar is too short or too low.
+ */
+export function barTraces(ops, begin, end, shown, view, pixelsPerNs, pixelsHigh) {
   const traces = ops.paints.map((paint) => ({
     type: "bar", orientation: "h", name: paint.name, showlegend: false, hoverinfo: "none",
     x: [], y: [], base: [], width: [], customdata: [], text: [], textposition: "inside",
@@ -115,21 +118,24 @@ function barTraces(ops, begin, end, shown, pixelsPerNs) {
   }));
   for (let lane = 0; lane < ops.lanes.length; lane++) {
     const [first, last] = visibleInLane(ops, lane, begin, end);
-    const height = ops.lanes[lane].bottom - ops.lanes[lane].top;
+    const height = (ops.lanes[lane].bottom - ops.lanes[lane].top) * FILLED;
+    const isHigh = height * pixelsHigh >= TEXT_PIXELS_HIGH;
     for (let op = first; op < last; op++) {
       const paint = ops.paint[ops.label[op]];
       if (!shown[paint]) continue;
       const trace = traces[paint], name = ops.labels[ops.label[op]].name;
-      // cut where drawing ends, so that the name of a long op is in sight
-      const from = Math.max(begin, ops.start[op]);
-      const to = Math.min(end, ops.start[op] + ops.duration[op]);
-      trace.x.push((to - from) / MS);
-      trace.base.push(from / MS);
-      trace.y.push(ops.middle[lane]);
-      trace.width.push(height * FILLED);
-      trace.customdata.push(op);
-      const fits = height > 1 && (to - from) * pixelsPerNs > name.length * TEXT_PIXELS_A_LETTER;
-      trace.text.push(fits ? name : "");
+      let from = Math.max(begin, ops.start[op]);
+      const last = Math.min(end, ops.start[op] + ops.duration[op]);
+      for (const to of [...view.filter((edge) => from < edge && edge < last), last]) {
+        trace.x.push((to - from) / MS);
+        trace.base.push(from / MS);
+        trace.y.push(ops.middle[lane]);
+        trace.width.push(height);
+        trace.customdata.push(op);
+        const isLong = (to - from) * pixelsPerNs > name.length * TEXT_PIXELS_A_LETTER;
+        trace.text.push(isHigh && isLong ? name : "");
+        from = to;
+      }
     }
   }
   return traces.filter((trace) => trace.x.length);
@@ -381,7 +387,9 @@ export class Timeline {
   /** Cuts what is visible now: traces for Plotly. */
   traces() {
     const [begin, end] = this.range, ink = pageInk(), span = end - begin;
-    const width = Math.max(200, (this.element.clientWidth || 1200) - 136);
+    const { height, margin, yaxis: { domain: [bottom, top] } } = this.layout;
+    const width = Math.max(200, (this.element.clientWidth || 1200) - margin.l - margin.r);
+    const pixelsHigh = ((height - margin.t - margin.b) * (top - bottom)) / this.ops.height;
     const from = Math.max(0, begin - MARGIN * span);
     const to = Math.min(this.whole, end + MARGIN * span);
     this.isRaster = countVisible(this.ops, begin, end) > BARS_AT_MOST;
@@ -389,7 +397,7 @@ export class Timeline {
     const drawn = countVisible(this.ops, from, to) > BARS_AT_MOST ? [begin, end] : [from, to];
     const ops = this.isRaster
       ? [heatTrace(this.ops, from, to, columns, this.shown, ink.plot)]
-      : barTraces(this.ops, ...drawn, this.shown, width / span);
+      : barTraces(this.ops, ...drawn, this.shown, this.range, width / span, pixelsHigh);
     const path = this.pathShown ? [pathTrace(this.ops, from, to, ink)] : [];
     return [...ops, ...path, ...memoryTraces(this.ops, from, to, ink)];
   }

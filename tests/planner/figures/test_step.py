@@ -150,7 +150,15 @@ def test_timeline_figure_has_lanes_above_memory_on_one_time_axis() -> None:
     assert layout["yaxis"]["domain"][0] > layout["yaxis2"]["domain"][1]
     assert layout["xaxis"]["range"] == [0, small().step.timeline.step_ns / 1e6]
     assert layout["yaxis"]["ticktext"][0] == "rank 0 compute"
-    assert any("limit 80.0 GB" in text["text"] for text in layout["annotations"])
+    assert layout["annotations"][0]["text"] == "limit<br>80.0 GB"
+
+
+def test_limit_is_named_beside_the_axes_where_no_bar_lies() -> None:
+    for figure in (memory_figure(made_up_report()), timeline_figure(drawn(), 80 * 10**9)):
+        layout = figure.to_plotly_json()["layout"]
+        (text,) = layout["annotations"]
+        assert (text["x"], text["xref"], text["xanchor"]) == (1, "paper", "left")
+        assert layout["margin"]["r"] >= len("80.0 GB") * text["font"]["size"] * 0.6
 
 
 def test_breakdown_figure_shows_the_plan_and_its_baseline() -> None:
@@ -172,6 +180,15 @@ def test_pinned_plan_stands_above_and_shares_an_equal_baseline() -> None:
         assert breakdown_figure(report, pinned).to_plotly_json()["data"][0]["y"] == names
     marks = memory_figure(report, other).to_plotly_json()["data"][-1]
     assert marks["y"] == [rank.device_bytes / 1e9 for rank in other.memory]
+
+
+def test_memory_figure_has_an_axis_of_whole_ranks_also_where_more_are_pinned() -> None:
+    report = made_up_report()
+    more = made_up_report(memory=report.memory * 2)
+    for shown, pinned in ((report, None), (report, more), (more, report)):
+        most = max(len(shown.memory), len(pinned.memory) if pinned else 0)
+        axis = memory_figure(shown, pinned).to_plotly_json()["layout"]["xaxis"]
+        assert axis["range"] == [-0.5, most - 0.5]
 
 
 def test_memory_figure_stacks_up_to_what_the_device_needs() -> None:
@@ -289,6 +306,31 @@ def test_raster_has_the_class_that_fills_most_of_a_cell_and_how_much() -> None:
             else:
                 assert filled[row[column] // 3] == pytest.approx(filled.max(), rel=1e-4)
                 assert abs(share * 3 - (row[column] % 3 + 0.5)) <= 0.5 + 1e-3
+
+
+def test_bars_of_a_view_add_up_to_its_ops_and_name_those_that_have_room() -> None:
+    data = drawn()
+    step, start, duration = data["step_ns"], starts(), array(data["duration"])
+    begin, end = step // 3, step // 2
+    traces = browser(
+        *(("bars", 0, step, [begin, end], 1e-3, high) for high in (20, 5)),
+    )
+    roomy, low = ([bar for trace in traces for bar in zip(
+        trace["customdata"], trace["base"], trace["x"], trace["text"], strict=True)]
+        for traces in traces)  # fmt: skip
+    length = np.zeros(len(start))
+    for op, base, x, name in roomy:
+        length[op] += x * 1e6
+        for edge in (begin, end):  # no bar crosses it
+            assert not base * 1e6 < edge - 1 < edge + 1 < (base + x) * 1e6
+        label = data["labels"][array(data["label"])[op]]["name"]
+        assert name == (label if x * 1e6 * 1e-3 > len(label) * 6.5 else "")
+    assert np.abs(length - duration).max() < 1
+    lanes = np.repeat(np.arange(len(data["lanes"])), np.diff(array(data["offsets"])))
+    named = {int(lanes[op]) for op, *_, name in low if name}
+    high = {i for i, lane in enumerate(data["lanes"]) if lane["bottom"] - lane["top"] == 3}
+    assert named <= high
+    assert named
 
 
 def test_hover_says_what_an_op_is_and_what_it_waited_for() -> None:

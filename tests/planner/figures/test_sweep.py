@@ -52,17 +52,18 @@ def test_points_carry_where_a_click_goes_and_hollow_ones_do_not_fit(points: list
 
 def test_axis_keeps_the_order_of_its_labels_while_points_come() -> None:
     point = Point("none", "", 2_000_000, 12.5, 60 * GB, 70.4, True, True, "n=4")
-    figure = axis_figure([point], ["none", "2", "auto"], 80 * GB).to_plotly_json()
+    figure = axis_figure([point], "n", ["none", "2", "auto"], 80 * GB).to_plotly_json()
     assert figure["layout"]["xaxis"]["categoryarray"] == ["none", "2", "auto"]
     overhead, memory = figure["data"]
     assert (overhead["y"], memory["y"]) == ([12.5], [60.0])
     assert figure["layout"]["shapes"][0]["y0"] == 80
+    assert figure["layout"]["xaxis"]["title"]["text"] == "n"
 
 
 def test_hover_says_how_much_of_a_point_was_measured() -> None:
     point = Point("16", "zbv", 2_000_000, 84.7, 60 * GB, 33.3, True, False, "n=16")
     said = "33 % of op time measured at its shape"
-    for trace in axis_figure([point], ["16"], 80 * GB).to_plotly_json()["data"]:
+    for trace in axis_figure([point], "n", ["16"], 80 * GB).to_plotly_json()["data"]:
         assert trace["text"] == [said]
         assert "%{text}" in trace["hovertemplate"]
     _, group = pareto_figure([point], 80 * GB).to_plotly_json()["data"]
