@@ -50,6 +50,11 @@ def facts(report: PlanReport, pinned: PlanReport | None) -> list[Fact]:
     ]
 
 
+def _of_what(report: PlanReport) -> str:
+    name = residual_name(report.plan)
+    return f"{name} itself" if report.plan.residual.is_plain else f"of {name} over plain"
+
+
 def _plain_and_power(report: PlanReport) -> str:
     plain, slower = f"plain {ms(report.baseline_step_time_ns)}", report.power_slowdown_percent
     return f"{plain}; power limit: arithmetic +{slower:.1f} %" if slower else plain
@@ -72,7 +77,7 @@ _FIGURES = (
     _Figure(
         "overhead",
         lambda report: f"{report.overhead_percent:+.2f} %",
-        lambda report: f"of {residual_name(report.plan)} over plain",
+        _of_what,
         lambda a, b: f"{b.overhead_percent - a.overhead_percent:+.2f} points",
     ),
     _Figure(

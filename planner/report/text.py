@@ -112,18 +112,18 @@ def certainty(report: PlanReport) -> str:
     if found is None:
         return ""
     low, high = found.step_time_ns
-    parts = [f"{ms(low)} to {ms(high)} ms a step"]
+    parts = [f"step {ms(low)} to {ms(high)} ms"]
     if not report.plan.residual.is_plain:
-        parts.append("{:+.2f} to {:+.2f} %".format(*found.overhead_percent))
+        parts.append("overhead {:+.2f} to {:+.2f} %".format(*found.overhead_percent))
     if found.device_memory_bytes is not None and found.out_of_memory_percent is not None:
         least, most = found.device_memory_bytes
-        parts.append(f"{gb(least)} to {gb(most)} GB, {_risk(report)}")
+        parts.append(f"memory {gb(least)} to {gb(most)} GB, {_risk(report)}")
     of_what = (
         f"op times' spread and the model's error, measured in {_runs(found.num_measured_runs)}"
         if found.num_measured_runs
         else "op times' spread only, the model's own error is not measured yet"
     )
-    return f"{found.coverage_percent:.0f} % of drawn runs: {', '.join(parts)} ({of_what})"
+    return f"{found.coverage_percent:.0f} % interval: {', '.join(parts)} ({of_what})"
 
 
 def _runs(count: int) -> str:

@@ -21,3 +21,13 @@ def test_step_says_what_the_power_limit_adds(slower: float | None, note: str) ->
         f for f in facts(make_report(power_slowdown_percent=slower), None) if f[0] == "step"
     )
     assert step.note == note
+
+
+def test_overhead_of_the_plain_residual_is_not_over_itself() -> None:
+    plain, other = make_report(), make_report()
+    plain = plain.model_copy(
+        update={"plan": plain.plan.model_copy(
+            update={"residual": plain.plan.residual.model_copy(update={"kind": "plain"})})}
+    )  # fmt: skip
+    assert facts(plain, None)[0].note == "plain residual itself"
+    assert facts(other, None)[0].note == "of mHC n=4 over plain"

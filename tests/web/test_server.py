@@ -127,7 +127,7 @@ def test_what_is_no_plan_file_is_refused_in_one_line(server: str, content: bytes
 
 def test_certainty_is_a_line_and_all_remarks(server: str) -> None:
     got = get(server, f"/api/certainty?{SMALL}").json()
-    assert "% of drawn runs" in got["line"]
+    assert "% interval: step " in got["line"]
     assert set(answer(server, SMALL)["report"]["warnings"]) <= set(got["remarks"])
 
 

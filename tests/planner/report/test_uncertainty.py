@@ -129,7 +129,7 @@ def test_memory_that_runs_always_exceeded_is_said_as_its_interval_leaves_the_ans
 def test_what_is_missing_is_said() -> None:
     report = make_report(small(), "", intervals(varied(1), ModelErrors()))
     line = certainty(report)
-    assert line.startswith("90 % of drawn runs: ")
+    assert line.startswith("90 % interval: step ")
     assert "the model's own error is not measured yet" in line
     assert "GB" not in line
     assert any("assumed: 50% of the variance" in remark for remark in remarks(report))
