@@ -6,7 +6,7 @@ Everything is measured in this run on this machine; CPU time is printed beside w
 busy machine shows. ``what-if``: the paper's 27B model, PP 8, M 64, DualPipe, op by op, with its
 baseline played too and with the baseline that is kept; then the engines alone. ``sweep``: the fast
 estimate of a list of plans on one and on two cores, the best of them confirmed by the engine, and
-how far the estimate was off. ``cold``: a new process, with numba's code on disk and without.
+how far the estimate was off. ``cold``: a new process, with machine code on disk and without.
 ``trace``: a Perfetto file of 200,000 ops. ``growth``: with P, M and the number of blocks.
 
 Where a what-if's time goes, in ms of CPU time for the plan's 72,080 ops, the least of eight rounds
@@ -14,8 +14,7 @@ while others used the machine (2.4 GHz EPYC): the engine's two plays 22 and 23 (
 is shared anew 90,000 times, each time with the rate of the chosen kernel and of two transfers, and
 a look at what is due next), breakdown 3, templates and the order of ops 2, what the clock follows
 2, memory, prices, and the report 1 each; the baseline on the other core. More than half of a new
-process are imports, half of them numba and pydantic's models; then machine code from disk,
-intervals and templates.
+process are imports: numpy, pydantic's models and the command line; numba is not loaded.
 
 A play takes 290 to 308 ns an op for 18,000 ops as for 290,000, so large arrays are not what it
 waits for; it executes some 1,200 instructions an op (counted by single steps, mhc-3b, P 2, M 4).
@@ -30,8 +29,6 @@ code and took 1.13. Ranks could be played apart only while no message between th
 which is so for a fifth of the times that a GPU is shared. No period can be played once for all: the
 overlapped pairs of rank 0 still differ by 11 us from one microbatch to the next after 22 of them.
 Threads that hand over the GIL after 0.5 ms instead of 5 made no what-if faster.
-NUMBA_LOOP_VECTORIZE=0 gives 0.93: most loops go over two or three ops; it is no default, as it
-changes all of a process's numba code.
 """
 
 from __future__ import annotations

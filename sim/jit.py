@@ -1,13 +1,14 @@
-"""Machine code from plain functions, by numba: the one place where numba is seen.
+"""Machine code from plain functions: made once by numba, kept on disk, called as C is called.
 
 :func:`compiled` makes a function run as machine code; :func:`usable_in_compiled` lets compiled
 functions call a plain one, which stays plain for everybody else. Both leave what the function does
 unchanged: they are written in the part of Python that numba knows, over integers and arrays.
 
-Code is kept on disk, in a folder named after the content of every file that holds such functions,
-so that no stale code is ever run: numba itself only looks at the file of the outermost function.
-The folder is in ``NUMBA_CACHE_DIR``, else in the user's cache, else beside this file; where none
-can be written to, code is made anew in each process.
+What numba makes (:mod:`mhcplan.sim.jit_numba`) is object code that needs nothing of numba: a later
+process hands it to LLVM and never loads numba, which takes longer than to play a step. It is kept
+in a folder named after all that it was made from and for, so that no stale code is ever run. The
+folder is in ``NUMBA_CACHE_DIR``, else in the user's cache, else beside this file; where none can be
+written to, code is made anew in each process.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ import os
 import sys
 import tempfile
 import threading
+from contextlib import suppress
+from ctypes import CFUNCTYPE, addressof, c_int64, c_void_p
 from functools import cache, wraps
 from importlib import import_module
-from importlib.util import find_spec
+from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, cast
 
 import numpy as np
 
@@ -35,13 +37,10 @@ if TYPE_CHECKING:
     R = TypeVar("R")
 
 MISSING_NUMBA = "numba is missing, add it with: pip install numba"
+ENTRY = "entry"
+"""The symbol of a compiled function in its object code."""
 _FOLDER = Path(__file__).parent
-# No reference counts: functions that make no arrays need none, and they took three quarters of the
-# time. Divisions by zero give anything and stop nothing.
-_OPTIONS: dict[str, Any] = {"_nrt": False, "error_model": "numpy"}
-# Only machine code calls helpers; unpacking Python's named tuples for them took a quarter of the
-# time that compiling takes.
-_NO_WRAPPERS = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+_Start = c_int64 * 0
 
 
 class Ints(Protocol):
@@ -53,7 +52,7 @@ class Ints(Protocol):
 
 
 _helpers: list[Callable[..., Any]] = []
-_registered: set[Callable[..., Any]] = set()
+_engines: list[Any] = []  # machine code lives as long as the engine that loaded it
 _lock = threading.Lock()
 
 
@@ -61,7 +60,9 @@ _lock = threading.Lock()
 def has_numba() -> bool:
     """Whether compiled functions are compiled; without numba they run as plain Python, slowly."""
     try:
-        import_module("numba")
+        folder = _cache_folder()
+        if folder is None or not any(folder.glob("*.o")):
+            import_module("numba")
     except ImportError:
         return False
     return True
@@ -76,19 +77,22 @@ def usable_in_compiled(function: Callable[P, R]) -> Callable[P, R]:
 def compiled(function: Callable[P, R]) -> Callable[P, R]:
     """Run ``function`` as machine code, made at its first call or taken from disk.
 
-    Arguments are integers, int64 arrays (:func:`ints`) and named tuples of arrays, of the same
-    types in every call. It must not raise nor make arrays nor use an index below 0, and must be
-    free to run without the GIL.
+    Arguments are integers, contiguous and writable arrays of them, and named tuples of both; of the
+    same types in every call, and not by keyword. The result is None, an integer, or 1 or 0 for true
+    or false. The function must not raise nor make arrays nor use an index below 0, and must be free
+    to run without the GIL.
     """
-    code: list[Callable[P, R]] = []
+    code: list[Callable[..., Any]] = []
 
     @wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+    def call(*args: object) -> object:
         if not code:
-            return _first_call(function, code, *args, **kwargs)
-        return code[0](*args, **kwargs)
+            with _lock:
+                if not code:  # another thread may have made it while this one waited
+                    code.append(_machine_code(function, args))
+        return code[0](*args)
 
-    return call
+    return cast("Callable[P, R]", call)
 
 
 def ints(values: ArrayLike) -> NDArray[np.int64]:
@@ -96,91 +100,106 @@ def ints(values: ArrayLike) -> NDArray[np.int64]:
     return np.require(values, np.int64, ["C", "A", "W"])
 
 
-def _first_call(
-    function: Callable[P, R], code: list[Callable[P, R]], *args: P.args, **kwargs: P.kwargs
-) -> R:
-    """Make the machine code and call it; trouble with the cache must not stop the program."""
-    with _lock:
-        if not code:  # another thread may have made it while this one waited
-            made = _machine_code(function, cached=True)
-            _load_numba_alone()
-            try:
-                result = _compile_and_call(made, *args, **kwargs)
-            except Exception:  # a full disk, a file cut short, a numba that is made otherwise:
-                made = _machine_code(function, cached=False)  # again without cache and shortcut
-                result = made(*args, **kwargs)
-            code.append(made)
-            return result
-    return code[0](*args, **kwargs)
-
-
-def _compile_and_call(made: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Make the machine code, where no index counts from the end of an array: to look whether one
-    does, at every access, took a third of the engine's time.
-
-    numba has no switch for that. The function that adds the look stands aside, for this thread.
-    """
-    if not has_numba():
-        return made(*args, **kwargs)
-    arrays: Any = import_module("numba.np.arrayobj")
-    usual, thread = getattr(arrays, "fix_integer_index", None), threading.get_ident()
-    if usual is None:  # another numba: slower
-        return made(*args, **kwargs)
-
-    def fix_integer_index(context: Any, builder: Any, kind: Any, index: Any, size: Any) -> Any:  # noqa: ANN401
-        if threading.get_ident() != thread:
-            return usual(context, builder, kind, index, size)
-        return context.cast(builder, index, kind, import_module("numba").types.intp)
-
-    arrays.fix_integer_index = fix_integer_index
-    try:
-        return made(*args, **kwargs)
-    finally:
-        arrays.fix_integer_index = usual
-
-
-def _machine_code(function: Callable[P, R], *, cached: bool) -> Callable[P, R]:
+def _machine_code(function: Callable[..., Any], args: tuple[object, ...]) -> Callable[..., Any]:
+    """What does the same as ``function``, fast, for arguments of the types of ``args``."""
     if not has_numba():
         return function
-    numba: Any = import_module("numba")
-    register_jitable: Any = import_module("numba.extending").register_jitable
-    for helper in _helpers:
-        if helper not in _registered:
-            register_jitable(**_OPTIONS, **_NO_WRAPPERS, forceinline=True)(helper)
-            _registered.add(helper)
-    folder = _cache_folder() if cached else None
-    if folder is None:
-        return numba.njit(nogil=True, **_OPTIONS)(function)
-    before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = str(folder)
-    try:
-        return numba.njit(nogil=True, cache=True, **_OPTIONS)(function)
-    finally:
-        numba.config.CACHE_DIR = before
+    _, kinds = _laid_out(args)
+    object_code = _object_code(function, args, ",".join(kinds))
+    entry = _load(object_code, None if returns_nothing(function) else c_int64)
+
+    def call(*args: object) -> object:
+        words, given = _laid_out(args)
+        if given != kinds:
+            raise TypeError(f"{function.__name__} is compiled for {kinds}, not for {given}")
+        return entry((c_int64 * len(words))(*words))
+
+    return call
 
 
-@cache
-def _load_numba_alone() -> None:
-    """Load what numba loads at its first function, without scipy: it would import all of
-    ``scipy.linalg``, in a third of a second, only to see that it is there.
+def _object_code(function: Callable[..., Any], args: tuple[object, ...], kinds: str) -> bytes:
+    folder = _cache_folder()
+    name = f"{function.__module__}.{function.__qualname__}"
+    file = folder and folder / f"{name}-{_digest(kinds.encode())[:8].decode()}.o"
+    object_code = file and _kept(file)
+    if object_code is None:
+        made = import_module("mhcplan.sim.jit_numba").compile_function(function, _helpers, args)
+        object_code = made.object_code
+        if file and made.stands_alone:
+            _keep(file, object_code)
+    return object_code
 
-    While that module is loaded a stand-in says so; code that calls BLAS imports the real one.
+
+def returns_nothing(function: Callable[..., Any]) -> bool:
+    """Whether a compiled function returns None, by its annotation."""
+    return function.__annotations__["return"] in {None, "None"}
+
+
+def _laid_out(args: tuple[object, ...]) -> tuple[list[int], list[str]]:
+    """What an entry is told of arguments: of a tuple its parts, of an array where it begins and its
+    shape, or an integer; and of which kind each was.
+
+    Raises:
+        TypeError: an array is read-only or not contiguous.
     """
-    wanted = "scipy.linalg.cython_blas"
-    if not has_numba() or wanted in sys.modules or find_spec("scipy") is None:
-        return
-    sys.modules[wanted] = ModuleType(wanted)
+    words: list[int] = []
+    kinds: list[str] = []
+
+    def add(value: Any) -> None:  # noqa: ANN401
+        if isinstance(value, tuple):
+            for part in cast("tuple[object, ...]", value):
+                add(part)
+        elif isinstance(value, (int, np.integer)):
+            words.append(int(cast("int", value)))
+            kinds.append("int")
+        else:
+            words.extend((addressof(_Start.from_buffer(value)), *value.shape))
+            kinds.append(value.dtype.char * value.ndim)
+
+    add(args)
+    return words, kinds
+
+
+def _load(object_code: bytes, result: type[c_int64] | None) -> Callable[..., Any]:
+    """The entry of object code, as a function of an array of words; it runs without the GIL."""
+    llvm: Any = import_module("llvmlite.binding")
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+    engine.add_object_file(llvm.ObjectFileRef.from_data(object_code))
+    engine.finalize_object()
+    _engines.append(engine)
+    return CFUNCTYPE(result, c_void_p)(engine.get_function_address(ENTRY))
+
+
+def _kept(file: Path) -> bytes | None:
+    """Object code that :func:`_keep` wrote; LLVM is not to see any that is cut short or foreign."""
     try:
-        import_module("numba.np.arraymath")
-    finally:
-        del sys.modules[wanted]
+        digest, object_code = file.read_bytes().split(b"\n", 1)
+    except (OSError, ValueError):
+        return None
+    return object_code if digest == _digest(object_code) else None
+
+
+def _keep(file: Path, object_code: bytes) -> None:
+    """Write whole or not at all: other processes do so at the same time, and disks are full."""
+    with suppress(OSError), tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        written = Path(folder, file.name)
+        written.write_bytes(_digest(object_code) + b"\n" + object_code)
+        written.replace(file)
 
 
 @cache
 def _cache_folder() -> Path | None:
-    """A folder for machine code that can be written to, or None."""
+    """A folder for machine code that can be written to, or None.
+
+    Raises:
+        ImportError: numba or LLVM are not installed.
+    """
+    name = f"code-{_digest(*_origin())[:16].decode()}"
     for base in _cache_bases():
-        folder = base / f"code-{_sources_digest()}"
+        folder = base / name
         try:
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
@@ -206,9 +225,17 @@ def _cache_bases() -> Iterator[Path]:
     yield _FOLDER / "__pycache__"
 
 
-def _sources_digest() -> str:
-    """A digest of everything in this folder: compiled functions call each other across files."""
-    digest = hashlib.sha256(sys.version.encode())
+def _origin() -> Iterator[bytes]:
+    """What machine code depends on: this processor, who made it, and everything in this folder, as
+    compiled functions call each other across files."""
+    llvm: Any = import_module("llvmlite.binding")
+    yield llvm.get_host_cpu_name().encode()
+    yield llvm.get_host_cpu_features().flatten().encode()
+    for text in (sys.version, version("numba"), version("llvmlite")):
+        yield text.encode()
     for file in sorted(_FOLDER.glob("*.py")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
+        yield file.read_bytes()
+
+
+def _digest(*parts: bytes) -> bytes:
+    return hashlib.sha256(b"\n".join(parts)).hexdigest().encode()

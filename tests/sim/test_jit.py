@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 from threading import Barrier
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -46,24 +46,42 @@ def test_processes_that_start_together_share_one_cache(tmp_path: Path) -> None:
         output, errors = process.communicate(timeout=300)
         assert output.split()[:3] == SORTED, errors
         assert output.split()[3].startswith(cache)
-    kept = sorted(Path(cache).rglob("*.nbc"))
-    assert kept
-    before = [(file, file.stat().st_mtime_ns) for file in kept]
-    for damage in (None, b"cut short"):
-        if damage is not None:
-            for file in kept:
-                file.write_bytes(damage)
+    (file,) = Path(cache).rglob("*.o")
+    kept, written_ns = file.read_bytes(), file.stat().st_mtime_ns
+    output, errors = run_python(SORT, NUMBA_CACHE_DIR=cache).communicate(timeout=300)
+    assert output.split()[:3] == SORTED, errors
+    assert file.stat().st_mtime_ns == written_ns, "used, not remade"
+    for damaged in (b"", b"cut short", kept[:-1], kept[:-9] + b"elsewhere"):
+        file.write_bytes(damaged)
         output, errors = run_python(SORT, NUMBA_CACHE_DIR=cache).communicate(timeout=300)
         assert output.split()[:3] == SORTED, errors
-        if damage is None:
-            assert before == [(file, file.stat().st_mtime_ns) for file in kept], "used, not remade"
+        assert len(file.read_bytes()) == len(kept), "made anew"
+
+
+PREDICT = """
+from mhcplan.planner.plan.spec import make_plan
+from mhcplan.planner.predict import predict
+from mhcplan.sim.jit import has_numba
+plan = {"model": "mhc-3b", "layout": {"pp": 2}, "microbatches": 4}
+print(predict(make_plan(plan)).step.timeline.step_ns, has_numba())
+"""
+
+
+def test_a_process_that_finds_code_on_disk_needs_no_numba(tmp_path: Path) -> None:
+    said: list[str] = []
+    for before in ("", "import sys; sys.modules['numba'] = None"):
+        process = run_python(before + PREDICT, NUMBA_CACHE_DIR=str(tmp_path))
+        output, errors = process.communicate(timeout=600)
+        assert output.endswith("True\n"), errors
+        said.append(output)
+    assert said[0] == said[1]
 
 
 def test_threads_that_start_together_make_the_code_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
     begin = Barrier(2)
 
-    def machine_code(function: Callable[..., Any], *, cached: bool) -> Callable[..., Any]:
+    def machine_code(function: Callable[..., Any], _: object) -> Callable[..., Any]:
         made.append(function.__name__)
         return function
 
@@ -94,6 +112,14 @@ def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
     assert output.split() == [*SORTED, "None"], errors
 
 
+def test_a_full_disk_stops_nothing_and_keeps_nothing(tmp_path: Path) -> None:
+    full = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+    process = run_python(full + SORT, NUMBA_CACHE_DIR=str(tmp_path), PYTHONDONTWRITEBYTECODE="1")
+    output, errors = process.communicate(timeout=300)
+    assert output.split()[:3] == SORTED, errors
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 def test_a_numba_whose_inside_changed_makes_slower_code_and_no_error(tmp_path: Path) -> None:
     # the stand-in that jit puts in takes five arguments; this numba gives it six
     changed = """
@@ -112,23 +138,56 @@ arrays.__class__ = Changed
     assert output.split()[:3] == SORTED, errors
 
 
-def test_without_numba_the_same_comes_slowly() -> None:
-    code = "import sys\nsys.modules['numba'] = None\n" + SORT
-    output, errors = run_python(code).communicate(timeout=300)
-    assert output.split()[:3] == SORTED, errors
+def test_without_numba_the_same_comes_slowly(tmp_path: Path) -> None:
+    code = "import sys\nsys.modules['numba'] = None\n" + SORT + "print(jit.has_numba())"
+    output, errors = run_python(code, NUMBA_CACHE_DIR=str(tmp_path)).communicate(timeout=300)
+    assert [*output.split()[:3], output.split()[-1]] == [*SORTED, "False"], errors
 
 
-def test_scipy_is_not_loaded_for_code_that_needs_none_and_is_there_for_code_that_does() -> None:
-    pytest.importorskip("scipy")
-    code = SORT + (
-        "import sys\n"
-        "from numba.np import arraymath\n"
-        "print('scipy.linalg' in sys.modules, arraymath._HAVE_BLAS)\n"
-        "import scipy.linalg.cython_blas\n"
-        "print('dgemm' in scipy.linalg.cython_blas.__pyx_capi__)\n"
-    )
-    output, errors = run_python(code).communicate(timeout=300)
-    assert output.split()[-3:] == ["False", "True", "True"], errors
+class Shelf(NamedTuple):
+    rows: Any
+    marks: Any
+
+
+def weigh(shelf: Shelf, factor: int, sums: jit.Ints) -> bool:
+    for row in range(shelf.rows.shape[0]):
+        for column in range(shelf.rows.shape[1]):
+            sums[row] += factor * shelf.rows[row, column] - shelf.marks[column]
+    return sums[0] > sums[1]
+
+
+def double(values: jit.Ints) -> None:
+    for i in range(len(values)):
+        values[i] *= 2
+
+
+def at_most_nine(value: int) -> int:
+    if value > 9:
+        raise ValueError
+    return value
+
+
+def test_machine_code_does_what_python_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jit, "_cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(jit, "has_numba", lambda: True)
+    weighed, doubled = jit.compiled(weigh), jit.compiled(double)
+    for rows in ([[1, 2, 3], [4, 5, 6]], [[9, 8, 7], [1, 1, 1]]):
+        shelf = Shelf(np.array(rows, np.int32), np.array([True, False, True]))
+        by_machine, by_python = jit.ints([10, 20]), jit.ints([10, 20])
+        assert weighed(shelf, np.int64(3), by_machine) == weigh(shelf, 3, by_python)
+        assert by_machine.tolist() == by_python.tolist()
+        assert doubled(by_machine) is None
+        assert by_machine.tolist() == (2 * by_python).tolist()
+    doubled(jit.ints([]))
+    with pytest.raises(TypeError, match=r"double is compiled for \['l'\], not for \['i'\]"):
+        doubled(np.array([1], np.int32))
+    with pytest.raises(TypeError, match="contiguous"):
+        doubled(jit.ints([1, 2, 3, 4])[::2])
+    assert len(list(tmp_path.iterdir())) == 2
+    assert jit.compiled(at_most_nine)(7) == 7
+    assert len(list(tmp_path.iterdir())) == 2, "it asks for numba, so it is not kept"
 
 
 class FromZeroOn(np.ndarray[tuple[int, ...], np.dtype[np.int64]]):
