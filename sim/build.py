@@ -65,9 +65,9 @@ class ChunkShape:
         other.sizes = [num_bytes(size) for size in self.sizes]
         return other
 
-    @property
+    @cached_property
     def buffer_bytes(self) -> NDArray[np.int64]:
-        """Sizes of the buffers, where all are filled in."""
+        """Sizes of the buffers, once all are filled in."""
         return np.array(self.sizes, np.int64)
 
     @property

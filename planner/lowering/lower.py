@@ -114,7 +114,12 @@ class _Lowering:
             sorted(set(self.schedule.stages_of(rank))) for rank in range(self.schedule.num_ranks)
         ]
         last_rank = self.schedule.rank_of(self.schedule.num_stages - 1, 0)
-        self._counts = _counts(self.work, plan.stages, 0 in self._held[last_rank])
+        counts = _counts(self.work, plan.stages, 0 in self._held[last_rank])
+        self._shards = {
+            (rank, stage): self._shards_of(counts[stage], rank)
+            for rank, stages in enumerate(self._held)
+            for stage in stages
+        }
         self._stages = {shape: stage_templates(self.work, shape) for shape in self.shapes}
         # The holders of a DualPipe stage finish it in opposite order. Where weight gradients come
         # from the high-priority stream, the last releases order the compute stream after it.
@@ -140,10 +145,7 @@ class _Lowering:
     def _row_key(self) -> RowKey:
         schedule = self.schedule
         reduced = {
-            (rank, stage)
-            for rank, stages in enumerate(self._held)
-            for stage in stages
-            if any(shard.is_shared for shard in self._shards(rank, stage))
+            held for held, shards in self._shards.items() if any(s.is_shared for s in shards)
         }
         return RowKey(
             self.plan.schedule, schedule.num_ranks, schedule.num_microbatches, self.plan.p2p,
@@ -164,19 +166,19 @@ class _Lowering:
             case ("pair", StageShape() as forward, StageShape() as backward):
                 return pair_template(self.work, forward, backward)
             case ("reduce", int(rank), int(stage)):
-                shards = self._shards(rank, stage)
+                shards = self._shards[rank, stage]
                 return reduce_template(self.work, self.shapes[stage], shards)
             case ("optimizer", int(rank)):
                 stages = self._held[rank]
                 shapes = tuple(self.shapes[stage] for stage in stages)
-                shards = tuple(self._shards(rank, stage) for stage in stages)
+                shards = tuple(self._shards[rank, stage] for stage in stages)
                 return optimizer_template(self.work, shapes, shards)
             case _:
                 raise AssertionError(f"no bundle is called {bundle}")
 
-    def _shards(self, rank: int, stage: int) -> tuple[Shard, ...]:
+    def _shards_of(self, counts: ParameterCounts, rank: int) -> tuple[Shard, ...]:
         """The weights of a stage that one GPU of a rank holds, by the team that holds the same."""
-        counts, teams = self._counts[stage], self.placement.ranks[rank]
+        teams = self.placement.ranks[rank]
         experts = counts.routed_experts // self.plan.layout.ep
         return (
             Shard("dense", DATA, counts.replicated, teams.dense),
@@ -188,7 +190,7 @@ class _Lowering:
         receive buffers that are not pooled."""
         static = np.zeros((self.schedule.num_ranks, len(COMPONENTS)), np.int64)
         for rank, stages in enumerate(self._held):
-            shards = [shard for stage in stages for shard in self._shards(rank, stage)]
+            shards = [shard for stage in stages for shard in self._shards[rank, stage]]
             held, own = sum(s.elements for s in shards), sum(s.own_elements for s in shards)
             static[rank, COMPONENTS.index("parameters")] = BF16 * held
             static[rank, COMPONENTS.index("gradients")] = FP32 * held

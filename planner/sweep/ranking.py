@@ -103,10 +103,11 @@ def shared_templates(plan: PlanSpec) -> tuple[object, ...]:
 
 def likeness(plan: PlanSpec) -> tuple[object, ...]:
     """Plans next to each other in this order share the order of all their ops, then templates; a
-    process can keep all templates of a layout."""
+    process can keep all templates of a layout. Many microbatches, for which few are played, come
+    before those few."""
     residual = plan.residual
     return (
-        plan.model.name, plan.layout.pp, plan.schedule, plan.microbatches, residual.kind,
+        plan.model.name, plan.layout.pp, plan.schedule, -plan.microbatches, residual.kind,
         str(residual.recompute_block), plan.digest(),
     )  # fmt: skip
 
@@ -164,6 +165,7 @@ class _Estimator:
         """Figures of the family's short plan, and its growth; None if it is not that simple."""
         few, short = self._played(family.short, block)
         more, longer = self._played(family.longer, block)
+        self._steps |= {family.short.digest(): few, family.longer.digest(): more}
         grows_ns = growth_ns(short, longer)
         if grows_ns is None or more.memory != few.memory:
             return None
