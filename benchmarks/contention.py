@@ -8,13 +8,18 @@
 A pair ran with both streams kept full on two GPUs; the engine plays the same. The error is
 |predicted / measured - 1| of a side's slowdown. Eager pairs (messages small enough for the
 library's buffers, whose ends do not wait for each other) are shown apart: in a step ends meet.
+
+How near a model can come is shown beside it: what the two runs of a pair differ by, and how far off
+one measurement is as the prediction of another that should be equal to it.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+from collections import defaultdict
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +45,7 @@ from mhcplan.profiles.store import contention_log
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+_AGREE = 0.03  # half of what runs differ by that agree
 DATA = Path(__file__).parents[1] / "profiles" / "data"
 Error = tuple[Pair, float, float]
 
@@ -59,6 +65,48 @@ def show_by(found: list[Error], key: Callable[[Pair], object]) -> None:
     """A line for each class of pairs."""
     for name in sorted({str(key(pair)) for pair, *_ in found}):
         show(f"  {name}", (error for error in found if str(key(error[0])) == name))
+
+
+def runs_differ(pair: Pair, source: Pairs) -> float | None:
+    """Half of what the traffic of a pair's two runs differs by, over its mean; None for one run."""
+    first, second = (source.measured(source.rows[pair.name], run) for run in "AB")
+    return abs(first[1] - second[1]) / (first[1] + second[1]) if first and second else None
+
+
+def measured_again(pairs: Iterable[Pair], key: Callable[[Pair], object]) -> list[float]:
+    """Error of each pair's traffic as the prediction of the next one that has the same key."""
+    alike: defaultdict[object, list[float]] = defaultdict(list)
+    for pair in pairs:
+        alike[key(pair)].append(pair.measured[1])
+    return [abs(a / b - 1) for same in alike.values() for a, b in pairwise(same)]
+
+
+def show_repeats(found: list[Error], pairs: list[Pair], source: Pairs) -> None:
+    """The errors ``found`` by how well runs agree, and what measuring ``pairs`` again changes."""
+    halves = [by for pair in pairs if (by := runs_differ(pair, source)) is not None]
+    print(f"half of what the traffic of a pair's two runs differs by: {_mean_percent(halves)}")
+    differ = [(error, runs_differ(error[0], source)) for error in found]
+    show("  held out, at most 3 %", (e for e, by in differ if by is not None and by <= _AGREE))
+    show("  held out, more", (e for e, by in differ if by is not None and by > _AGREE))
+
+    def message(pair: Pair) -> tuple[object, ...]:
+        traffic = source.rows[pair.name]["traffic"]
+        return pair.compute, traffic["pattern"], traffic["num_bytes"], traffic["busy"]
+
+    print("one measurement of traffic as the prediction of another, mean error")
+    limit = measured_again(pairs, lambda p: (*message(p), p.message.ctas, p.message.high_priority))
+    print(f"  same kernel and CTAs, another limit for them: {_mean_percent(limit)}")
+    persistent = (pair for pair in pairs if all(kernel.persistent for kernel in pair.kernels))
+    level = measured_again(
+        persistent, lambda p: (*message(p), source.rows[p.name]["traffic"]["ctas"])
+    )
+    print(f"  persistent kernel, another priority: {_mean_percent(level)}")
+
+
+def _mean_percent(values: list[float]) -> str:
+    if not values:
+        return "no pair was"
+    return f"{100 * statistics.mean(values):.1f} % of {len(values)}"
 
 
 def main() -> None:
@@ -88,6 +136,11 @@ def main() -> None:
     show_by(meeting, lambda pair: " ".join(pair.name.split("|")[1].split()[:2]))
     print("by priority of the traffic")
     show_by(meeting, lambda pair: "high" if pair.message.high_priority else "equal")
+    print("by class of kernel")
+    show_by(meeting, lambda pair: source.rows[f"{pair.compute}|-"]["family"])
+    print("by MiB of a message")
+    show_by(meeting, lambda pair: source.rows[pair.name]["traffic"]["num_bytes"] >> 20)
+    show_repeats(meeting, [pair for pair in pairs if not pair.message.eager], source)
     if args.store:
         cases = {pair.compute for pair in pairs}
         kernels = {name: trait for name, trait in TRAITS.items() if name not in cases}

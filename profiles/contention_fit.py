@@ -175,8 +175,8 @@ class Pairs:
             traffic["busy"] == "all" and pattern != "copy_engine",
         )  # fmt: skip
 
-    def measured(self, row: Row) -> tuple[float, float] | None:
-        """Mean slowdown of compute and of traffic over both runs and the ranks that had both; None
+    def measured(self, row: Row, runs: str = "AB") -> tuple[float, float] | None:
+        """Mean slowdown of compute and of traffic over ``runs`` and the ranks that had both; None
         where a run was not as planned. An op's time alone is that of the same run, where it is
         known: the clock is another one a second later."""
         if row["late"]:
@@ -187,7 +187,7 @@ class Pairs:
         found: list[float] = []
         for side in ("compute", "traffic"):
             weighed: list[tuple[float, int]] = []
-            for run in (row["A"], row["B"]):
+            for run in (row[name] for name in runs):
                 alone = _before_ns(run, ours) if side == "compute" else [theirs, theirs]
                 weighed += [
                     (s["period_ns"] / base, min(s["ops"], 20))

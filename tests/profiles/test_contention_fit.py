@@ -104,6 +104,8 @@ def test_slowdowns_are_means_over_runs_and_ranks_that_had_both_sides() -> None:
     assert source.measured({**pair, "late": ["A0"]}) is None
     empty = {**pair["A"], "compute": [{"ops": 0}] * 2}
     assert source.measured({**pair, "A": empty, "B": empty}) is None
+    assert source.measured({**pair, "B": empty}, "A") == source.measured(pair)
+    assert source.measured({**pair, "B": empty}, "B") is None
     message = source.message(pair)
     assert (message.ctas, message.gap_ns, message.alone_ns) == (8, 1_700, 66_000)
     assert not message.eager  # both directions: each end needs the other
