@@ -60,8 +60,10 @@ def profile_file_text(name_or_path: str) -> str:
         raise ProfileError(f"{known}; or give the path of a {SUFFIX} file")
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ProfileError(f"{path}: cannot be read ({error})") from None
+    except OSError as error:
+        raise ProfileError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise ProfileError(f"{path}: is not a text file in UTF-8") from None
 
 
 def find_profile(name_or_path: str) -> Profile:

@@ -1,4 +1,7 @@
-"""Lines to type, a few for each command: the end of its help, and of its page in the documents."""
+"""Lines to type, a few for each command: the end of its help, and of its page in the documents.
+
+None is longer than 78 letters: help of 80 columns would break it, and a part is not to be copied.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,12 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "sweep": (
         "mhcplan sweep mhc-27b --n 1,2,4 --pp 4,8 --global-batch 512",
-        "mhcplan sweep plan.toml --microbatches 16..64..16 --set p2p=eager,grouped --csv out.csv",
-        "mhcplan sweep mhc-27b --schedule dualpipe,zbv --recompute-block none,auto,1..8 --fast",
+        "mhcplan sweep plan.toml --microbatches 16..64..16 --set p2p=eager,grouped",
+        "mhcplan sweep mhc-27b --recompute-block none,auto,1..8 --fast --csv out.csv",
     ),
     "plan": (
         "mhcplan plan mhc-27b --gpus 64 --memory-gib 80",
-        "mhcplan plan mhc-27b --gpus 128 --schedule dualpipe,dualpipev --global-batch 1024",
+        "mhcplan plan mhc-27b --gpus 128 --schedule zbv,dualpipe --global-batch 1024",
         "mhcplan plan plan.toml --gpus 64 --pp 8 --n 2,4",
     ),
     "export": (
@@ -64,7 +67,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "overlap": (
         "mhcplan profile overlap mhc-27b:attention.F mhc-27b:dispatch",
-        "mhcplan profile overlap 'mhc_post.F hidden=2560 n=4 tokens=4096' 'send_recv 64MiB'",
-        "mhcplan profile overlap gemm_persistent 'all_to_all 8MiB' --ctas 8 --priority high",
+        "mhcplan profile overlap mhc-9b:mhc_post.F 'send_recv 64MiB' --priority high",
+        "mhcplan profile overlap gemm_persistent 'all_to_all 8MiB' --ctas 8",
     ),
 }

@@ -90,9 +90,12 @@ def _of_plan(text: str, called: Callable[[Program, str], Iterator[_Key]]) -> _Ke
 
     source, _, name = text.rpartition(":")
     plan = resolve_plan(source, {}, ())
-    found = list(dict.fromkeys(called(lower(plan, resolve_recompute_block(plan)), name)))
-    if len(found) != 1:
-        several = ", ".join(f"'{key}'" for key in found) or "none"
+    program = lower(plan, resolve_recompute_block(plan))
+    found = list(dict.fromkeys(called(program, name)))
+    if not found:
+        raise SpecError(f"{text!r} must name one of {', '.join(sorted(program.kinds))}")
+    if len(found) > 1:
+        several = ", ".join(f"'{key}'" for key in found)
         raise SpecError(f"{text!r} must be one op of the plan; these are so called: {several}")
     return found[0]
 

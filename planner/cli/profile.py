@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from mhcplan.profiles.logs import Entry
+    from mhcplan.profiles.holdout import HeldOut
     from mhcplan.profiles.schema import Profile
 
 NameOrFile = Annotated[str, Parameter(help="a shipped profile's name, or a profile file (.json)")]
@@ -74,7 +74,11 @@ def show(profile: NameOrFile, /, *, json: Json = False) -> None:
 
 
 def validate(
-    profile: NameOrFile, /, *, holdout: Annotated[bool, Parameter(negative=())] = False
+    profile: NameOrFile,
+    /,
+    *,
+    holdout: Annotated[bool, Parameter(negative=())] = False,
+    json: Json = False,
 ) -> int:
     """Check a profile; prints every problem, one a line, and exits 2 if there is one.
 
@@ -82,15 +86,25 @@ def validate(
         profile: the profile file, or a shipped profile's name
         holdout: also leave out a fifth of what was measured and say how well the rest predicts it,
             and whether that is within the bars
+        json: print JSON instead of text
     """
     problems = store.validate(profile)
+    left_out = _held_out(profile) if holdout and not problems else []
+    if json:
+        from json import dumps
+
+        families = [
+            row._asdict() | {"bar": row.bar._asdict(), "misses": row.misses} for row in left_out
+        ]
+        print(dumps({"problems": problems, "holdout": families}, indent=2))
+        return 2 if problems else 0
     for problem in problems:
         print(problem)
     if problems:
         return 2
     print(f"{profile}: no problem")
-    if holdout:
-        _print_holdout(store.find_profile(profile), store.contention_log(profile))
+    if left_out:
+        _print_holdout(left_out)
     return 0
 
 
@@ -116,7 +130,8 @@ def diff(first: NameOrFile, second: NameOrFile, /, *, json: Json = False) -> Non
          "" if c.beyond_spread else "within spread")
         for c in changed
     )  # fmt: skip
-    _table(console, "Changed", ("figure", "first", "second", "%", ""), rows)
+    if changed:
+        _table(console, "Changed", ("figure", "first", "second", "%", ""), rows)
     for name, only in (("first", result.removed), ("second", result.added)):
         for row in only:
             console.print(f"only in the {name}: {row}", soft_wrap=True)
@@ -144,10 +159,13 @@ def measure(
     return code
 
 
-def _print_holdout(profile: Profile, contention_log: list[Entry]) -> None:
+def _held_out(profile: str) -> list[HeldOut]:
     from mhcplan.profiles.holdout import holdout
 
-    rows = holdout(profile, contention_log)
+    return holdout(store.find_profile(profile), store.contention_log(profile))
+
+
+def _print_holdout(rows: list[HeldOut]) -> None:
     cells = (
         (row.family, f"{row.held_out} of {row.shapes}", f"{row.median_percent:.1f}",
          f"{row.p90_percent:.1f}", f"{row.mean_percent:.1f}", f"{row.worst_percent:+.1f}",

@@ -32,6 +32,7 @@ _NOT_MODELLED = {
     **dict.fromkeys(("fsdp", "fsdp2", "hsdp", "dp_shard"), "fully sharded data parallelism"),
     **dict.fromkeys(("zero", "zero_stage"), "ZeRO beyond stage 1"),
 }
+_TABLE = re.compile(r"must be a valid dictionary or instance of \w+")  # pydantic's words for it
 _NAMED = re.compile(r"^[a-z_][\w.]*=")  # a message that already says field=value
 
 
@@ -114,6 +115,7 @@ def _wrong_kind(problem: ErrorDetails, path: str) -> str:
 def _must(message: str) -> str:
     text = message.replace("Input should be", "must be").replace("Input should", "must")
     text = text if text.startswith("must") else f"is not valid: {text}"
+    text = _TABLE.sub("must be a table", text)
     return text[:_MESSAGE_LENGTH]
 
 

@@ -218,7 +218,8 @@ def _fields_of(text: str, origin: str) -> Fields:
         raise SpecError(f"{origin}: not valid TOML ({reason})") from None
     found, version = data.pop("format", None), data.pop("format_version", None)
     if found != PLAN_FORMAT:
-        raise SpecError(f"{origin}: format={short(found)} must be {PLAN_FORMAT!r}")
+        given = " is missing:" if found is None else f"={short(found)}"
+        raise SpecError(f"{origin}: format{given} must be {PLAN_FORMAT!r}")
     if type(version) is not int or version < 1:
         raise SpecError(f"{origin}: format_version={short(version)} must be {PLAN_VERSION}")
     if version > PLAN_VERSION:

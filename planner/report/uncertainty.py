@@ -200,7 +200,9 @@ def _notes(prediction: Prediction, errors: ModelErrors) -> Iterator[str]:
         " temperature, network), the rest is each op's own"
     )
     yield "assumed: all GPUs of a run are equally fast"
-    yield f"{_share_without_spread(prediction.step):.1f} % of op time has no recorded spread"
+    without_spread = f"{_share_without_spread(prediction.step):.1f}"
+    if without_spread != "0.0":
+        yield f"{without_spread} % of op time has no recorded spread"
     if not errors.step:
         yield "the model's own error is not in it: no run was predicted and then measured yet"
     if errors.machines:

@@ -411,6 +411,14 @@ def test_profile_validate_lists_every_problem(run: Run, profile: str, tmp_path: 
     assert len(out.strip().split("\n")) == 2
     assert "duration_ns" in out
     assert "bytes" in out
+    code, said, _ = run("profile", "validate", str(broken), "--json")
+    assert (code, json.loads(said)) == (2, {"problems": out.splitlines(), "holdout": []})
+
+
+def test_equal_profiles_have_no_table_of_changes(run: Run, profile: str) -> None:
+    code, out, _ = run("profile", "diff", profile, profile)
+    assert code == 0
+    assert out.startswith("0 changed, ")
 
 
 def test_profile_diff_tells_what_changed(run: Run, profile: str, tmp_path: Path) -> None:

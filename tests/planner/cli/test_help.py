@@ -26,6 +26,7 @@ def test_every_example_is_of_a_command_that_there_is() -> None:
 
 @pytest.mark.parametrize("line", LINES)
 def test_example_parses(line: str) -> None:
+    assert len(line) <= 78
     program, *words = shlex.split(line)
     assert program == "mhcplan"
     command, bound, _ = build_app().parse_args(words, exit_on_error=False, print_error=False)

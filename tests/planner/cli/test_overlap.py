@@ -44,11 +44,11 @@ def test_a_measured_pair_shows_what_was_measured(run: Run) -> None:
     [
         ("gemm_huge", "send_recv 1MiB", "a kernel that was overlapped (gemm_wave_long"),
         ("brew.F cups=2", "send_recv 1MiB", "is no cost key"),
-        ("mhc-27b:brew.F", "send_recv 1MiB", "these are so called: none"),
+        ("mhc-27b:brew.F", "send_recv 1MiB", "must name one of adamw, "),
         ("mhc-27b:mhc_p", "send_recv 1MiB", "mhc_post.F"),
         ("mhc-28b:norm.F", "send_recv 1MiB", "mhc-27b"),
         (POST, "gossip 1MiB", "must be a pattern"),
-        (POST, "mhc-27b:gossip", "these are so called: none"),
+        (POST, "mhc-27b:gossip", "'mhc-27b:gossip' must name one of "),
         ("norm.F hidden=2560 tokens=999999999", "send_recv 1MiB", "profile measure"),
     ],
 )
@@ -72,3 +72,8 @@ def test_holdout_says_which_family_misses_its_bar(run: Run) -> None:
     assert code == 0
     assert "families pass" in out
     assert "pass" in out.split("all ops")[1].splitlines()[0]
+    code, said, _ = run("profile", "validate", "h100-sxm", "--holdout", "--json")
+    families = json.loads(said)["holdout"]
+    assert code == 0
+    assert f"{sum(not row['misses'] for row in families)} of {len(families)} families pass" in out
+    assert all(row["bar"].keys() == {"median", "p90", "mean", "worst", "share"} for row in families)

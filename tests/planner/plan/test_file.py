@@ -150,13 +150,13 @@ HEAD = 'format = "mhcplan.plan"\nformat_version = 1\n'
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "format=None must be 'mhcplan.plan'"),
+        ("", "format is missing: must be 'mhcplan.plan'"),
         ('format = "mhcplan.profile"\nformat_version = 1', "format='mhcplan.profile' must be"),
         ('format = "mhcplan.plan"\nformat_version = 2', "format_version=2 is newer than this"),
         ('format = "mhcplan.plan"\nformat_version = true', "format_version=True must be 1"),
         (HEAD + 'model = "mhc-27b', "not valid TOML"),
         (HEAD + "model = " + "[" * 5000, "not valid TOML"),
-        (HEAD + 'model = "mhc-27b"\nlayout = 3', "layout=3 must be"),
+        (HEAD + 'model = "mhc-27b"\nlayout = 3', "layout=3 must be a table"),
         (HEAD + 'model = "mhc-27b"\n"a\\nb" = 1', "is not a field of a plan"),
         (HEAD, "model is missing"),
     ],
