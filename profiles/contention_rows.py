@@ -17,6 +17,7 @@ from mhcplan.profiles.schema import (
     ContentionModel,
     ContentionOp,
     ContentionPair,
+    CtasBySize,
     KernelTrait,
     PriorityLatency,
     Segment,
@@ -146,7 +147,8 @@ def traffic_traits(source: Pairs) -> list[TrafficTrait]:
         sent, received = HBM_FACTOR[pattern]
         found[pattern] = TrafficTrait(
             source="measured", pattern=pattern,  # type: ignore[arg-type]
-            ctas=_usual_ctas(source, pattern), cta_bytes_per_ns=rate, fixed_ns=FIXED_NS,
+            ctas=_ctas_by_size(source, pattern), limited=_limited(source, pattern),
+            cta_bytes_per_ns=rate, fixed_ns=FIXED_NS,
             sent_hbm_factor=sent, received_hbm_factor=received,
         )  # fmt: skip
     rows = list(found.values())
@@ -155,7 +157,7 @@ def traffic_traits(source: Pairs) -> list[TrafficTrait]:
         "a message between nodes is taken to use 2 SMs: NCCL src/graph/paths.cc,"
         " ncclTopoGetNchannels, two channels for each network card"
     )
-    network = {"medium": "inter_node", "ctas": ((0, 2),)}
+    network = {"medium": "inter_node", "ctas": ((0, 2),), "limited": ()}
     return [*rows, _assumed(found["send_recv"], citation, **network)]
 
 
@@ -166,8 +168,10 @@ def _reduction(source: Pairs, pattern: str, like: TrafficTrait) -> TrafficTrait:
         citation = f"{pattern} is taken to use SMs and memory as {like.pattern} was measured to"
         return _assumed(like, citation, pattern=pattern)
     citation = f"{pattern} is taken to use memory as {like.pattern} was measured to"
-    ctas = _usual_ctas(source, pattern)
-    return _assumed(like, citation, pattern=pattern, ctas=ctas, cta_bytes_per_ns=rate)
+    return _assumed(
+        like, citation, pattern=pattern, ctas=_ctas_by_size(source, pattern),
+        limited=_limited(source, pattern), cta_bytes_per_ns=rate,
+    )  # fmt: skip
 
 
 def _cta_bytes_per_ns(source: Pairs, pattern: str) -> float | None:
@@ -187,12 +191,19 @@ def _assumed(row: TrafficTrait, citation: str, **changes: object) -> TrafficTrai
     return row.model_copy(update={"source": "assumed", "citation": citation, **changes})
 
 
-def _usual_ctas(source: Pairs, pattern: str) -> tuple[tuple[int, int], ...]:
-    """Pairs of least bytes and CTAs that the library took where nothing bounded them."""
+def _limited(source: Pairs, pattern: str) -> tuple[tuple[int, CtasBySize], ...]:
+    """By limit: pairs of least bytes and CTAs that the library took under it."""
+    limits = {row["traffic"]["ctas"] for row in source.rows.values() if row["traffic"]}
+    found = ((limit, _ctas_by_size(source, pattern, limit)) for limit in sorted(limits - {0}))
+    return tuple((limit, steps) for limit, steps in found if steps)
+
+
+def _ctas_by_size(source: Pairs, pattern: str, limit: int = 0) -> CtasBySize:
+    """Pairs of least bytes and CTAs that the library took; limit 0: where nothing bounded them."""
     sizes: dict[int, int] = {}
     for row in source.rows.values():
         traffic, launch = row["traffic"], row.get("traffic_launch")
-        if traffic and launch and traffic["pattern"] == pattern and not traffic["ctas"]:
+        if traffic and launch and (traffic["pattern"], traffic["ctas"]) == (pattern, limit):
             sizes[traffic["num_bytes"]] = launch[0]
     steps: list[tuple[int, int]] = []
     for size in sorted(sizes):

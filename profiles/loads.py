@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from mhcplan.profiles.products import Product
     from mhcplan.profiles.schema import (
         ContentionModel,
+        CtasBySize,
         KernelTrait,
         Profile,
         Segment,
@@ -102,12 +103,12 @@ class LoadModel:
         )  # fmt: skip
 
     def with_ctas(self, key: TransferKey, cost: Cost, ctas: int) -> Cost:
-        """The cost of a transfer whose kernel takes ``ctas`` SMs at most: never below what so many
-        chains of loads and stores take."""
+        """The cost of a transfer whose kernel may take ``ctas`` SMs at most: never below what the
+        chains of loads and stores take on those that it does take."""
         trait = self._trait(key) if self._model is not None else None
         if trait is None:
             return cost
-        ctas = min(ctas, _usual_ctas(key, cost, trait))
+        ctas = min(_limited_ctas(key, ctas, trait), _usual_ctas(key, cost, trait))
         least_ns = round(
             _fixed_ns(cost, trait) + _chained_bytes(key, cost) / (ctas * trait.cta_bytes_per_ns)
         )
@@ -316,8 +317,22 @@ def _usual_ctas(key: TransferKey, cost: Cost, trait: TrafficTrait) -> int:
     """What the library takes for a message of this size, if the profile does not say."""
     if cost.ctas is not None:
         return cost.ctas
-    fitting = [ctas for least_bytes, ctas in trait.ctas if least_bytes <= key.num_bytes]
-    return fitting[-1] if fitting else trait.ctas[0][1]
+    return _at_size(trait.ctas, key.num_bytes)
+
+
+def _limited_ctas(key: TransferKey, limit: int, trait: TrafficTrait) -> int:
+    """What the library takes where it may take ``limit``: of another limit than those that were
+    measured, the share that it takes of the next smaller one."""
+    if not trait.limited:
+        return limit
+    below = [row for row in trait.limited if row[0] <= limit]
+    measured, by_size = below[-1] if below else trait.limited[0]
+    return max(limit * _at_size(by_size, key.num_bytes) // measured, 1)
+
+
+def _at_size(steps: CtasBySize, num_bytes: int) -> int:
+    fitting = [ctas for least_bytes, ctas in steps if least_bytes <= num_bytes]
+    return fitting[-1] if fitting else steps[0][1]
 
 
 def _chained_bytes(key: TransferKey, cost: Cost) -> int:

@@ -206,19 +206,25 @@ class KernelTrait(Spec):
     preemptible_times: Annotated[float, Field(gt=0)] = 1.0
 
 
+CtasBySize = Annotated[tuple[tuple[NonNegativeInt, PositiveInt], ...], Field(min_length=1)]
+
+
 class TrafficTrait(Figure):
     """What a duration does not show of the library's kernels for one pattern.
 
     ``ctas``: pairs of least bytes and the CTAs that messages from that size on take, ascending;
-    ``cta_bytes_per_ns``: that one CTA moves, of the bytes of :class:`TransferTiming`; ``fixed_ns``:
-    what does not depend on the size; ``sent_hbm_factor``, ``received_hbm_factor``: bytes of memory
-    traffic at a sender, and at a receiver or a member of a collective, for each of those bytes.
+    ``limited``: the same for each limit that a plan may set (``comm_ctas``), of which a message may
+    take a part, between two ranks mostly half; ``cta_bytes_per_ns``: that one CTA moves, of the
+    bytes of :class:`TransferTiming`; ``fixed_ns``: what does not depend on the size;
+    ``sent_hbm_factor``, ``received_hbm_factor``: bytes of memory traffic at a sender, and at a
+    receiver or a member of a collective, for each of those bytes.
     Between nodes, a pattern without a row of its own has that of ``intra_node``.
     """
 
     pattern: Pattern
     medium: Medium = "intra_node"
-    ctas: Annotated[tuple[tuple[NonNegativeInt, PositiveInt], ...], Field(min_length=1)]
+    ctas: CtasBySize
+    limited: tuple[tuple[PositiveInt, CtasBySize], ...] = ()
     cta_bytes_per_ns: Annotated[float, Field(gt=0)]
     fixed_ns: NonNegativeInt
     sent_hbm_factor: _Bounded
@@ -387,6 +393,9 @@ class Profile(Spec):
         for trait in model.get("traits", ()):
             if trait["preemptible_times"] == 1.0:
                 del trait["preemptible_times"]
+        for trait in model.get("traffic", ()):
+            if not trait["limited"]:
+                del trait["limited"]
         text = json.dumps(data, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -192,6 +192,7 @@ def test_reductions_have_the_rate_of_few_ctas_alone_or_that_of_all_to_all() -> N
     found = {row.pattern: row for row in traffic_traits(Pairs(rows))}
     gather = found["all_gather"]
     assert (gather.cta_bytes_per_ns, gather.ctas) == (30.0, ((0, 24),))
+    assert gather.limited == ((2, ((0, 2),)), (4, ((0, 4),)), (8, ((0, 8),)))
     assert gather.source == "assumed"
     assert "memory" in gather.citation
     assert "SMs" not in gather.citation

@@ -155,6 +155,29 @@ def test_few_ctas_make_a_transfer_slower_than_measured_and_never_faster() -> Non
     assert many.duration_ns == measured.duration_ns
 
 
+@pytest.mark.parametrize(
+    ("key", "limit", "ctas"),
+    [
+        ("send_recv 2/2 8388608", 8, 4),  # between two ranks half of what it may
+        ("send_recv_both 2/2 8388608", 4, 2),
+        ("send_recv 2/2 67108864", 4, 4),  # large ones all of a few
+        ("send_recv 2/2 8388608", 12, 6),  # as of the next smaller limit that was measured
+        ("send_recv 2/2 8388608", 1, 1),
+        ("all_to_all 2/2 8388608", 8, 8),
+        ("all_to_all_uneven 2/2 8388608", 8, 8),
+    ],
+)
+def test_messages_take_the_part_of_a_limit_that_was_measured(
+    key: str, limit: int, ctas: int
+) -> None:
+    cost = h100().costs([key], GpuSettings(comm_ctas=limit))[0]
+    loads = h100().table([key], GpuSettings(comm_ctas=limit)).loads
+    assert cost.ctas == ctas
+    assert loads is not None
+    assert loads.traffic[0] is not None
+    assert loads.traffic[0].ctas == ctas
+
+
 def test_chains_of_a_larger_group_carry_the_bytes_that_it_sends() -> None:
     pair, eight = (TransferKey("all_to_all", size, size, 2**26) for size in (2, 8))
     costs = h100().costs([str(pair), str(eight)])
