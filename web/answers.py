@@ -65,7 +65,10 @@ def answer(whatif: WhatIf, pinned: WhatIf | None) -> bytes:
         Refused: see :func:`predicted`.
     """
     _, report = predicted(whatif)
-    beside = predicted(pinned)[1] if pinned else None
+    try:
+        beside = predicted(pinned)[1] if pinned else None
+    except Refused as error:
+        raise error.of_pinned() from None
     return _json(
         {
             "report": report.model_dump(mode="json"),

@@ -47,6 +47,10 @@ class Refused(ValueError):
         super().__init__(message, field)
         self.message, self.field = message, field
 
+    def of_pinned(self) -> Refused:
+        """The same, said of the pinned plan: no field of the page is to blame."""
+        return Refused(f"A, the pinned plan: {self.message}")
+
 
 @dataclass(frozen=True)
 class WhatIf:
@@ -132,7 +136,7 @@ def parse_query(query: str, profiles: Collection[str]) -> tuple[WhatIf, WhatIf |
     if len(fields) > MAX_SETTINGS:
         raise Refused(f"the address changes {len(fields)} fields, at most {MAX_SETTINGS} are read")
     pinned = dict(items).get(_PINNED)
-    return _whatif(fields, profiles), parse_query(pinned, profiles)[0] if pinned else None
+    return _whatif(fields, profiles), _pinned(pinned, profiles) if pinned else None
 
 
 def whatif_of(plan: PlanSpec) -> WhatIf:
@@ -151,6 +155,13 @@ def refused(error: ValueError) -> Refused:
     named = (FLAG_FIELDS.get(name, name) for name in _NAMED.findall(message))
     path = next((path for path in named if path in _PATHS), None)
     return Refused(message, _FLAGS.get(path, path) if path else None)
+
+
+def _pinned(query: str, profiles: Collection[str]) -> WhatIf:
+    try:
+        return parse_query(query, profiles)[0]
+    except Refused as error:
+        raise error.of_pinned() from None
 
 
 def _whatif(fields: dict[str, str], profiles: Collection[str]) -> WhatIf:

@@ -199,6 +199,17 @@ def test_what_is_wrong_stands_beside_its_field(open_page: Open) -> None:
     settled(page)
 
 
+def test_a_link_whose_pinned_plan_is_refused_can_be_unpinned(browser: Browser, server: str) -> None:
+    page = browser.new_page(viewport=LAPTOP)
+    page.set_default_timeout(PATIENCE_MS)
+    page.goto(f"{server}/?{SMALL}&a=n%3D3")
+    page.get_by_role("alert").filter(has_text="A, the pinned plan: ").wait_for()
+    page.get_by_role("button", name="Unpin").click()
+    settled(page)
+    assert number(fact(page, "step")) > 0
+    page.close()
+
+
 def test_nothing_can_be_done_with_an_answer_that_is_not_there(open_page: Open) -> None:
     page = open_page(SMALL)
     needs = page.locator("[data-needs-answer]:visible")

@@ -79,6 +79,21 @@ def test_pinned_plan_stands_beside_with_the_difference(server: str) -> None:
     assert [name[:2] for name in got["figures"]["breakdown"]["data"][0]["y"]] == ["A:", "B:", "B:"]
 
 
+@pytest.mark.parametrize(
+    ("pinned", "message"),
+    [
+        ("model%3Dmhc-3b%26n%3D3", "residual.expansion_rate=3 must be"),
+        ("profile%3Dnone", "profile='none' must be one of"),
+    ],
+)
+def test_what_is_wrong_with_the_pinned_plan_is_not_said_of_a_field(
+    server: str, pinned: str, message: str
+) -> None:
+    said = get(server, f"/api/answer?{SMALL}&a={pinned}").json()
+    assert said["message"].startswith(f"A, the pinned plan: {message}")
+    assert said["field"] is None
+
+
 def test_timeline_has_the_ops_of_the_step(server: str) -> None:
     got = get(server, f"/api/timeline?{SMALL}").json()
     assert got["ops"]["step_ns"] == answer(server, SMALL)["report"]["step_time_ns"]

@@ -54,6 +54,7 @@ function refuse(error) {
   const shown = inputs.say(error.message, error.field);
   byId("problem").textContent = error.message;
   byId("problem").hidden = shown && !error.gone && Boolean(answered);
+  byId("unpin").hidden = !state.pinned; // the pinned plan may be to blame
   setAnswered(false);
 }
 
