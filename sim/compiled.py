@@ -17,6 +17,7 @@ from mhcplan.sim.compiled_loop import FAR, NEVER, NOBODY, play
 from mhcplan.sim.compiled_state import Loop, Physics, Step, Times
 from mhcplan.sim.device_tables import queued_behind, tables_of, transfer_columns
 from mhcplan.sim.jit import ints
+from mhcplan.sim.mirror import half_of
 from mhcplan.sim.order import order_of
 from mhcplan.sim.program import Csr
 
@@ -38,14 +39,25 @@ def simulate_compiled(program: Program, costs: CostTable) -> Timeline:
         MeetError: a transfer lacks an end or a member.
         DeadlockError: ops wait for each other.
     """
-    order, room = order_of(program), program.shared(_room_of)
-    behind = queued_behind(program, costs)
-    times = Times(*iter(np.full((len(Times._fields), program.num_ops), NEVER)))
-    step = _step(program, costs, room, behind)
-    if play(step, _physics(program, costs, room), _loop(program, room), times):
+    half = half_of(program, costs)
+    if half is None:
+        times = _times(program, costs)
+    else:
+        times = np.take(_times(half.program, costs), half.played_by, axis=1)
+    issue, start, end, release, placed = times
+    if (end == NEVER).any():
         _say_who_is_stuck(program, costs)
-    issue, start, end, release, placed = map(np.asarray, times)
-    return timeline_of(program, order, issue, start, end, release, placed, behind)
+    behind = queued_behind(program, costs)
+    return timeline_of(program, order_of(program), issue, start, end, release, placed, behind)
+
+
+def _times(program: Program, costs: CostTable) -> Array:
+    """Play all ranks of a Program: rows as in :class:`Times`."""
+    room, behind = program.shared(_room_of), queued_behind(program, costs)
+    times = np.full((len(Times._fields), program.num_ops), NEVER)
+    step, physics = _step(program, costs, room, behind), _physics(program, costs, room)
+    play(step, physics, _loop(program, room), Times(*times))
+    return times
 
 
 class _Room(NamedTuple):

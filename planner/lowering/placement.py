@@ -174,18 +174,24 @@ class Tables:
             self.role_stream[rank, role] = self._stream(rank, name, self._priority, number)
 
     def _flows(self, pipeline: Pipeline, medium: str) -> None:
-        """A group and its two streams for every flow that the pipeline has."""
-        for row in pipeline:
-            for below, above in pairwise(row):
-                for forward, source, target in ((1, below, above), (0, above, below)):
-                    if source == target or self.pipe_group[forward, source, target] >= 0:
+        """A group and its two streams for every flow that the pipeline has.
+
+        Two ranks that mirror each other in a DualPipe number their streams alike: streams that
+        share a hardware queue on one do so on the other.
+        """
+        for pairs in zip(*map(pairwise, pipeline), strict=True):
+            # ends on the rank below, then those on the rank above
+            for forward, end in ((1, 0), (0, 1), (1, 1), (0, 0)):
+                for below, above in pairs:
+                    ends = (below, above) if forward else (above, below)
+                    if below == above or self.pipe_stream[forward, *ends, end] >= 0:
                         continue
-                    name = f"pp_{'f' if forward else 'b'}:{source}>{target}"
-                    number = self._group(name, (source, target), 2, medium)
-                    self.pipe_group[forward, source, target] = number
-                    for end, rank in enumerate((source, target)):
-                        stream = self._stream(rank, name, self._priority, number)
-                        self.pipe_stream[forward, source, target, end] = stream
+                    name = f"pp_{'f' if forward else 'b'}:{ends[0]}>{ends[1]}"
+                    if self.pipe_group[forward, *ends] < 0:
+                        self.pipe_group[forward, *ends] = self._group(name, ends, 2, medium)
+                    number = int(self.pipe_group[forward, *ends])
+                    stream = self._stream(ends[end], name, self._priority, number)
+                    self.pipe_stream[forward, *ends, end] = stream
 
     def _one_pipe_group(self, ranks: range, medium: str) -> None:
         """One group over all ranks, as DeepSeek's DualPipe has it; messages go in batches."""

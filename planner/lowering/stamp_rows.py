@@ -207,7 +207,8 @@ def _messages(schedule: Schedule, p2p: P2P) -> MessageTable:
     """Where messages are posted; eager receives at least one action ahead of their need.
 
     A receive that is posted earlier cannot block: its flow has a stream of its own, and messages of
-    a flow keep their order.
+    a flow keep their order. For the same reason the two middle ranks of a DualPipe, which send to
+    each other at once, may both post the send first.
     """
     placed = place_messages(schedule, p2p)
     if p2p == "grouped":
@@ -228,5 +229,8 @@ def _messages(schedule: Schedule, p2p: P2P) -> MessageTable:
                     use = needed[message.kind[-1], message.stage, message.microbatch]
                     at = min(slot, max(use - 1, 0))
                 moved[at].append(message)
+        if schedule.num_directions > 1:
+            for messages in moved:
+                messages.sort(key=lambda message: message.kind.startswith("RECV"))
         table.append(tuple(map(tuple, moved)))
     return tuple(table)

@@ -64,27 +64,44 @@ def _transfer(schedule: Schedule, output: Output | None) -> tuple[Message, Messa
 
 
 def _place_eagerly(schedule: Schedule, slots: _Slots) -> None:
-    """Lets the ranks run their rows in turns, an action a turn, and posts as outputs appear."""
+    """Lets the ranks run their rows in turns, an action a turn, and posts as outputs appear.
+
+    Ranks that hold the same stages of a DualPipe take their turns together, so what one of them
+    posts, the other posts as well.
+    """
     done: set[Output | None] = {None}
     position = [0] * schedule.num_ranks
+
+    def is_ready(rank: int) -> bool:
+        row = schedule.actions[rank]
+        return position[rank] < len(row) and all(
+            input_of(part, schedule.num_stages) in done for part in row[position[rank]].parts
+        )
+
     while any(k < len(row) for k, row in zip(position, schedule.actions, strict=True)):
         before = list(position)
-        for rank, row in enumerate(schedule.actions):
-            if position[rank] == len(row):
-                continue
-            parts = row[position[rank]].parts
-            if not all(input_of(part, schedule.num_stages) in done for part in parts):
-                continue
-            position[rank] += 1
-            for output in map(output_of, parts):
-                done.add(output)
-                if transfer := _transfer(schedule, output):
-                    send, receive = transfer
-                    slots[rank][position[rank]].append(send)
-                    slots[send.peer][position[send.peer]].append(receive)
+        for ranks in _turns(schedule):
+            ready = list(filter(is_ready, ranks))
+            for rank in ready:
+                position[rank] += 1
+            for rank in ready:
+                for output in map(output_of, schedule.actions[rank][position[rank] - 1].parts):
+                    done.add(output)
+                    if transfer := _transfer(schedule, output):
+                        send, receive = transfer
+                        slots[rank][position[rank]].append(send)
+                        slots[send.peer][position[send.peer]].append(receive)
         if position == before:
             rows = zip(schedule.actions, position, strict=True)
             raise deadlock(schedule, [row[k] for row, k in rows if k < len(row)])
+
+
+def _turns(schedule: Schedule) -> list[tuple[int, ...]]:
+    """Ranks that hold the same stages, in the order of their first."""
+    ranks_of: dict[tuple[int, ...], list[int]] = {}
+    for rank in range(schedule.num_ranks):
+        ranks_of.setdefault(tuple(sorted(schedule.stages_of(rank))), []).append(rank)
+    return list(map(tuple, ranks_of.values()))
 
 
 def _place_like_dualpipe(

@@ -18,6 +18,7 @@ from mhcplan.planner.schedules.catalogue import SCHEDULES
 from mhcplan.profiles.lookup import CostModel
 from mhcplan.profiles.presets import MODELS
 from mhcplan.profiles.store import find_profile
+from mhcplan.sim.mirror import half_of
 from tests.support.synthetic_profile import TOKENS, make_synthetic_profile, synthetic_profile
 
 if TYPE_CHECKING:
@@ -83,6 +84,8 @@ def measured_costs() -> CostModel:
     [
         *({"schedule": schedule} for schedule in sorted(SCHEDULES)),
         {"p2p": "grouped", "priority": "all"},
+        {"p2p": "grouped", "comm_streams": "one"},
+        {"layout": {"pp": 8, "ep": 1, "dp": 2}, "microbatches": 16},
         {"comm_priority": "high", "attention": "preemptible"},
         {"compute_sms": 112, "comm_ctas": 20},
         {"max_connections": 1},
@@ -95,6 +98,7 @@ def test_equal_with_contention(changes: dict[str, object]) -> None:
     program = lower(plan, resolve_recompute_block(plan))
     costs = measured_costs().table(program.cost_keys, plan.gpu)
     assert costs.loads is not None
+    assert (half_of(program, costs) is not None) == (plan.schedule == "dualpipe")
     assert_equal(program, costs)
     alone = measured_costs().table(program.cost_keys)
     assert simulate(program, costs, "compiled").step_ns > simulate(

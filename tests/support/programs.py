@@ -7,7 +7,7 @@ for is given as ops; the events are made from that.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from hypothesis import strategies as st
@@ -271,6 +271,83 @@ def makers(draw: DrawFn, max_steps: int = 30, host: bool = True) -> Maker:
             )
             add_batches(-1 if choice == "pair" else step, pairs)
     return maker
+
+
+@st.composite
+def mirror_images(draw: DrawFn, max_steps: int = 20) -> tuple[Program, CostTable]:
+    """Random sound programs in which rank P - 1 - r does what rank r does, the other way round.
+
+    Made as those of :func:`makers`, each op with its image, which costs the same. Messages go to
+    any rank; what a rank and its image send each other is one batch on both.
+    """
+    half = draw(st.integers(1, 3))
+    last = 2 * half - 1
+    maker = Maker(last + 1)
+    pp = maker.group("pp", *range(last + 1))
+    ep = maker.group("ep", *range(half)), maker.group("ep", *range(half, last + 1))
+    dp = maker.group("dp", 0, last, size=8, medium="inter_node")
+    done: list[list[tuple[int, int]]] = [[] for _ in range(half)]  # ops and their images
+    duration, ranks = st.integers(0, 20), st.integers(0, last)
+
+    def add(rank: int, groups: tuple[int, int] | None, duration_ns: int, **rest: Any) -> None:  # noqa: ANN401
+        """An op and its image; ``groups`` are the two's."""
+        awaited = draw(st.lists(st.sampled_from(done[rank]), max_size=3)) if done[rank] else []
+        host_ns = draw(st.integers(0, 4))
+        numbers: list[int] = []
+        for image in (0, 1):
+            on = last - rank if image else rank
+            common = {"waits": [pair[image] for pair in awaited], "host_ns": host_ns} | rest
+            if image:
+                common |= {k: last - rest[k] for k in ("to", "source") if k in rest}
+            if groups is None:
+                numbers.append(maker.op(on, duration_ns, **common))
+            else:
+                numbers.append(maker.transfer(on, groups[image], duration_ns, **common))
+        added.append((rank, (numbers[0], numbers[1])))
+
+    for step in range(draw(st.integers(1, max_steps))):
+        added: list[tuple[int, tuple[int, int]]] = []
+        match draw(st.sampled_from(["compute"] * 4 + ["message", "batch", "ep", "dp"])):
+            case "compute":
+                stream = draw(st.sampled_from([("compute", 0), ("side", 0), ("high", -1)]))
+                sync = draw(st.sampled_from([False] * 7 + [True]))
+                add(draw(st.integers(0, half - 1)), None, draw(duration), stream=stream[0],
+                    priority=stream[1], host_sync=sync)  # fmt: skip
+            case "ep":
+                duration_ns = draw(duration)
+                for rank in range(half):
+                    add(rank, ep, duration_ns)
+            case "dp":
+                add(0, (dp, dp), draw(duration))
+            case kind:
+                pair = st.tuples(st.integers(0, half - 1), ranks).filter(lambda p: p[0] != p[1])
+                pairs = draw(st.lists(pair, min_size=1, max_size=1 if kind == "message" else 3))
+                alone = kind == "message" and sum(pairs[0]) != last
+                ends = [
+                    (end, way, duration_ns)
+                    for a, b in pairs
+                    for duration_ns in [draw(duration)]
+                    for end, way in ((a, {"to": b}), (b, {"source": a}))
+                ]
+                for end, way, duration_ns in ends:
+                    if end >= half:
+                        end, way = last - end, {k: last - peer for k, peer in way.items()}
+                    add(end, (pp, pp), duration_ns, batch=-1 if alone else step, **way)
+        for rank, pair in added:
+            done[rank].append(pair)
+    return build_mirrored(maker)
+
+
+def build_mirrored(maker: Maker) -> tuple[Program, CostTable]:
+    """The Program of an even number of ranks, where an op of the second half costs what the one in
+    its place on the mirrored rank does."""
+    program, costs = maker.build()
+    of_rank = np.split(np.arange(program.num_ops), program.rank_offsets[1:-1])
+    cost = np.minimum(np.concatenate(of_rank), np.concatenate(of_rank[::-1])).astype(np.int32)
+    count = program.num_ops // 2
+    return program.renumbered(cost=cost, cost_keys=program.cost_keys[:count]), CostTable(
+        costs.duration_ns[:count], costs.host_ns[:count], costs.workspace_bytes[:count]
+    )
 
 
 def add_buffers(maker: Maker) -> Maker:
