@@ -75,6 +75,19 @@ ABLATION = {
         "sms112": {"compute_sms": 112, "priority": "none"},
     }.items()
 }
+CTAS = {  # communication with fewer SMs, which messages of a pipeline take too
+    f"ctas-{name}": {
+        f"ctas-{name}-{limit or 'base'}": row(
+            schedule, 4, 2, **fields, **({"comm_ctas": limit} if limit else {})
+        )
+        for limit in limits
+    }
+    for name, schedule, limits, fields in (
+        ("1f1b", "1f1b", (None, 8), {}),
+        ("dualpipe", "dualpipe", (None, 8, 4), {}),
+        ("eager", "dualpipe", (None, 8), {"p2p": "eager"}),
+    )
+}
 PP4 = {
     f"{schedule}-n{n}-L{block}-M{m}": row(schedule, n, block, pp=4, microbatches=m)
     for schedule, n, block, m in (
@@ -129,12 +142,15 @@ DRY8 = {
 }
 
 SETS: dict[str, dict[str, Fields]] = {
-    "pp2": PP2, "ep2": EP2, "ablation": ABLATION, "four": PP4, "eight": PP8,
+    "pp2": PP2, "ep2": EP2, "ablation": ABLATION, **CTAS, "four": PP4, "eight": PP8,
     "dry2": DRY2, "dry4": DRY4, "dry8": DRY8,
 }  # fmt: skip
 GPUS = {
-    "pp2": 2, "ep2": 2, "ablation": 2, "four": 4, "eight": 8, "dry2": 2, "dry4": 4, "dry8": 8,
+    "pp2": 2, "ep2": 2, "ablation": 2, **dict.fromkeys(CTAS, 2), "four": 4, "eight": 8,
+    "dry2": 2, "dry4": 4, "dry8": 8,
 }  # fmt: skip
-ALONE = ("ablation", "dry2")  # sets whose rows are compared with each other and not with a baseline
-HUNG = ("zb1p-n2-L4", "dualpipe-n2-L1-eager")  # once: on streams that NCCL ran on
+# sets whose rows are compared with each other and not with a baseline
+ALONE = ("ablation", *CTAS, "dry2")
+# once: on streams that NCCL ran on; they go last
+HUNG = ("zb1p-n2-L4", "dualpipe-n2-L1-eager", "ctas-eager-base", "ctas-eager-8")
 BLIND = ("pp2", "ep2", "four", "eight")  # sets whose rows judge the model

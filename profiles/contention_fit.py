@@ -29,7 +29,7 @@ _LONG_CTA_NS = 20_000
 FIXED_NS = 8_000  # of a message alone: what 1 MiB takes beyond its bytes
 # bytes a ns that one CTA moves, from the messages of 8 MiB and 2 or 4 CTAs, where nothing else
 # limits them; of all_to_all the own part counts too, as it does in num_bytes
-CTA_BYTES_PER_NS = {"send_recv": 33.0, "send_recv_both": 20.5, "all_to_all": 19.5}
+CTA_BYTES_PER_NS = {"send_recv": 33.0, "send_recv_both": 20.5, "all_to_all": 20.9}
 # bytes of memory traffic for each byte of num_bytes at (first, second) rank: a sender reads; a
 # receiver has the data written into its buffer, reads it there and writes it to its place
 HBM_FACTOR = {
