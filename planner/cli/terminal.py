@@ -13,13 +13,6 @@ from threading import Timer
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -73,6 +66,14 @@ def progress_bar(what: str) -> Generator[Callable[[int, int, str], None]]:
 
     Yields a function to be called with how much is done, of how much, and a remark.
     """
+    from rich.progress import (  # most commands show none
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
     console = Console(stderr=True)
     bar = Progress(
         TextColumn(f"mhcplan: {what}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),

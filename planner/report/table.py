@@ -51,13 +51,16 @@ def print_section(
 def _fitting(section: Section, styles: Sequence[str | None], console: Console) -> Table:
     """The table in the first look that fits; in the last one, too wide if it must be."""
     endless = console.options.update(width=_ENDLESS)
-    tables = [_table(section, styles, *look) for look in _LOOKS]
-    wanted = [console.measure(table, options=endless) for table in tables]
-    for table, width in zip(tables, wanted, strict=True):
-        if width.maximum <= console.width:
+    *looks, last = _LOOKS
+    for look in looks:
+        table = _table(section, styles, *look)
+        if console.measure(table, options=endless).maximum <= console.width:
             return table
-    tables[-1].width = max(wanted[-1].minimum, console.width)
-    return tables[-1]
+    table = _table(section, styles, *last)
+    wanted = console.measure(table, options=endless)
+    if wanted.maximum > console.width:
+        table.width = max(wanted.minimum, console.width)
+    return table
 
 
 def _table(section: Section, styles: Sequence[str | None], name_width: int, gap: int) -> Table:
