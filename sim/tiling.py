@@ -193,7 +193,7 @@ class _Tiling:
         for template in self._templates:
             digest.update(template.digest)
         for array in arrays:
-            digest.update(ints(array))
+            digest.update(ints(array).data)
         return digest.digest()
 
     def cost_of_rows(self) -> NDArray[np.int32]:
