@@ -281,6 +281,19 @@ def test_downloaded_page_works_by_itself(open_page: Open, browser: Browser, tmp_
     alone.close()
 
 
+def test_what_a_button_did_is_said_and_moves_nothing(open_page: Open) -> None:
+    page = open_page(SMALL)
+    places = "() => [...document.querySelectorAll('#answer button')].map((b) => b.offsetLeft)"
+    before = page.evaluate(places)
+    page.get_by_role("button", name="Copy link").click()
+    page.locator("#done", has_text="link").wait_for()
+    assert page.evaluate(places) == before
+    page.locator("summary", has_text="Download").click()
+    page.get_by_role("button", name="megatron (zip)").click()
+    page.locator("#done", has_text="megatron, which runs 1f1b").wait_for()
+    assert page.evaluate(places) == before
+
+
 def test_a_plan_file_is_opened(open_page: Open, tmp_path: Path) -> None:
     page = open_page(f"{SMALL}&n=2&p2p=grouped")
     page.locator("summary", has_text="Download").click()

@@ -14,6 +14,7 @@ import { addSweeps } from "/static/sweeps.js";
 const REST_MS = 250; // after which the timeline follows the answer,
 const HELD_MS = 1000; // while a slider is held: the next answer would have to wait for it
 const RETRY_MS = 2000;
+const DONE_MS = 2500, FAILED_MS = 10000; // how long it stands what a button did
 const SLOW_MS = 1500;
 const SPEAK_MS = 900;
 const BESIDE_TABLE_PIXELS = 196; // height of a figure whose legend is the table beneath it
@@ -28,7 +29,7 @@ const inputs = new Inputs(
   () => { state.endGesture(); if (rest) restFor(REST_MS); },
 );
 const together = { drawn: null, plan: null, pinned: null };
-let answered = null, spoken = 0, rest = 0, retry = 0;
+let answered = null, spoken = 0, rest = 0, retry = 0, saying = 0;
 
 // -- the answer ------------------------------------------------------------------------------------
 
@@ -232,8 +233,14 @@ async function copy(text, done) {
   } catch {
     done = "the browser does not let this page copy";
   }
-  byId("copied").textContent = done;
-  setTimeout(() => { byId("copied").textContent = ""; }, RETRY_MS);
+  say(done, DONE_MS);
+}
+
+/** Says what a button did, for so long, or what it does, until there is more to say. */
+function say(text, ms = null) {
+  clearTimeout(saying);
+  byId("done").textContent = text;
+  if (ms) saying = setTimeout(() => { byId("done").textContent = ""; }, ms);
 }
 
 byId("plan-file").addEventListener("change", async ({ target }) => {
@@ -271,7 +278,7 @@ function addDownloads() {
 }
 
 async function download(kind) {
-  byId("copied").textContent = "preparing…";
+  say("preparing…");
   try {
     const { name, content } = await file(`/api/download/${kind}?${state.plan}`);
     const link = document.createElement("a");
@@ -279,9 +286,9 @@ async function download(kind) {
     link.download = name;
     link.click();
     URL.revokeObjectURL(link.href);
-    byId("copied").textContent = "";
+    say(`${name} downloaded`, DONE_MS);
   } catch (error) {
-    byId("copied").textContent = error.message;
+    say(error.message, FAILED_MS);
   }
 }
 
