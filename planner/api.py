@@ -104,7 +104,7 @@ def plan(
     gpus: int,
     memory_gib: float | None = None,
     settings: Mapping[str, object] | None = None,
-    seconds: float = 50.0,
+    seconds: float = 45.0,
     jobs: int | None = None,
     **flags: object,
 ) -> Planned:

@@ -21,6 +21,7 @@ class Kept(Generic[Value]):
     def __init__(self, limit: int, size_of: Callable[[Value], int]) -> None:
         self._limit, self._size_of = limit, size_of
         self._values: OrderedDict[Hashable, Value] = OrderedDict()
+        self._size = 0  # of all together
         self._lock = threading.Lock()
 
     def find(self, key: Hashable, make: Callable[[], Value]) -> Value:
@@ -31,12 +32,16 @@ class Kept(Generic[Value]):
                 return self._values[key]
         made = make()
         with self._lock:
+            if key in self._values:
+                self._size -= self._size_of(self._values.pop(key))
             self._values[key] = made
-            while sum(map(self._size_of, self._values.values())) > self._limit:
-                self._values.popitem(last=False)
+            self._size += self._size_of(made)
+            while self._size > self._limit:
+                self._size -= self._size_of(self._values.popitem(last=False)[1])
         return made
 
     def forget(self) -> None:
         """Keep nothing of what there is."""
         with self._lock:
             self._values.clear()
+            self._size = 0

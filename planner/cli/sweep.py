@@ -131,7 +131,7 @@ def plan(
     gpus: PositiveInt,
     memory_gib: PositiveFloat | None = None,
     axes: AxisFlags | None = None,
-    seconds: PositiveFloat = 50.0,
+    seconds: PositiveFloat = 45.0,
     jobs: PositiveInt | None = None,
     backend: Backend = "local",
     method: Method = "auto",

@@ -27,6 +27,7 @@ from mhcplan.sim.build import (
     Template,
     TemplateBuilder,
 )
+from mhcplan.sim.kept import Kept
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,7 +41,10 @@ _LETTER = {"F": "F", "I": "B"}  # a message's pass, as its cell names it
 # Ops at the end of a step, which no action has.
 _END_OPS = ("adamw", "zero_gradients", "grad_reduce.dense", "grad_reduce.experts",
             "param_gather.dense", "param_gather.experts")  # fmt: skip
-_KEPT = 256  # recorded bundles; one of a large stage takes about a megabyte
+_KEPT = 256  # bundles filled with numbers
+# Ops of recorded bundles, at about half a kilobyte each. A search for a plan comes back to what it
+# recorded for other layouts: with 256 bundles it had 254 answers in 30 CPU seconds, with these 434.
+_KEPT_OPS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,11 @@ class StageTemplates:
     left_by_f: frozenset[str]
     left_by_i: frozenset[str]
     actions: dict[str, Template]
+
+    @property
+    def num_ops(self) -> int:
+        """Ops of all templates."""
+        return sum(len(some.ops) for some in (*self.actions.values(), *self.messages.values()))
 
 
 @lru_cache(maxsize=_KEPT)
@@ -87,13 +96,19 @@ def pair_template(work: Work, forward: StageShape, backward: StageShape) -> Temp
     return recorded.filled(recorded.labels.meaning(numbers.key, numbers.payload_bytes))
 
 
-@lru_cache(maxsize=_KEPT)
 def _recorded_stage(form: Form, shape: StageShape) -> StageTemplates:
-    return _Recorder(form, shape).templates()
+    return _stages.find((form, shape), lambda: _Recorder(form, shape).templates())
 
 
-@lru_cache(maxsize=_KEPT)
 def _recorded_pair(form: Form, forward: StageShape, backward: StageShape) -> Template:
+    return _pairs.find((form, forward, backward), lambda: _record_pair(form, forward, backward))
+
+
+_stages: Kept[StageTemplates] = Kept(_KEPT_OPS, lambda stage: stage.num_ops)
+_pairs: Kept[Template] = Kept(_KEPT_OPS, lambda pair: len(pair.ops))
+
+
+def _record_pair(form: Form, forward: StageShape, backward: StageShape) -> Template:
     first, second = _recorded_stage(form, forward), _recorded_stage(form, backward)
     hold = first.left_by_f, second.left_by_i
     builder = TemplateBuilder(Labels(), first.before_f, second.before_i, hold=hold)

@@ -129,7 +129,7 @@ def find_plans(
     memory_gib: float | None = None,
     axes: Sequence[Axis] = (),
     *,
-    seconds: float = 50.0,
+    seconds: float = 45.0,
     jobs: int | None = None,
     backend: Backend = "local",
     method: Method = "auto",
