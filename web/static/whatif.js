@@ -173,6 +173,7 @@ const followTimeline = newest(async (signal) => {
     await drawTimelines(plan, pinned, signal);
     byId("timeline-state").textContent = "";
     document.documentElement.dataset.ready = "true";
+    performance.mark("timeline"); // for those who measure how soon it is there
     const { line, remarks } = await json(`/api/certainty?${plan}`, { signal });
     if (plan === state.plan) showRemarks(line, remarks);
   } catch (error) {
