@@ -43,7 +43,9 @@ def simulate_compiled(program: Program, costs: CostTable) -> Timeline:
     if half is None:
         times = _times(program, costs)
     else:
-        times = np.take(_times(half.program, costs), half.played_by, axis=1)
+        played = _times(half, costs)
+        ranks = np.split(played, half.rank_offsets[1:-1], axis=1)
+        times = np.concatenate([*ranks, *reversed(ranks)], axis=1)
     issue, start, end, release, placed = times
     if (end == NEVER).any():
         _say_who_is_stuck(program, costs)

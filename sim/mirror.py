@@ -29,21 +29,9 @@ _OP_COLUMNS = ("rank", "kind", "category", "pass_", "cell", "cost", "stage", "si
 _OP_LISTS = ("waits", "reads", "writes", "allocs", "frees")
 
 
-class Half(NamedTuple):
-    """The first half of a Program's ranks as a Program of their own.
-
-    Attributes:
-        image: for every op of the whole the one that mirrors it.
-        played_by: for every op of the whole the op of ``program`` that runs when it does.
-    """
-
-    program: Program
-    image: Array
-    played_by: Array
-
-
-def half_of(program: Program, costs: CostTable) -> Half | None:
-    """The half that tells when all ops run; None if the ranks are no mirror images.
+def half_of(program: Program, costs: CostTable) -> Program | None:
+    """The first half of the ranks, which tells when all ops run: those of rank P - 1 - r when those
+    of rank r do. None if the ranks are no mirror images.
 
     Without contention transfers take turns on links, where op numbers decide between equals: these
     are no mirror images, so there is no half.
@@ -55,10 +43,17 @@ def half_of(program: Program, costs: CostTable) -> Half | None:
     if half is None or not np.array_equal(program.cost[half.image], program.cost):
         return None
     cost = program.cost[: half.program.num_ops]
-    return half._replace(program=half.program.renumbered(cost=cost, cost_keys=program.cost_keys))
+    return half.program.renumbered(cost=cost, cost_keys=program.cost_keys)
 
 
-def _half_of(program: Program) -> Half | None:
+class _Half(NamedTuple):
+    """The first half of the ranks, and for every op of the whole the one that mirrors it."""
+
+    program: Program
+    image: Array
+
+
+def _half_of(program: Program) -> _Half | None:
     """The half by all but what ops cost."""
     lengths = np.diff(program.rank_offsets)
     if program.num_ranks % 2 or not program.num_ops or (lengths != lengths[::-1]).any():
@@ -68,8 +63,7 @@ def _half_of(program: Program) -> Half | None:
     if twin is None or not _is_mirrored(program, twin, image):
         return None
     first = _first_half(program, twin)
-    played_by = np.minimum(image, np.arange(len(image)))
-    return Half(first, image, played_by) if _meets_alike(program, first, image) else None
+    return _Half(first, image) if _meets_alike(program, first, image) else None
 
 
 def _last_first(offsets: Array) -> Array:

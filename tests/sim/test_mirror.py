@@ -39,7 +39,7 @@ def test_half_of_the_ranks_tell_what_the_reference_plays_for_all(
     costs = with_loads(costs, data.draw(loads(program)))
     half = half_of(program, costs)
     assert half is not None
-    assert half.program.num_ops == program.num_ops // 2
+    assert half.num_ops == program.num_ops // 2
     assert_equal(program, costs)
 
 
@@ -72,8 +72,8 @@ def test_a_message_between_two_mirror_images_meets_itself() -> None:
     program, costs = exchange()
     half = half_of(program, costs)
     assert half is not None
-    assert half.program.num_ranks == 1
-    assert half.program.peer.tolist() == [-1, 0, 0, -1]
+    assert half.num_ranks == 1
+    assert half.peer.tolist() == [-1, 0, 0, -1]
     assert_equal(program, costs)
 
 
