@@ -9,15 +9,18 @@ estimate of a list of plans on one and on two cores, the best of them confirmed 
 how far the estimate was off. ``cold``: a new process, with machine code on disk and without.
 ``trace``: a Perfetto file of 200,000 ops. ``growth``: with P, M and the number of blocks.
 
-Where a what-if's time goes, in ms of CPU time for the plan's 72,080 ops, the least of eight rounds
-while others used the machine (2.4 GHz EPYC): the engine's two plays 22 and 23 (300 ns an op: a GPU
-is shared anew 90,000 times, each time with the rate of the chosen kernel and of two transfers, and
-a look at what is due next), breakdown 3, templates and the order of ops 2, what the clock follows
-2, memory, prices, and the report 1 each; the baseline on the other core. More than half of a new
-process are imports: numpy, pydantic's models and the command line; numba is not loaded.
+Where a what-if's time goes, in ms of CPU time for the plan's 72,080 ops, the least of forty rounds
+while others used the machine (2.4 GHz EPYC): the engine's two plays 14 and 13, templates and the
+order of ops 2.8, breakdown 2.4, what the clock follows 2.1, memory and the report 1.2 each; the
+baseline on the other core. All of a plan takes 40. With all ranks played instead of half of them
+(:mod:`mhcplan.sim.mirror`), as schedules need that are no mirror images, the plays took 25 and 27
+in the same minutes, all of the plan 65. More than half of a new process are imports: numpy,
+pydantic's models and the command line; numba is not loaded.
 
-A play takes 290 to 308 ns an op for 18,000 ops as for 290,000, so large arrays are not what it
-waits for; it executes some 1,200 instructions an op (counted by single steps, mhc-3b, P 2, M 4).
+A play of all ranks takes 290 to 308 ns an op for 18,000 ops as for 290,000, so large arrays are not
+what it waits for: a GPU is shared anew 90,000 times in 72,080 ops, each time with the rate of the
+chosen kernel and of two transfers, and a look at what is due next. It executes some 1,200
+instructions an op (counted by single steps, mhc-3b, P 2, M 4).
 
 What made plays no faster: columns of an op side by side in memory (1.11 to 1.17 of the time), int32
 instead of int64 (1.05 to 1.10), what :mod:`mhcplan.sim.device_sms` asks twice asked once (1.01 to
