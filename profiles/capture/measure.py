@@ -282,7 +282,8 @@ def _of_run(rows: Iterable[OpTiming], run: int) -> tuple[OpTiming, ...]:
 
 def extend(base: Profile, ops: OpsPart | None, comms: Sequence[CommPart]) -> Profile:
     """``base`` with what the parts measured added; of equal rows the parts' count, and the last
-    part's word on what a communicator takes and what CUDA graphs do.
+    part's word on what a communicator takes and what CUDA graphs do. But of two times of the host
+    the shorter one: whatever else a host has to do makes it longer.
 
     Raises:
         ProfileError: a part is of another device.
@@ -295,7 +296,10 @@ def extend(base: Profile, ops: OpsPart | None, comms: Sequence[CommPart]) -> Pro
                 f" {part.provenance.device!r}"
             )
     added = _of_run(ops.ops, len(base.provenance)) if ops else ()
-    rows = {row.key: row for row in (*base.ops, *added)}
+    rows = {row.key: row for row in base.ops}
+    for row in added:
+        host_ns = min(row.host_ns, rows.get(row.key, row).host_ns)
+        rows[row.key] = row.model_copy(update={"host_ns": host_ns})
     transfers = {
         (row.pattern, row.medium, row.group_size, row.bytes): row
         for row in (*base.transfers, *(row for comm in comms for row in comm.transfers))

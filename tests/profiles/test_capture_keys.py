@@ -65,7 +65,8 @@ def test_rows_that_spread_are_measured_again(tmp_path: Path) -> None:
     measured = read_part(second.with_name("second.json.ops.json"), OpsPart).ops
     assert [row.key for row in measured] == [base.ops[2].key]
     found = read_profile(second).ops
-    assert found == (*rows[:2], measured[0].model_copy(update={"run": 1}))
+    host_ns = min(measured[0].host_ns, rows[2].host_ns)
+    assert found == (*rows[:2], measured[0].model_copy(update={"run": 1, "host_ns": host_ns}))
 
 
 def test_rows_say_which_run_measured_them_and_stale_ones_are_measured_again(
@@ -117,6 +118,18 @@ def test_how_close_kernels_of_a_graph_are_is_the_last_runs_word(tmp_path: Path) 
     assert found.overheads.graph_gap_ns == 1100
     assert found.digest != base.digest
     assert extend(found, part, []).overheads == found.overheads  # this one did not measure it
+
+
+def test_the_shorter_time_of_a_host_stays(tmp_path: Path) -> None:
+    out = tmp_path / "p.json"
+    assert main([*QUICK, "--out", str(out), "--op", str(RESIDUAL)]) == 0
+    base, part = read_profile(out), read_part(out.with_name("p.json.ops.json"), OpsPart)
+    for times in (0.5, 2.0):
+        measured = {"duration_ns": 7, "host_ns": round(times * base.ops[0].host_ns)}
+        again = (part.ops[0].model_copy(update=measured),)
+        (found,) = extend(base, part.model_copy(update={"ops": again}), []).ops
+        assert found.duration_ns == 7
+        assert found.host_ns == min(base.ops[0].host_ns, again[0].host_ns)
 
 
 @pytest.mark.parametrize(
