@@ -75,6 +75,7 @@ T = TypeVar("T")
 PROFILE = find_profile("h100-sxm")
 SECTIONS = ("what-if", "sweep", "cold", "trace", "growth")
 CONFIRMED = 8
+SCHEDULES = ("1f1b", "zb1p", "dualpipe", "dualpipev")  # of a sweep
 TRACE_OPS = 200_000
 _MB = 1e6
 
@@ -183,9 +184,8 @@ def _swept(
     microbatches: Iterable[int], blocks: Iterable[str | int], sizes: Iterable[int]
 ) -> list[PlanSpec]:
     plans: list[PlanSpec] = []
-    schedules = ("1f1b", "zb1p", "dualpipe", "dualpipev")
     for pp, schedule, m, block, size, n in product(
-        (4, 8), schedules, microbatches, blocks, sizes, (1, 2, 4, 8)
+        (4, 8), SCHEDULES, microbatches, blocks, sizes, (1, 2, 4, 8)
     ):
         plan = plan_of(
             residual={"expansion_rate": n, "recompute_block": block},
@@ -222,8 +222,10 @@ def sweep(_: int) -> Section:
     columns = ("what", "plans", "wall s", "CPU s", "plans/s by wall", "by CPU")
     section = Section("sweep of mhc-27b", columns)
     for text, plans in (("layouts", many_layouts()), ("sizes", many_sizes())):
-        # plans that share most stay in one process
-        halves = [[p for p in plans if (p.layout.pp == 8) == is_8] for is_8 in (False, True)]
+        # plans that share the order of all their ops stay in one process; many stages take longer
+        halves: tuple[list[PlanSpec], list[PlanSpec]] = ([], [])
+        for plan in plans:
+            halves[(plan.layout.pp == 8) ^ (plan.schedule in SCHEDULES[::2])].append(plan)
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
             found, row = _measured(pool, [plans])
         section.rows.append((f"{text}, one core", *row))
@@ -242,21 +244,22 @@ def sweep(_: int) -> Section:
 
 
 def _measured(
-    pool: ProcessPoolExecutor, parts: list[list[PlanSpec]], confirmed: int = 0
+    pool: ProcessPoolExecutor, parts: Sequence[list[PlanSpec]], confirmed: int = 0
 ) -> tuple[list[Estimate], tuple[object, ...]]:
-    """Estimates by a process for each part, and how long they took with ``confirmed`` predictions.
-
-    CPU time is that of the processes that estimate.
-    """
+    """Estimates by a process for each part, and how long they took with ``confirmed`` predictions
+    by the same processes; CPU time is that of the estimates."""
     list(pool.map(_ready, parts))
     begin = time.perf_counter()
     done = list(pool.map(_estimates, parts))
     found = [entry for estimates, _ in done for entry in estimates]
-    for entry in _best(found)[:confirmed]:
-        predict(entry.plan, PROFILE)
+    list(pool.map(_confirm, [entry.plan for entry in _best(found)[:confirmed]]))
     wall_s = time.perf_counter() - begin
     count, cpu_s = sum(map(len, parts)), sum(cpu_s for _, cpu_s in done)
     return found, (count, wall_s, cpu_s, count / wall_s, count / cpu_s)
+
+
+def _confirm(plan: PlanSpec) -> int:
+    return predict(plan, PROFILE).step.timeline.step_ns
 
 
 def _best(found: Sequence[Estimate]) -> list[Estimate]:
