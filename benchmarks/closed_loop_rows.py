@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from mhcplan.profiles.accuracy import ABLATIONS
+
 Fields = dict[str, Any]
 
 
@@ -149,8 +151,6 @@ GPUS = {
     "pp2": 2, "ep2": 2, "ablation": 2, **dict.fromkeys(CTAS, 2), "four": 4, "eight": 8,
     "dry2": 2, "dry4": 4, "dry8": 8,
 }  # fmt: skip
-# sets whose rows are compared with each other and not with a baseline
-ALONE = ("ablation", *CTAS, "dry2")
-# once: on streams that NCCL ran on; they go last
-HUNG = ("zb1p-n2-L4", "dualpipe-n2-L1-eager", "ctas-eager-base", "ctas-eager-8")
+ALONE = (*ABLATIONS, "dry2")  # their rows are compared with each other and not with a baseline
+HUNG = ("zb1p-n2-L4", "dualpipe-n2-L1-eager")  # once: on streams that NCCL ran on
 BLIND = ("pp2", "ep2", "four", "eight")  # sets whose rows judge the model

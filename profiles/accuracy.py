@@ -44,7 +44,8 @@ if TYPE_CHECKING:
 Mode = Literal["issued", "captured"]
 Resource = Literal["memory", "matrix"]
 RESOURCES: tuple[Resource, ...] = ("memory", "matrix")
-ABLATION = "ablation"  # set of rows that try settings one by one: they judge those, not the model
+# sets of rows that try settings one by one: they judge those, not the model
+ABLATIONS = ("ablation", "ctas-1f1b", "ctas-dualpipe", "ctas-eager")
 BLOCK = "block"  # anchor of whole blocks: what the resources' own scales leave over
 MHC, BASELINE = (
     "mhc",

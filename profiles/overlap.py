@@ -320,10 +320,11 @@ class OverlapModel:
 
     def _beyond(self, ours: _Compute, theirs: _Traffic) -> Iterator[str]:
         key, ctas = theirs.key, theirs.message.ctas
-        rows = [row["traffic"] for row in self._source.rows.values() if row["traffic"]]
+        overlapped = (row for row in self._source.rows.values() if row["compute"] != "-")
+        rows = [row["traffic"] for row in overlapped if row["traffic"]]
         sizes = [row["num_bytes"] for row in rows if row["pattern"] == key.pattern]
         if rows and not sizes:
-            yield f"{key.pattern} was not overlapped: SMs and memory are taken to be all_to_all's"
+            yield f"{key.pattern} was not overlapped: memory traffic is taken to be all_to_all's"
         if sizes and not min(sizes) <= key.num_bytes <= max(sizes):
             measured = f"{min(sizes):,} to {max(sizes):,}"
             yield f"{key.num_bytes:,} bytes: messages of {measured} were overlapped"

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mhcplan.planner.report.schema import Intervals
-from mhcplan.profiles.accuracy import ABLATION, newest, shipped_rows
+from mhcplan.profiles.accuracy import ABLATIONS, newest, shipped_rows
 from mhcplan.sim.longest_path import StepGraph
 from mhcplan.sim.memory import memory_report
 from mhcplan.sim.order import order_of
@@ -73,9 +73,9 @@ class ModelErrors:
 
 def rows_that_judge(rows: Iterable[Row]) -> list[Row]:
     """Rows whose errors are those of the model that there is: of each the newest measurement, as
-    older ones are of models that have been mended since, and none of the ablation, whose settings
+    older ones are of models that have been mended since, and none of the ablations, whose settings
     hardly any plan has."""
-    return [row for row in newest(rows) if row.claim.set != ABLATION]
+    return [row for row in newest(rows) if row.claim.set not in ABLATIONS]
 
 
 def measured_errors(rows: Iterable[Row]) -> ModelErrors:

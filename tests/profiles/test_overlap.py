@@ -63,12 +63,12 @@ def test_nothing_is_faster_beside_something_else(
 def test_the_price_is_what_the_engines_give(op: OpKey, urgent: bool, engine: Engine) -> None:
     """Two streams of two ranks, written down here, with the tables of a prediction.
 
-    What a message waits for depends on how far the second rank is behind: the price is a mean."""
+    What a message waits for depends on how far the second rank is behind: a price lies between."""
     price = MODEL.price(op, SEND, high_priority=urgent)
     found = [played(price, op, urgent, engine, lag_ns) for lag_ns in (0, 30_000)]
-    compute, traffic = (sum(side) / 2 for side in zip(*found, strict=True))
-    assert price.traffic_slowdown == pytest.approx(traffic, rel=0.1)
-    assert price.compute_slowdown == pytest.approx(compute, rel=0.05)
+    compute, traffic = zip(*found, strict=True)
+    assert 0.95 * min(traffic) < price.traffic_slowdown < 1.05 * max(traffic)
+    assert 0.98 * min(compute) < price.compute_slowdown < 1.02 * max(compute)
 
 
 def played(
