@@ -19,6 +19,8 @@ from tests.support.loads import loads, with_loads
 from tests.support.programs import Maker, build_mirrored, mirror_images
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from hypothesis.strategies import DataObject
 
     from mhcplan.sim.program import CostTable, Program
@@ -78,9 +80,9 @@ def test_a_message_between_two_mirror_images_meets_itself() -> None:
 
 
 def on_the_second_rank(program: Program, column: str, value: object) -> Program:
-    changed = getattr(program, column).copy()
-    changed[-1] = value
-    return replace(program, **{column: changed})  # type: ignore[arg-type]
+    changed: dict[str, Any] = {column: getattr(program, column).copy()}
+    changed[column][-1] = value
+    return replace(program, **changed)
 
 
 def another_priority(program: Program) -> Program:
@@ -105,7 +107,9 @@ def other_waits(program: Program) -> Program:
     ],
     ids=["cost", "host_sync", "priority", "waits", "batch"],
 )
-def test_ranks_that_differ_in_anything_are_all_played(change: Any) -> None:  # noqa: ANN401
+def test_ranks_that_differ_in_anything_are_all_played(
+    change: Callable[[Program], Program],
+) -> None:
     program, costs = exchange()
     program = change(program)
     assert half_of(program, costs) is None
