@@ -16,6 +16,8 @@ from mhcplan.planner.schedules.catalogue import build_schedule
 from mhcplan.profiles.specs import SITES_PER_BLOCK
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from mhcplan.planner.plan.spec import PlanSpec
     from mhcplan.planner.schedules.catalogue import Schedule
 
@@ -30,16 +32,24 @@ def paper_recompute_block(expansion_rate: int, num_sites: int) -> float:
     return sqrt(n * num_sites / (n + 2))
 
 
-def stored_elements(expansion_rate: int, num_sites: int, block: int, live_chunks: int = 1) -> int:
-    """Elements a token, in units of C, that depend on L_r: stored block inputs and one transient
-    block (equation 20; sublayer outputs, C a site, come on top whatever L_r is).
+def stored_elements(expansion_rate: int, block: int, stages: Iterable[tuple[int, int]]) -> int:
+    """Elements a token, in units of C, that a rank holds because of L_r: stored block inputs of all
+    live chunks and one transient block (equation 20; sublayer outputs, C a site, come on top
+    whatever L_r is).
 
-    >>> [stored_elements(4, 60, r) + 60 for r in (1, 4, 6, 10, 60)]
+    Args:
+        expansion_rate: n.
+        block: L_r in sites.
+        stages: sites and live chunks of each of the rank's stages.
+
+    >>> [stored_elements(4, r, [(60, 1)]) + 60 for r in (1, 4, 6, 10, 60)]
     [306, 144, 136, 144, 424]
     """
-    n = expansion_rate
-    resident = live_chunks * n * ceil(num_sites / block)
-    return resident + (n + 2) * min(block, num_sites)
+    resident = transient = 0
+    for num_sites, live_chunks in stages:
+        resident += live_chunks * ceil(num_sites / block)
+        transient = max(transient, min(block, num_sites))
+    return expansion_rate * resident + (expansion_rate + 2) * transient
 
 
 def resolve_recompute_block(plan: PlanSpec) -> int | None:
@@ -56,15 +66,11 @@ def resolve_recompute_block(plan: PlanSpec) -> int | None:
         return max(sites)
     if wish != "auto":
         return min(wish, max(sites))
-    ranks = _live_peaks(plan.schedule, plan.layout.pp, _until_steady(plan))
+    live_peaks = _live_peaks(plan.schedule, plan.layout.pp, _until_steady(plan))
+    ranks = [[(sites[stage], live) for stage, live in rank] for rank in live_peaks]
 
     def worst(block: int) -> int:
-        n = plan.residual.expansion_rate
-        return max(
-            sum(n * ceil(sites[stage] / block) * live for stage, live in rank)
-            + (n + 2) * max(min(block, sites[stage]) for stage, _ in rank)
-            for rank in ranks
-        )
+        return max(stored_elements(plan.residual.expansion_rate, block, rank) for rank in ranks)
 
     return min(range(1, max(sites) + 1), key=worst)
 

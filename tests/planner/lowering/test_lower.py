@@ -250,9 +250,31 @@ def test_messages_of_a_flow_meet_in_order(drawn: dict[str, object]) -> None:
 def test_equation_20_of_the_paper() -> None:
     """paper.md 2.4: L = 60 sites, n = 4."""
     assert round(paper_recompute_block(4, 60), 2) == 6.32
-    totals = {r: stored_elements(4, 60, r) + 60 for r in range(1, 61)}
+    totals = {r: stored_elements(4, r, [(60, 1)]) + 60 for r in range(1, 61)}
     assert min(totals, key=lambda r: totals[r]) == 6
     assert totals[6] == 136
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("num_blocks", [8, 13, 30])
+@pytest.mark.parametrize("n", [2, 4, 16])
+def test_auto_is_the_block_of_least_memory_of_1f1bs_live_chunks(
+    num_ranks: int, num_blocks: int, n: int
+) -> None:
+    """Equation 20 where rank r of 1F1B keeps P - r chunks, and some ranks have a block more."""
+    plan = tiny_plan(
+        model=TINY | {"num_blocks": num_blocks}, schedule="1f1b", residual={"expansion_rate": n},
+        layout={"pp": num_ranks, "ep": 1},
+    )  # fmt: skip
+    sites = [2 * (num_blocks // num_ranks + (r < num_blocks % num_ranks)) for r in range(num_ranks)]
+
+    def elements(block: int) -> int:
+        return max(
+            n * -(-sites[r] // block) * (num_ranks - r) + (n + 2) * min(block, sites[r])
+            for r in range(num_ranks)
+        )
+
+    assert resolve_recompute_block(plan) == min(range(1, sites[0] + 1), key=elements)
 
 
 @pytest.mark.parametrize("num_ranks", [4, 8, 16])
