@@ -14,6 +14,7 @@ from mhcplan.planner.export.piper import piper_files
 from mhcplan.planner.export.stream_json import stream_files
 from mhcplan.planner.export.torch_csv import torch_files
 from mhcplan.planner.export.torchtitan import torchtitan_files
+from mhcplan.planner.lowering.recompute import recomputes
 from mhcplan.planner.plan.spec import SpecError
 from mhcplan.sim.chrome_trace import chrome_trace
 
@@ -28,6 +29,7 @@ _TWO_COPIES = (
     " stages in a V with M/2 microbatches (stage P+s is the second copy of stage s; load it with"
     " mhcplan.runtime.torch_dualpipe)"
 )
+_NO_HEAD = "the multi-token-prediction head: no module of it is listed"
 _GROUPED = "p2p=grouped: torch posts every message by itself"
 
 
@@ -43,10 +45,13 @@ def losses_of(prediction: Prediction, to: ExportFormat) -> tuple[str, ...]:
     losses = list(LOSSES[to])
     schedule = prediction.plan.schedule
     splits = schedule not in ("1f1b", "interleaved-1f1b")
-    if to in ("torch-csv", "torchtitan", "piper") and splits and prediction.recompute_block:
+    again = recomputes(prediction.plan, prediction.recompute_block)
+    if to in ("torch-csv", "torchtitan", "piper") and splits and again:
         losses.append(_MERGED)
     if to == "torch-csv" and schedule == "dualpipe":
         losses.append(_TWO_COPIES)
+    if to == "torchtitan" and prediction.plan.mtp:
+        losses.append(_NO_HEAD)
     if to in ("torch-csv", "torchtitan", "piper", "megatron") and prediction.plan.p2p == "grouped":
         losses.append(_GROUPED)
     return tuple(losses)

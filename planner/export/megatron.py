@@ -67,10 +67,11 @@ def _check(plan: PlanSpec, recompute_block: int | None) -> None:
             " and with the plain residual full"
         )
     if recompute_block is not None and recompute_block % SITES_PER_BLOCK:
+        whole = [block for block in (recompute_block - 1, recompute_block + 1) if block]
         raise SpecError(
             f"residual.recompute_block={recompute_block} cannot be exported to megatron: its"
             f" mhc_recompute_layer_num counts layers, of {SITES_PER_BLOCK} sites each; take"
-            f" {recompute_block - 1 or SITES_PER_BLOCK} or {recompute_block + 1}"
+            f" {' or '.join(map(str, whole))}"
         )
 
 

@@ -157,6 +157,14 @@ def test_recomputed_stages_have_no_split_backward(to: ExportFormat) -> None:
 def test_recompute_of_the_sublayers_alone_has_no_split_backward_either() -> None:
     layers = small("zb1p", "none", recompute_layers="full")
     assert not re.search(r"\d[IW]\d", text(layers, "torch-csv", "compute_comms.csv"))
+    for to in ("torch-csv", "torchtitan", "piper"):
+        assert any(loss.startswith("I and W:") for loss in losses_of(layers, to))
+
+
+def test_torchtitan_is_told_that_a_prediction_head_has_no_module() -> None:
+    for mtp in (True, False):
+        losses = losses_of(small("1f1b", mtp=mtp), "torchtitan")
+        assert any("multi-token-prediction" in loss for loss in losses) == mtp
 
 
 def test_dualpipe_becomes_a_v_of_two_copies(predictions: dict[str, Prediction]) -> None:
@@ -264,9 +272,9 @@ def test_megatron_places_the_multi_token_prediction_head_with_the_loss() -> None
     assert 't*6mL"' in flags
 
 
-@pytest.mark.parametrize("block", [1, 3, 5])
-def test_megatron_refuses_half_a_layer(block: int) -> None:
-    with pytest.raises(SpecError, match=rf"recompute_block={block} .* of 2 sites each"):
+@pytest.mark.parametrize(("block", "instead"), [(1, "2"), (3, "2 or 4"), (5, "4 or 6")])
+def test_megatron_refuses_half_a_layer(block: int, instead: str) -> None:
+    with pytest.raises(SpecError, match=rf"block={block} .* of 2 sites each; take {instead}$"):
         export(small("1f1b", block), "megatron")
 
 

@@ -325,6 +325,25 @@ def test_static_memory_is_what_a_gpu_holds_of_every_parameter() -> None:
         )
 
 
+def test_gradients_are_reduced_in_fp32_and_weights_gathered_in_bf16() -> None:
+    """4 bytes an element out and 2 back, of the dense weights and of the experts' share."""
+    tiny = tiny_plan(schedule="1f1b", layout={"pp": 4, "ep": 2, "dp": 3})
+    program = lower(tiny, 2)
+    for rank, blocks in enumerate(tiny.stages):
+        counts = stage_parameters(tiny.model, tiny.residual, blocks)
+        dense, experts = counts.total - counts.routed_experts, counts.routed_experts // 2
+        for kind, each in (("grad_reduce", 4), ("param_gather", 2)):
+            ops = np.flatnonzero((program.rank == rank)
+                                 & (program.kind == program.kinds.index(kind)))  # fmt: skip
+            moved = {program[i].stream.name: program[i] for i in ops}
+            assert {name: op.payload_bytes for name, op in moved.items()} == {
+                "dp": each * dense, "dp_experts": each * experts,
+            }  # fmt: skip
+            keys = [parse_key(op.cost_key) for op in moved.values()]
+            assert [key.num_bytes for key in keys] == [each * dense, each * experts]
+            assert [key.group_size for key in keys] == [6, 3]
+
+
 def test_static_memory_counts_both_copies_of_dualpipe() -> None:
     one = lower(tiny_plan(schedule="1f1b", layout={"pp": 4, "ep": 1}), 2).static_bytes
     two = lower(tiny_plan(schedule="dualpipe", layout={"pp": 4, "ep": 1}), 2).static_bytes
