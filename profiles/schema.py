@@ -36,6 +36,7 @@ _LATER_FIELDS = (
 
 Pattern = Literal["send_recv", "send_recv_both", "all_to_all", "all_to_all_uneven", "all_reduce",
                   "reduce_scatter", "all_gather"]  # fmt: skip
+BETWEEN_TWO: tuple[Pattern, ...] = ("send_recv", "send_recv_both")
 Medium = Literal["intra_node", "inter_node"]
 MeasuredOrAssumed = Literal["measured", "assumed"]
 # far beyond any machine, and far inside the integers that the engines count with
@@ -138,6 +139,12 @@ class TransferTiming(Figure):
     samples: NonNegativeInt = 0
     host_ns: NonNegativeInt = 0
     ctas: NonNegativeInt | None = None
+
+    @model_validator(mode="after")
+    def _messages_have_two_ends(self) -> Self:
+        if self.pattern in BETWEEN_TWO and self.group_size != 2:
+            raise ValueError(f"group_size={self.group_size} must be 2: {self.pattern} has two ends")
+        return self
 
 
 class ContentionOp(Figure):

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from mhcplan.profiles.costs import Cost, CostMissing, Source, worst
 from mhcplan.profiles.interpolation import MAX_EXTRAPOLATION
-from mhcplan.profiles.schema import SECOND_NS
+from mhcplan.profiles.schema import BETWEEN_TWO, SECOND_NS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from mhcplan.profiles.schema import Profile, TransferTiming
     from mhcplan.profiles.vocabulary import TransferKey
 
-_PAIRS = ("send_recv", "send_recv_both")
 _HALVES = ("reduce_scatter", "all_gather")
 REDUCTIONS = ("all_reduce", *_HALVES)  # of gradients and shards
 _UNEVEN = "all_to_all_uneven"
@@ -43,7 +42,7 @@ UNEVEN_SHARE = 1.5  # of an even share: what every rank sends to the first one o
 def traffic_factor(pattern: str, group_size: int) -> float:
     """Bytes that a rank sends, as a share of its buffer; of an uneven group, that the first one
     receives."""
-    if pattern in _PAIRS:
+    if pattern in BETWEEN_TWO:
         return 1.0
     share = (group_size - 1) / group_size
     return {"all_reduce": 2, _UNEVEN: UNEVEN_SHARE}.get(pattern, 1) * share
@@ -71,7 +70,7 @@ class TransferCosts:
         pattern, size, per_node, num_bytes = key
         if not (1 <= per_node <= size and size >= 2 and num_bytes >= 1):
             raise ValueError(f"transfer {key}: needs 2 ranks, some of them on a node, and a byte")
-        if pattern in _PAIRS and size != 2:
+        if pattern in BETWEEN_TWO and size != 2:
             raise ValueError(f"transfer {key}: {pattern} is between 2 ranks")
         if per_node == size:
             return self._on_medium("intra_node", pattern, size, num_bytes)
@@ -178,7 +177,7 @@ class TransferCosts:
         ranks carries an equal part of the buffer around the ring of nodes.
         """
         pattern, size, per_node, num_bytes = key
-        if pattern in _PAIRS:
+        if pattern in BETWEEN_TWO:
             return num_bytes
         if pattern in _ALL_TO_ALL:
             leaving = num_bytes * (size - per_node) // size
