@@ -23,6 +23,7 @@ from mhcplan.profiles.op_costs import (
 from mhcplan.profiles.op_fit import ALIKE, Roofline
 from mhcplan.profiles.transfer_costs import TransferCosts
 from mhcplan.profiles.vocabulary import VOCABULARY, OpKey, TransferKey, op_key, parse_key
+from mhcplan.sim.kept import Kept
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,7 +52,6 @@ _STAND_IN = {
 
 
 _MODELS_KEPT = 4
-_models: dict[str, CostModel] = {}
 
 
 def cost_model_of(profile: Profile) -> CostModel:
@@ -60,13 +60,7 @@ def cost_model_of(profile: Profile) -> CostModel:
     Raises:
         ProfileError: the profile lacks a rate that the roofline needs.
     """
-    found = _models.get(profile.digest)
-    if found is None:
-        found = CostModel(profile)
-        while len(_models) >= _MODELS_KEPT:
-            _models.pop(next(iter(_models)), None)
-        _models[profile.digest] = found
-    return found
+    return _models.find(profile.digest, lambda: CostModel(profile))
 
 
 class CostModel:
@@ -92,7 +86,7 @@ class CostModel:
         self._transfers = TransferCosts(profile)
         self._loads = LoadModel(profile)
         self._cache: dict[OpKey | TransferKey, Cost] = {}
-        self._networks: dict[float, CostModel] = {}
+        self._networks: Kept[CostModel] = Kept(_MODELS_KEPT)
 
     def with_network(self, speed: float) -> CostModel:
         """Prices where the network between nodes has ``speed`` times the bandwidth.
@@ -101,13 +95,7 @@ class CostModel:
         """
         if speed == 1:
             return self
-        found = self._networks.get(speed)
-        if found is None:
-            found = CostModel(with_network(self.profile, speed))
-            while len(self._networks) >= _MODELS_KEPT:
-                self._networks.pop(next(iter(self._networks)), None)
-            self._networks[speed] = found
-        return found
+        return self._networks.find(speed, lambda: CostModel(with_network(self.profile, speed)))
 
     def op(self, key: OpKey) -> Cost:
         """Cost of an op.
@@ -233,3 +221,6 @@ class CostModel:
             saved_bytes=saved_bytes(key),
             deferred_bytes=deferred_bytes(key),
         )
+
+
+_models: Kept[CostModel] = Kept(_MODELS_KEPT)

@@ -12,13 +12,18 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 
 
+def _one(_: object) -> int:
+    return 1
+
+
 class Kept(Generic[Value]):
-    """Values by key; those unused for longest go when all together are larger than ``limit``.
+    """Values by key; those unused for longest go when all together are larger than ``limit``, which
+    counts values where nothing says how large they are.
 
     Two threads that ask for the same at once may both make it.
     """
 
-    def __init__(self, limit: int, size_of: Callable[[Value], int]) -> None:
+    def __init__(self, limit: int, size_of: Callable[[Value], int] = _one) -> None:
         self._limit, self._size_of = limit, size_of
         self._values: OrderedDict[Hashable, Value] = OrderedDict()
         self._size = 0  # of all together

@@ -16,7 +16,7 @@ from mhcplan.planner.predict import settle
 from mhcplan.planner.report.schema import overhead_percent, tokens_per_second
 from mhcplan.planner.sweep.ranking import Refusal, estimate
 from mhcplan.planner.sweep.row import Figures, Outcome
-from mhcplan.profiles.lookup import CostModel
+from mhcplan.profiles.lookup import cost_model_of
 from mhcplan.profiles.schema import ProfileError
 from mhcplan.profiles.store import find_profile
 from mhcplan.sim.memory import memory_of, memory_report
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from mhcplan.planner.plan.spec import PlanSpec
     from mhcplan.planner.sweep.row import Method
+    from mhcplan.profiles.lookup import CostModel
     from mhcplan.profiles.schema import Profile
 
 _MODELS_KEPT, _STEPS_KEPT = 4, 4096
@@ -95,7 +96,7 @@ def cost_model(profile: ProfileName) -> CostModel:
     found = find_profile(profile.name)
     if found.digest != profile.digest:
         raise ProfileError(f"profile={profile.name!r} has changed, or differs between machines")
-    return CostModel(found)
+    return cost_model_of(found)
 
 
 def memory_limit_bytes(plan: PlanSpec, profile: Profile) -> int:

@@ -20,6 +20,7 @@ from mhcplan.planner.plan.spec import SpecError
 from mhcplan.planner.sweep.steady_state import Played, families_of, growth_ns
 from mhcplan.profiles.lookup import cost_model_of
 from mhcplan.profiles.schema import ProfileError
+from mhcplan.sim.kept import Kept
 from mhcplan.sim.longest_path import StepGraph
 from mhcplan.sim.memory import memory_of, memory_report
 
@@ -78,11 +79,7 @@ def estimate(plans: Sequence[PlanSpec], profile: Profile) -> list[Estimate | Ref
     differ only in costs and sizes, the baseline if they differ only in the residual, all of a step
     if it is the same: ``auto`` may be the block that another plan names.
     """
-    estimator = _estimators.get(profile.digest)
-    if estimator is None:
-        while len(_estimators) >= _PROFILES_KEPT:
-            _estimators.pop(next(iter(_estimators)))
-        estimator = _estimators[profile.digest] = _Estimator(profile)
+    estimator = _estimators.find(profile.digest, lambda: _Estimator(profile))
     found: dict[int, Estimate | Refusal] = {}
     for i in sorted(range(len(plans)), key=lambda i: likeness(plans[i])):
         try:
@@ -183,5 +180,4 @@ class _Estimator:
         return _Figures(played.step_ns, peak, device), played
 
 
-_estimators: dict[str, _Estimator] = {}
-_PROFILES_KEPT = 4
+_estimators: Kept[_Estimator] = Kept(4)

@@ -149,7 +149,7 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
         ("ops.3.source", "guessed", "ops.3.source: Input should be 'measured' or 'assumed'"),
         ("ops.3.source", "assumed", "ops.3: source=assumed needs a citation"),
         ("transfers.0.group_size", 1, "transfers.0.group_size: Input should be greater than or"),
-        ("transfers.0.group_size", 4, "transfers.0: group_size=4 must be 2: send_recv has two ends"),
+        ("transfers.0.group_size", 4, "transfers.0: group_size=4 must be 2: send_recv has"),
         ("overheads.launch_ns", MISSING, "overheads.launch_ns: Field required"),
     ],
 )
