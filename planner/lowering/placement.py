@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import lru_cache
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -18,6 +18,8 @@ from mhcplan.sim.build import COMPUTE, DATA, DATA_EXPERTS, EXPERT, HIGH, NUM_ROL
 from mhcplan.sim.program import HIGH_PRIORITY, NORMAL_PRIORITY, Group, Stream
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from mhcplan.planner.plan.spec import CommStreams, PlanSpec
     from mhcplan.planner.schedules.p2p import P2P
 
@@ -38,7 +40,7 @@ class Team(NamedTuple):
 
 
 class RankTeams(NamedTuple):
-    """The teams of one rank (of its first GPU).
+    """The teams of one rank; of all replicas', which a step waits for, the one that is most spread.
 
     Attributes:
         experts: GPUs that split its experts among them.
@@ -54,7 +56,7 @@ class RankTeams(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """Teams of every rank; pipe is the one of two neighbours (the slowest pair counts)."""
+    """Teams of every rank; pipe is the one of two neighbours, of whatever pair is apart."""
 
     ranks: tuple[RankTeams, ...]
     pipe: Team
@@ -90,21 +92,26 @@ def _sizes_of(plan: PlanSpec) -> _Sizes:
 def _placement(pipeline: Pipeline, layout: _Sizes) -> Placement:
     replicas, ep, nodes = layout.replicas, layout.ep, layout.gpus_per_node
 
-    def team(gpus: list[int]) -> Team:
-        return Team(len(gpus), max(Counter(gpu // nodes for gpu in gpus).values()))
+    def team(gpus: Iterable[int]) -> Team:
+        in_node = Counter(gpu // nodes for gpu in gpus)
+        return Team(in_node.total(), max(in_node.values()))
+
+    def most_spread(teams: Iterable[Team]) -> Team:
+        return min(teams, key=lambda team: team.per_node)
 
     def teams(rank: int) -> RankTeams:
         holders = sorted({rank, layout.pp - 1 - rank} if len(pipeline) > 1 else {rank})
-        dense = [r * replicas + i for r in holders for i in range(replicas)]
-        copies = [r * replicas + i for r in holders for i in range(0, replicas, ep)]
-        first = rank * replicas
+        held_by = [range(r * replicas, (r + 1) * replicas) for r in holders]
+        own = range(rank * replicas, (rank + 1) * replicas)
         return RankTeams(
-            team(list(range(first, first + ep))), team(dense), team(copies), tuple(holders)
+            most_spread(team(own[i : i + ep]) for i in range(0, replicas, ep)),
+            team(chain(*held_by)),
+            most_spread(team(chain(*(gpus[i::ep] for gpus in held_by))) for i in range(ep)),
+            tuple(holders),
         )
 
-    same = all(
-        a * replicas // nodes == b * replicas // nodes for a, b in pairwise(range(layout.pp))
-    )
+    below = range((layout.pp - 1) * replicas)
+    same = all(gpu // nodes == (gpu + replicas) // nodes for gpu in below)
     return Placement(tuple(map(teams, range(layout.pp))), Team(2, 2 if same else 1))
 
 
