@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from mhcplan.planner.api_results import Compared, Exported, Planned, Predicted, Swept
+from mhcplan.planner.plan.errors import fields_named, not_modelled
 from mhcplan.planner.plan.file import FLAG_FIELDS, changed_plan, source_fields
 from mhcplan.planner.plan.spec import PlanSpec, SpecError
 from mhcplan.planner.predict import predict as predict_step
@@ -193,8 +194,14 @@ def _by_path(flags: Mapping[str, object]) -> dict[str, object]:
     known = FLAG_FIELDS | {GLOBAL_BATCH: GLOBAL_BATCH}
     for flag, value in flags.items():
         if flag not in known:
+            given = f"{flag}={value!r}"
+            if missing := not_modelled(flag):
+                raise SpecError(f"{given}: {missing}")
+            if paths := fields_named(flag, PlanSpec):
+                ways = " or ".join(f"settings={{{path!r}: {value!r}}}" for path in paths)
+                raise SpecError(f"{given} is no keyword; give {ways}")
             names = ", ".join(known)
-            raise SpecError(f"{flag}={value!r} is not one of {names}; settings reaches the others")
+            raise SpecError(f"{given} is not one of {names}; settings reaches the others")
     return {known[flag]: value for flag, value in flags.items()}
 
 

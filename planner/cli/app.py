@@ -21,7 +21,7 @@ from mhcplan.planner.cli.examples import EXAMPLES
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from cyclopts import App
+    from cyclopts import App, UnknownOptionError
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -205,7 +205,6 @@ def _run(arguments: list[str]) -> int:
 
     from mhcplan.planner.diagnose.recording import RecordingError
     from mhcplan.planner.output import OutputError
-    from mhcplan.planner.plan.errors import not_modelled
     from mhcplan.planner.plan.spec import SpecError
     from mhcplan.profiles.schema import ProfileError
 
@@ -217,9 +216,7 @@ def _run(arguments: list[str]) -> int:
             result_action="return_value",
         )
     except UnknownOptionError as error:
-        option = (error.token.keyword or error.token.value) if error.token else ""
-        missing = not_modelled(option.lstrip("-"))
-        return _refuse(f"{option}: {missing}" if missing else str(error))
+        return _refuse(_unknown_option(error))
     except UnusedCliTokensError as error:
         return _refuse(f"too many words: {' '.join(error.unused_tokens or ())}")
     except (CycloptsError, SpecError, ProfileError, OutputError, RecordingError) as error:
@@ -230,6 +227,21 @@ def _run(arguments: list[str]) -> int:
             raise
         return _refuse(f"{missing} is not installed: pip install 'mhcplan[{_EXTRAS[missing]}]'")
     return result if isinstance(result, int) else 0
+
+
+def _unknown_option(error: UnknownOptionError) -> str:
+    """A layout that plans cannot have, a field that has no flag, or a slip of the fingers."""
+    from mhcplan.planner.plan.errors import fields_named, not_modelled
+    from mhcplan.planner.plan.spec import PlanSpec
+
+    option = (error.token.keyword or error.token.value).partition("=")[0]
+    name = option.lstrip("-").replace("-", "_")
+    if missing := not_modelled(name):
+        return f"{option}: {missing}"
+    takes_fields = any("--set" in argument.names for argument in error.argument_collection)
+    if takes_fields and (paths := fields_named(name, PlanSpec)):
+        return f"{option} is no flag; give " + " or ".join(f"--set {p}=VALUE" for p in paths)
+    return str(error)
 
 
 def _refuse(message: str) -> int:

@@ -34,5 +34,10 @@ def value_of(type_: object, tokens: Sequence[Token]) -> object:
     except CoercionError:
         pass
     words = [word for arm in arms if get_origin(arm) is Literal for word in get_args(arm)]
+    from mhcplan.planner.plan.file import FLAG_FIELDS
+
     valid = f"{', '.join(words)} or {_NUMBERS[number]}" if words else _NUMBERS[number]
-    raise CoercionError(token=token, msg=f'"{token.value}" is not {valid}')
+    is_swept = (token.keyword or "").lstrip("-").replace("-", "_") in FLAG_FIELDS
+    is_many = "," in token.value or ".." in token.value
+    hint = "; mhcplan sweep takes lists and ranges" if is_swept and is_many else ""
+    raise CoercionError(token=token, msg=f'"{token.value}" is not {valid}{hint}')

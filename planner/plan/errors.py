@@ -23,7 +23,7 @@ _DISCRIMINATED = {"attention": {"mla", "gqa"}}  # loc names the union's arm, a p
 _VALID = {
     "residual.recompute_block": "must be auto, none, stage or a number of sites of at least 1",
     "layout.blocks_per_stage": "must be a list of blocks, one of every stage, such as [4, 4, 3]",
-    "memory_limit_bytes": "must be a size of at least 1 byte, such as 80000000000 or '80GB'",
+    "memory_limit_bytes": "must be a size of at least 1 MB, such as 80000000000 or '80GB'",
 }
 _NOT_MODELLED = {
     **dict.fromkeys(("tp", "tensor_parallel", "tensor_parallel_size"), "tensor parallelism"),
@@ -32,6 +32,7 @@ _NOT_MODELLED = {
     **dict.fromkeys(("fsdp", "fsdp2", "hsdp", "dp_shard"), "fully sharded data parallelism"),
     **dict.fromkeys(("zero", "zero_stage"), "ZeRO beyond stage 1"),
 }
+_FIELD_OF = {"n": "expansion_rate"}  # by the paper's name, which is the flag's as well
 _TABLE = re.compile(r"must be a valid dictionary or instance of \w+")  # pydantic's words for it
 _NAMED = re.compile(r"^[a-z_][\w.]*=")  # a message that already says field=value
 
@@ -69,12 +70,18 @@ def unknown_field(path: str, root: type[BaseModel]) -> str:
     last = path.rpartition(".")[2]
     if missing := not_modelled(last):
         return f"{path} is not a field of a plan: {missing}"
-    same_name = [k for k in known if k.rpartition(".")[2] == last]
-    close = same_name or difflib.get_close_matches(path, known, n=2, cutoff=0.6)
+    close = fields_named(last, root) or difflib.get_close_matches(path, known, n=2, cutoff=0.6)
     if close:
         return f"{path} is not a field of a plan; did you mean {' or '.join(close)}?"
     top = [k for k in known if "." not in k]
     return f"{path} is not a field of a plan; its fields are {', '.join(top)}"
+
+
+def fields_named(name: str, root: type[BaseModel]) -> list[str]:
+    """Dotted paths of the fields that are called ``name``, in whatever table."""
+    known = dict.fromkeys(field_paths(root))
+    last = _FIELD_OF.get(name, name)
+    return [path for path in known if path.rpartition(".")[2] == last]
 
 
 def not_modelled(name: str) -> str:

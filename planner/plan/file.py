@@ -200,7 +200,7 @@ def _read_fields(path: Path) -> Fields:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise SpecError(f"{path}: a plan file has at most {MAX_FILE_BYTES} bytes")
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # editors on Windows put a mark first
     except OSError as error:
         raise SpecError(f"{path}: cannot be read ({error.strerror})") from None
     except (UnicodeDecodeError, ValueError) as error:

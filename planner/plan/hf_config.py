@@ -36,6 +36,8 @@ def model_of_config(path: Path) -> ModelSpec:
         SpecError: unreadable file, unknown family, or a key that cannot be expressed; one line.
     """
     config = _Config(_read(path), str(path))
+    if config.get("format") is not None:  # a program, a report or a trace of ours
+        raise config.error("format", "is neither a plan file nor a model's config.json")
     family = config.text("model_type")
     if family not in _FAMILIES:
         raise config.error("model_type", f"must be one of {', '.join(_FAMILIES)}")
@@ -256,7 +258,7 @@ def _read(path: Path) -> dict[str, object]:
     try:
         if path.stat().st_size > _MAX_FILE_BYTES:
             raise SpecError(f"{path}: a model's config has at most {_MAX_FILE_BYTES} bytes")
-        document: object = json.loads(path.read_text(encoding="utf-8"))
+        document: object = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise SpecError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:

@@ -176,7 +176,7 @@ class PlanSpec(Spec):
     network_speed: Annotated[
         float,
         Field(
-            gt=0,
+            ge=0.001,
             le=1000,
             allow_inf_nan=False,
             description="bandwidth of the network between nodes, times what the profile says of it:"
@@ -250,7 +250,7 @@ class PlanSpec(Spec):
         ),
     ] = "compiled"
     memory_limit_bytes: Annotated[
-        Annotated[ByteSize, Field(ge=1)] | None,
+        Annotated[ByteSize, Field(ge=1_000_000)] | None,  # less is GB without their unit
         _about("memory of one GPU in bytes, or as '80GB'; without it, that of the profile's GPU"),
     ] = None
 

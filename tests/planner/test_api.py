@@ -94,7 +94,9 @@ def test_every_flag_of_the_command_line_is_a_keyword(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"tp": 2}, "tp=2 is not one of n, residual"),
+        ({"tp": 2}, "tp=2: tensor parallelism is not modelled"),
+        ({"ppp": 2}, "ppp=2 is not one of n, residual"),
+        ({"p2p": "grouped"}, "p2p='grouped' is no keyword; give settings={'p2p': 'grouped'}"),
         ({"pp": 3}, "pp=3 must be even"),
         ({"settings": {"layout.tpp": 2}}, "layout.tpp is not a field"),
         ({"settings": {"n": 2}}, "n is not a field"),
@@ -187,7 +189,7 @@ def test_sweep_of_a_plan(answer: Predicted) -> None:
     assert [row.values for row in rows] == [
         {"residual.expansion_rate": 1}, {"residual.expansion_rate": 2},
     ]  # fmt: skip
-    with pytest.raises(SpecError, match="tp=2 is not one of"):
+    with pytest.raises(SpecError, match="tp=2: tensor parallelism"):
         mhcplan.sweep("mhc-3b", tp=2)
 
 

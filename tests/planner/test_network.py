@@ -57,7 +57,7 @@ def test_a_plan_on_a_slower_network_takes_longer_and_says_so() -> None:
     assert explain(steps[0]).step_time_ns == lengths[0]
 
 
-@pytest.mark.parametrize("speed", [0, -1, "nan", 1e9])
+@pytest.mark.parametrize("speed", [0, -1, "nan", 1e-6, 1e9])
 def test_speeds_that_no_network_has_are_refused(speed: object) -> None:
     with pytest.raises(SpecError, match="network_speed"):
         make_plan({"model": "mhc-3b", "network_speed": speed})

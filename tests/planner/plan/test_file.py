@@ -32,7 +32,7 @@ def plans(draw: st.DrawFn) -> PlanSpec:
     model = draw(st.sampled_from(sorted(MODELS)))
     schedule = draw(st.sampled_from(["1f1b", "zb1p", "dualpipe"]))
     pp = 2 * draw(st.integers(1, 4))
-    limit = draw(st.none() | st.integers(1, 10**12))
+    limit = draw(st.none() | st.integers(10**6, 10**12))
     data = {
         "model": MODELS[model].model_dump() | {"source": draw(_TEXT), "name": draw(_TEXT)},
         "residual": {
@@ -124,6 +124,7 @@ def test_setting(setting: str, expected: tuple[str, object]) -> None:
     [
         ("layout.pp", "must be field=value"),
         ("pp=4", "pp is not a field of a plan; did you mean layout.pp?"),
+        ("n=4", "n is not a field of a plan; did you mean residual.expansion_rate?"),
         ("=4", "is not a field"),
     ],
 )
@@ -193,6 +194,13 @@ def test_unreadable_file_is_refused_in_one_line(tmp_path: Path, name: str) -> No
         resolve_plan(str(tmp_path / name), {}, [])
     assert name in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_byte_order_mark_and_windows_line_ends_are_read_over(tmp_path: Path) -> None:
+    plan = make_plan({"model": "mhc-9b", "microbatches": 32})
+    file = tmp_path / "plan.toml"
+    file.write_bytes(b"\xef\xbb\xbf" + plan_text(plan).replace("\n", "\r\n").encode())
+    assert read_plan(file) == plan
 
 
 def test_unknown_preset_names_close_ones() -> None:

@@ -132,6 +132,7 @@ def test_defaults_are_those_of_the_family(tmp_path: Path) -> None:
     [
         (LLAMA_3_8B | {"model_type": "gpt2"}, "model_type='gpt2' must be one of deepseek_v2"),
         ({}, "model_type=None must be a text"),
+        ({"format": "mhcplan.report"}, "format='mhcplan.report' is neither a plan file nor"),
         (LLAMA_3_8B | {"hidden_act": "gelu"}, "hidden_act='gelu' cannot be expressed"),
         (LLAMA_3_8B | {"hidden_size": None}, "hidden_size=None must be a whole number"),
         (LLAMA_3_8B | {"vocab_size": "many"}, "vocab_size='many' must be a whole number"),

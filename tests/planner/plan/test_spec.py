@@ -66,6 +66,7 @@ def test_every_schedule_of_the_planner_is_a_value_of_the_field() -> None:
         ({"layuot": {}}, "layuot is not a field of a plan; did you mean layout"),
         ({"layout": {"tp": 2}}, "layout.tp is not a field of a plan: tensor parallelism"),
         ({"residual": {"recompute_block": "all"}}, "must be auto, none, stage or a number of"),
+        ({"memory_limit_bytes": 80}, "memory_limit_bytes=80 must be a size of at least 1 MB"),
         ({"memory_limit_bytes": "80 parsecs"}, "memory_limit_bytes='80 parsecs' must be a size"),
     ],
 )
