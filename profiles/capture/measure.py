@@ -334,14 +334,17 @@ def measure(options: Options) -> list[Path]:
 
     Raises:
         ProfileError: parts of different devices.
-        ValueError: unknown tier, part, kind or preset; or comm with one device.
+        ValueError: unknown tier, part, kind or preset; no CUDA device; or comm with one.
         RuntimeError: a worker process failed.
     """
     hardware = _hardware(options.hardware)
     keys = _chosen(options)
-    device_type = options.device_type or ("cuda" if torch.cuda.is_available() else "cpu")
-    devices = 2
+    device_type, devices = options.device_type, 2
     if device_type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(
+                "torch finds no CUDA device here; --device cpu --tiny shows that all parts run"
+            )
         devices, found = torch.cuda.device_count(), torch.cuda.get_device_properties(0)
         if doubt := machine.unlike(
             hardware, found.name, found.multi_processor_count, found.total_memory

@@ -42,7 +42,7 @@ class Options:
         base: add the rows to this profile instead of making a new one.
         budget_seconds: for all parts together; see :func:`share_seconds`.
         op_budget_ns: stream time of one pass of one op.
-        device_type: ``cuda`` or ``cpu``; None: cuda if there is one.
+        device_type: ``cuda`` or ``cpu``, whose times mean nothing.
         workers: processes that compile kernels beforehand; 0: none.
         tiny: tiny messages and the fewest overlapped pairs: does it run at all?
     """
@@ -57,7 +57,7 @@ class Options:
     base: Profile | None = None
     budget_seconds: float = BUDGET_SECONDS
     op_budget_ns: int = OP_BUDGET_NS
-    device_type: str | None = None
+    device_type: str = "cuda"
     workers: int = 0
     tiny: bool = False
 
@@ -115,7 +115,7 @@ def parser(program: str) -> argparse.ArgumentParser:
     parser.add_argument("--compile-workers", type=int, default=compilers(),
                         help="processes that compile kernels before GPUs are timed; 0: none"
                         " (default here: %(default)d)")  # fmt: skip
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes: does it run at all?")
     parser.add_argument("--merge", nargs="+", type=Path, metavar="PART",
                         help="measure nothing, merge these parts: ops, then comm")  # fmt: skip
