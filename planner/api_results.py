@@ -51,11 +51,12 @@ class Predicted:
     report: PlanReport
     prediction: Prediction
 
-    def explain(self) -> Explanation:
+    def explain(self) -> Explained:
         """Why the step takes as long as it does, and what would help: simulates a dozen plans."""
         from mhcplan.planner.explain.explanation import explain
 
-        return explain(self.prediction, self.report.command)
+        command = self.report.command.replace(" predict ", " explain ", 1)
+        return Explained(explain(self.prediction, command))
 
     def page(self) -> str:
         """The HTML page with the timeline, as ``predict --out`` writes it."""
@@ -70,6 +71,29 @@ class Predicted:
     def _repr_html_(self) -> str:
         lines = (report_text.headline(self.report), report_text.certainty(self.report))
         return _html(lines, report_text.sections(self.report), report_text.remarks(self.report))
+
+
+@dataclass(frozen=True, repr=False)
+class Explained:
+    """Why a step takes as long as it does.
+
+    Attributes:
+        explanation: every figure, as ``explain --json`` prints them.
+    """
+
+    explanation: Explanation
+
+    def __repr__(self) -> str:
+        """The answer in words, a sentence a line."""
+        from mhcplan.planner.explain.text import sentences
+
+        return "\n".join(sentences(self.explanation))
+
+    def _repr_html_(self) -> str:
+        from mhcplan.planner.explain.text import sections, sentences
+
+        first, *others = sentences(self.explanation)
+        return _html((first,), sections(self.explanation), others)
 
 
 @dataclass(frozen=True, repr=False)
@@ -176,7 +200,7 @@ class Planned:
         return console
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Exported:
     """A step in another tool's format.
 
@@ -187,6 +211,10 @@ class Exported:
 
     files: dict[str, str | bytes]
     losses: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        """The names of the files, then what they leave out, a line each."""
+        return "\n".join([", ".join(self.files), *(f"leaves out {loss}" for loss in self.losses)])
 
 
 def _recorder() -> Console:

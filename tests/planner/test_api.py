@@ -12,6 +12,7 @@ import mhcplan
 from mhcplan.planner.api import plan_of
 from mhcplan.planner.cli import main
 from mhcplan.planner.cli.flags import PlanFlags
+from mhcplan.planner.explain import text as explain_text
 from mhcplan.planner.plan.file import plan_text
 from mhcplan.planner.plan.spec import PlanSpec, SpecError, make_plan
 from mhcplan.planner.report.schema import PlanReport
@@ -115,7 +116,7 @@ def test_prediction_shows_itself(answer: Predicted) -> None:
     assert headline(answer.report) in shown
     for section in sections(answer.report):
         assert section.title in shown
-        assert all(cell in shown for row in section.rows for cell in row)
+        assert all(cell in shown for row in section.rows for cell in row if cell)
 
 
 def test_text_of_a_plan_cannot_become_html(profile: str) -> None:
@@ -145,7 +146,10 @@ def test_export_gives_files_or_writes_them(answer: Predicted, tmp_path: Path) ->
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(found.files)
     again = mhcplan.export("mhc-3b", "stream-json", **FLAGS, profile=answer.report.plan.profile)
     assert again == found
-    assert mhcplan.export(answer, "torch-csv").losses
+    loss, *_ = mhcplan.export(answer, "torch-csv").losses
+    assert repr(mhcplan.export(answer, "torch-csv")).splitlines()[:2] == [
+        "compute_comms.csv, schedule.json", f"leaves out {loss}",
+    ]  # fmt: skip
     with pytest.raises(SpecError, match="predict the changed plan"):
         mhcplan.export(answer, "stream-json", n=2)
     with pytest.raises(SpecError, match="to='gantt' must be one of stream-json, torch-csv"):
@@ -153,7 +157,14 @@ def test_export_gives_files_or_writes_them(answer: Predicted, tmp_path: Path) ->
 
 
 def test_prediction_explains_itself_and_draws_its_page(answer: Predicted) -> None:
-    assert answer.explain().step_time_ns == answer.report.step_time_ns
+    found = answer.explain()
+    assert found.explanation.step_time_ns == answer.report.step_time_ns
+    assert found.explanation.command == answer.report.command.replace("predict", "explain", 1)
+    assert repr(found).splitlines() == list(explain_text.sentences(found.explanation))
+    shown = Texts(found._repr_html_()).texts
+    assert set(repr(found).splitlines()) <= set(shown)
+    for section in explain_text.sections(found.explanation):
+        assert all(cell in shown for row in section.rows for cell in row if cell)
     assert headline(answer.report).split(";")[0] in answer.page()
 
 
