@@ -95,7 +95,7 @@ _FIGURES = (
     _Figure(
         "tokens/s",
         lambda report: f"{report.tokens_per_second:,}",
-        lambda report: f"of all {report.gpus:,} GPUs",
+        lambda report: f"of all {report.gpus:,} GPUs" if report.gpus > 1 else "of 1 GPU",
         lambda a, b: f"{b.tokens_per_second - a.tokens_per_second:+,}",
     ),
     _Figure(
@@ -111,7 +111,7 @@ _FIGURES = (
         lambda a, b: f"{b.bubble_percent - a.bubble_percent:+.2f} points",
     ),
     _Figure(
-        "measured",
+        "measured op time",
         lambda report: f"{report.sources_percent.measured:.1f} %",
         _other_sources,
         lambda a, b: f"{b.sources_percent.measured - a.sources_percent.measured:+.1f} points",

@@ -2,8 +2,8 @@
 
 ``model=mhc-27b&n=2&layout.gpus_per_node=4`` names fields as the command line does: by flag (with
 ``_``), else by dotted path with a value as after ``--set``. ``a`` holds the query of the plan that
-is pinned beside it, ``view.*`` what the page shows of it. The API takes the very query of the page,
-so a link, a click and ``curl`` ask the same.
+is pinned beside it. The API takes the very query of the page, so a link, a click and ``curl`` ask
+the same.
 
 Nothing in a query names a file: a model is a preset or a TOML table of its sizes, a profile is one
 that is shipped or that the person who started the server gave it.
@@ -36,7 +36,7 @@ MAX_SITES_PLAYED = 60_000  # M x L: about 19 ops each, 1.1 million in all
 _FLAGS = {path: flag for flag, path in FLAG_FIELDS.items()}
 _PATHS = frozenset(field_paths(PlanSpec))
 _NAMED = re.compile(r"([a-z_][a-z_0-9.]*)(?:=|: | is )")  # how errors name a field
-_PINNED, _VIEW = "a", "view."
+_PINNED = "a"
 
 
 class Refused(ValueError):
@@ -132,7 +132,7 @@ def parse_query(query: str, profiles: Collection[str]) -> tuple[WhatIf, WhatIf |
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise Refused(f"{short(twice)} stands twice in the address", twice)
-    fields = {k: v for k, v in items if k != _PINNED and not k.startswith(_VIEW)}
+    fields = {k: v for k, v in items if k != _PINNED}
     if len(fields) > MAX_SETTINGS:
         raise Refused(f"the address changes {len(fields)} fields, at most {MAX_SETTINGS} are read")
     pinned = dict(items).get(_PINNED)

@@ -82,7 +82,7 @@ def tables_html(sections: Iterable[Section]) -> str:
 def table_html(section: Section) -> str:
     """A section as an HTML table; it also stands in notebooks."""
     words = "" if any(section.columns) else ' class="words"'
-    head = "".join(f"<th>{escape(column)}</th>" for column in section.columns)
+    head = "".join(f"<th>{escape(name)}</th>" if name else "<td></td>" for name in section.columns)
     lines = [f"<table{words}><caption>{escape(section.title)}</caption>"]
     if any(section.columns):
         lines.append(f"<thead><tr>{head}</tr></thead>")

@@ -71,7 +71,7 @@ def settled(page: Page) -> None:
     page.wait_for_function(
         "() => document.documentElement.dataset.ready && !document.querySelector('[data-stale]')"
         " && window.mhcplan.together.plan?.query === window.mhcplan.state.plan"
-        " && document.getElementById('certainty').textContent"
+        " && document.getElementById('certainty').dataset.known === 'true'"
     )
 
 
@@ -199,6 +199,51 @@ def test_what_is_wrong_stands_beside_its_field(open_page: Open) -> None:
     settled(page)
 
 
+def test_a_typed_value_moves_the_slider_and_an_emptied_field_shows_its_default(
+    open_page: Open,
+) -> None:
+    page = open_page(SMALL)
+    field = page.get_by_label("n, expansion rate", exact=True)
+    slider = page.get_by_label("n, expansion rate, slider")
+    field.fill(" 8 ")
+    assert slider.input_value() == "3"
+    assert slider.get_attribute("aria-valuetext") == "8"
+    settled(page)
+    assert page.url.endswith("n=8")
+    field.fill("")
+    assert slider.get_attribute("aria-valuetext") == "4"
+    field.press("Tab")
+    assert field.input_value() == "4"
+
+
+def test_what_is_typed_on_the_way_to_a_value_is_not_refused(open_page: Open) -> None:
+    page = open_page(SMALL)
+    page.evaluate(
+        """() => {
+          window.refusals = 0;
+          const note = ([{ target }]) => { window.refusals += target.hidden ? 0 : 1; };
+          for (const problem of document.querySelectorAll('.problem')) {
+            new MutationObserver(note).observe(problem, { attributeFilter: ['hidden'] });
+          }
+        }"""
+    )
+    field = page.get_by_label("microbatches, M", exact=True)
+    field.select_text()
+    with page.expect_response(lambda response: response.status == 422):  # 1 is odd
+        page.keyboard.type("16", delay=100)
+    settled(page)
+    assert page.url.endswith("microbatches=16")
+    assert page.evaluate("() => window.refusals") == 0
+
+
+def test_an_added_field_says_what_it_means(open_page: Open) -> None:
+    page = open_page(f"{SMALL}&comm_ctas=4")
+    field = page.get_by_label("comm_ctas")
+    help_ = page.locator(f"#{str(field.get_attribute('aria-describedby')).split()[-1]}")
+    assert help_.is_visible()
+    assert help_.inner_text().startswith("SMs that a communication kernel takes at most")
+
+
 def test_a_link_whose_pinned_plan_is_refused_can_be_unpinned(browser: Browser, server: str) -> None:
     page = browser.new_page(viewport=LAPTOP)
     page.set_default_timeout(PATIENCE_MS)
@@ -258,6 +303,20 @@ def test_stopped_server_is_said_and_found_again(browser: Browser) -> None:
     page.close()
 
 
+def test_a_timeline_that_a_stopped_server_owes_comes_later(browser: Browser, server: str) -> None:
+    page = browser.new_page(viewport=LAPTOP)
+    page.set_default_timeout(PATIENCE_MS)
+    page.goto(f"{server}/?{SMALL}")
+    settled(page)
+    page.route("**/api/timeline*", lambda route: route.abort())
+    page.get_by_label("n, expansion rate", exact=True).fill("2")
+    page.get_by_role("alert").filter(has_text="does not answer").wait_for()
+    page.unroute("**/api/timeline*")
+    settled(page)
+    assert page.get_by_role("alert").is_hidden()
+    page.close()
+
+
 # -- files -----------------------------------------------------------------------------------------
 
 
@@ -292,6 +351,22 @@ def test_what_a_button_did_is_said_and_moves_nothing(open_page: Open) -> None:
     page.get_by_role("button", name="megatron (zip)").click()
     page.locator("#done", has_text="megatron, which runs 1f1b").wait_for()
     assert page.evaluate(places) == before
+
+
+def test_downloads_open_inside_the_window_and_escape_leads_back(open_page: Open) -> None:
+    page = open_page(SMALL)
+    summary = page.locator("#downloads summary")
+    for viewport in (LAPTOP, TABLET, PHONE):
+        page.set_viewport_size(viewport)
+        summary.click()
+        menu = page.locator("#downloads > div").bounding_box()
+        assert menu is not None
+        assert menu["x"] >= 0
+        assert menu["x"] + menu["width"] <= viewport["width"]
+        page.keyboard.press("Tab")
+        page.keyboard.press("Escape")
+        assert summary.evaluate("(element) => element === document.activeElement")
+        assert page.get_by_role("button", name="plan (TOML)").is_hidden()
 
 
 def test_a_plan_file_is_opened(open_page: Open, tmp_path: Path) -> None:
@@ -402,6 +477,25 @@ def test_hover_says_what_an_op_is_and_why_it_waited(open_page: Open) -> None:
     assert pressed.get_attribute("aria-pressed") == "true"
 
 
+def test_the_wheel_scrolls_the_page_and_zooms_the_timeline_with_ctrl(open_page: Open) -> None:
+    page = open_page(SMALL)
+    plot = page.locator("#timeline")
+    plot.evaluate("(element) => element.scrollIntoView({ block: 'center' })")
+    before = page.evaluate("() => window.scrollY")
+    box = plot.bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.mouse.wheel(0, 100)
+    page.wait_for_function("(before) => window.scrollY > before", arg=before)
+    assert page.evaluate("() => window.mhcplan.together.plan.timeline.range[0]") == 0
+    scrolled = page.evaluate("() => window.scrollY")
+    page.keyboard.down("Control")
+    page.mouse.wheel(0, -100)
+    page.keyboard.up("Control")
+    page.wait_for_function("() => window.mhcplan.together.plan.timeline.range[0] > 0")
+    assert page.evaluate("() => window.scrollY") == scrolled
+
+
 # -- for everyone ----------------------------------------------------------------------------------
 
 
@@ -446,6 +540,40 @@ def test_page_fits_its_window(open_page: Open) -> None:
         for scheme in ("light", "dark"):
             page.emulate_media(color_scheme=scheme)
             _keep(page, f"{viewport['width']}-{scheme}")
+
+
+def test_a_new_answer_moves_nothing(open_page: Open) -> None:
+    page = open_page(SMALL)
+    places = """() => ['field-n', 'pin', 'breakdown', 'memory-table'].map(
+      (id) => document.getElementById(id).getBoundingClientRect().top)"""
+    for viewport, key in ((LAPTOP, "ArrowLeft"), (TABLET, "ArrowRight"), (PHONE, "ArrowLeft")):
+        page.set_viewport_size(viewport)
+        page.wait_for_timeout(300)  # plots take their new widths
+        before = page.evaluate(places)
+        with page.expect_response(lambda response: "/api/certainty" in response.url):
+            page.get_by_label("n, expansion rate, slider").press(key)
+            page.wait_for_function("() => document.querySelector('[data-known=false]')")
+            assert page.evaluate(places) == before
+        settled(page)
+        assert page.evaluate(places) == before
+
+
+def test_a_finger_scrolls_the_page_over_every_figure(open_page: Open) -> None:
+    page = open_page(SMALL, viewport=PHONE, has_touch=True, is_mobile=True)
+    touch = page.context.new_cdp_session(page)
+    for name in ("breakdown", "memory", "timeline"):
+        plot = page.locator(f"#{name}")
+        plot.evaluate("(element) => element.scrollIntoView({ block: 'center' })")
+        page.wait_for_timeout(100)
+        before = page.evaluate("() => window.scrollY")
+        box = plot.bounding_box()
+        assert box is not None
+        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        for kind, moved in (("touchStart", 0), *(("touchMove", 10 * n) for n in range(1, 9))):
+            points = [{"x": x, "y": y - moved}]
+            touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+        touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+        page.wait_for_function("(before) => window.scrollY > before", arg=before)
 
 
 def test_no_figure_of_a_long_step_is_cut_off(open_page: Open) -> None:

@@ -23,6 +23,11 @@ def test_step_says_what_the_power_limit_adds(slower: float | None, note: str) ->
     assert step.note == note
 
 
+def test_one_gpu_is_not_all_gpus() -> None:
+    notes = {gpus: facts(make_report(gpus=gpus), None)[3].note for gpus in (1, 1024)}
+    assert notes == {1: "of 1 GPU", 1024: "of all 1,024 GPUs"}
+
+
 def test_overhead_of_the_plain_residual_is_not_over_itself() -> None:
     plain, other = make_report(), make_report()
     plain = plain.model_copy(

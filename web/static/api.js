@@ -7,7 +7,7 @@ export class Refusal extends Error {
   }
 }
 
-const GONE = "the server does not answer: was it stopped? Asking again";
+const GONE = "the server does not answer: was it stopped?";
 
 async function asked(path, options) {
   let response;

@@ -12,18 +12,23 @@ class Input {
     this.control = control;
     const id = `field-${control.name}`;
     this.problem = element("p", { className: "problem", id: `${id}-problem`, hidden: true });
+    const help = element("p", { className: "help", id: `${id}-help` }, control.help);
     this.value = control.kind === "picker"
       ? element("select", { id }, ...control.values.map((v) => element("option", { value: v }, v)))
       : element("input", { id, type: "text", autocomplete: "off", spellcheck: false });
     this.value.name = control.name;
-    this.value.setAttribute("aria-describedby", this.problem.id);
+    this.value.setAttribute("aria-describedby", `${this.problem.id} ${help.id}`);
     const label = element("label", { htmlFor: id, title: control.help }, control.label);
     this.root = element("div", { className: `field ${control.kind}` }, label, this.value);
     this.root.dataset.name = control.name;
-    this.value.addEventListener("input", () => onInput(control.name, this.value.value));
+    this.value.addEventListener("input", () => {
+      const text = this.value.value.trim();
+      this.moveSlider(text || control.default);
+      onInput(control.name, text);
+    });
     this.value.addEventListener("change", onEnd);
     if (control.kind === "slider") this.addSlider(onInput, onEnd);
-    this.root.append(this.problem);
+    this.root.append(this.problem, help);
   }
 
   addSlider(onInput, onEnd) {
@@ -32,7 +37,7 @@ class Input {
     this.slider.setAttribute("aria-label", `${label}, slider`);
     this.slider.addEventListener("input", () => {
       this.value.value = values[this.slider.value];
-      this.slider.setAttribute("aria-valuetext", this.value.value);
+      this.moveSlider(this.value.value);
       onInput(name, this.value.value);
     });
     this.slider.addEventListener("change", onEnd);
@@ -45,6 +50,10 @@ class Input {
       if (!known) this.value.append(element("option", { value: text }, "from the link"));
       this.value.value = text;
     }
+    this.moveSlider(text);
+  }
+
+  moveSlider(text) {
     if (!this.slider) return;
     this.slider.value = nearest(this.control.values, text);
     this.slider.setAttribute("aria-valuetext", text);

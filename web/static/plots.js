@@ -24,7 +24,8 @@ export async function draw(element, figure, changes = {}) {
   drawn.set(element, [figure, changes]);
   await plotly();
   if (drawn.get(element)[0] !== figure) return; // a newer one has come meanwhile
-  const layout = { ...themed(figure.layout, pageInk()), ...changes };
+  // nothing to zoom into: a drag would only lose the figure, and a finger scrolls the page
+  const layout = { ...themed(figure.layout, pageInk()), dragmode: false, ...changes };
   await Plotly.react(element, figure.data, layout, CONFIG);
   resized.observe(element);
 }

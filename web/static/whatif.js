@@ -13,6 +13,7 @@ import { addSweeps } from "/static/sweeps.js";
 
 const REST_MS = 250; // after which the timeline follows the answer,
 const HELD_MS = 1000; // while a slider is held: the next answer would have to wait for it
+const REFUSED_MS = 300; // after which a refusal is said: to type 128 is to pass 1 and 12
 const RETRY_MS = 2000;
 const DONE_MS = 2500, FAILED_MS = 10000; // how long it stands what a button did
 const SLOW_MS = 1500;
@@ -26,23 +27,24 @@ const state = new State(defaults);
 const inputs = new Inputs(
   controls,
   (name, text) => { state.set(name, text === "" ? null : text); ask(); },
-  () => { state.endGesture(); if (rest) restFor(REST_MS); },
+  () => { state.endGesture(); inputs.show(state); if (rest) restFor(REST_MS); },
 );
 const together = { drawn: null, plan: null, pinned: null };
-let answered = null, spoken = 0, rest = 0, retry = 0, saying = 0;
+let answered = null, spoken = 0, rest = 0, refusal = 0, retry = 0, saying = 0;
 
 // -- the answer ------------------------------------------------------------------------------------
 
 const ask = newest(async (signal) => {
+  clearTimeout(refusal);
   clearTimeout(retry);
   byId("content").dataset.stale = "true";
   const slow = setTimeout(() => {
-    byId("certainty").textContent = "working… (the first answer after an installation compiles)";
+    sayCertainty("working… (the first answer after an installation compiles)");
   }, SLOW_MS);
   try {
     show(await json(`/api/answer?${state.query}`, { signal }));
   } catch (error) {
-    if (error.name !== "AbortError") refuse(error);
+    if (error.name !== "AbortError") refusal = setTimeout(refuse, REFUSED_MS, error);
   } finally {
     clearTimeout(slow);
   }
@@ -50,10 +52,10 @@ const ask = newest(async (signal) => {
 
 /** Says why there is no answer; one from before stays in sight, but nothing is to be done with it. */
 function refuse(error) {
-  byId("certainty").textContent = "";
+  sayCertainty(null);
   if (error.gone) retry = setTimeout(ask, RETRY_MS);
   const shown = inputs.say(error.message, error.field);
-  byId("problem").textContent = error.message;
+  byId("problem").textContent = error.gone ? `${error.message} Asking again` : error.message;
   byId("problem").hidden = shown && !error.gone && Boolean(answered);
   byId("unpin").hidden = !state.pinned; // the pinned plan may be to blame
   setAnswered(false);
@@ -84,7 +86,8 @@ function show(answer) {
   }
   putTables(byId("tables"), answer.tables.others);
   putTables(byId("differences"), answer.differences);
-  showRemarks("", answer.report.warnings);
+  sayCertainty(null);
+  showRemarks(answer.report.warnings);
   byId("command").textContent = answer.report.command;
   const { mhcplan_version: version, plan_digest: plan, profile_digest: profile } = answer.report;
   byId("origin").textContent =
@@ -103,9 +106,14 @@ function restFor(ms) {
   rest = setTimeout(() => { rest = 0; followTimeline(); }, ms);
 }
 
-/** How sure the answer is, which is known once it rests, and what is assumed. */
-function showRemarks(certainty, remarks) {
-  byId("certainty").textContent = certainty;
+/** How sure the answer is; until that is known (null) the line before keeps its room, unseen. */
+function sayCertainty(line) {
+  const element = byId("certainty");
+  element.dataset.known = String(line !== null);
+  if (line !== null) element.textContent = line;
+}
+
+function showRemarks(remarks) {
   byId("warnings").replaceChildren(...remarks.map((text) => {
     const item = document.createElement("li");
     item.textContent = text;
@@ -175,9 +183,12 @@ const followTimeline = newest(async (signal) => {
     document.documentElement.dataset.ready = "true";
     performance.mark("timeline"); // for those who measure how soon it is there
     const { line, remarks } = await json(`/api/certainty?${plan}`, { signal });
-    if (plan === state.plan) showRemarks(line, remarks);
+    if (plan !== state.plan) return;
+    sayCertainty(line);
+    showRemarks(remarks);
   } catch (error) {
-    if (error.name !== "AbortError") byId("timeline-state").textContent = error.message;
+    if (error.gone) refuse(error); // the timeline follows the answer that is asked for again
+    else if (error.name !== "AbortError") byId("timeline-state").textContent = error.message;
   }
 }, 500);
 
@@ -269,7 +280,11 @@ function addDownloads() {
   menu.addEventListener("focusout", ({ relatedTarget }) => {
     if (!menu.contains(relatedTarget)) menu.open = false;
   });
-  menu.addEventListener("keydown", ({ key }) => { if (key === "Escape") menu.open = false; });
+  menu.addEventListener("keydown", ({ key }) => {
+    if (key !== "Escape") return;
+    menu.open = false;
+    menu.firstElementChild.focus();
+  });
   menu.lastElementChild.append(...kinds.map(([kind, text, title]) => {
     const made = document.createElement("button");
     Object.assign(made, { type: "button", textContent: text, title });

@@ -7,7 +7,8 @@ function drawFigures() {
   for (const name of ["breakdown", "memory"]) {
     const { data, layout } = page[name];
     const config = { responsive: true, displayModeBar: false };
-    Plotly.react(byId(name), data, themed(layout, pageInk()), config);
+    // not dragged: a finger on it scrolls the page
+    Plotly.react(byId(name), data, { ...themed(layout, pageInk()), dragmode: false }, config);
   }
 }
 

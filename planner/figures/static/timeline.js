@@ -280,7 +280,7 @@ export function pageInk() {
     probe.style.color = `var(${name})`;
     return hex(getComputedStyle(probe).color.match(/[\d.]+/g).slice(0, 3).map(Number));
   };
-  const ink = { text: of("--text"), grid: of("--grid"), plot: of("--plot") };
+  const ink = { text: of("--text"), muted: of("--muted"), grid: of("--grid"), plot: of("--plot") };
   probe.remove();
   return ink;
 }
@@ -295,7 +295,7 @@ export function themed(layout, ink) {
     ...layout,
     ...Object.fromEntries(axes.map((key) => [key, axis(layout[key])])),
     font: { ...layout.font, color: ink.text },
-    modebar: { bgcolor: "rgba(0,0,0,0)", color: ink.grid, activecolor: ink.text },
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: ink.muted, activecolor: ink.text },
     hoverlabel: { bgcolor: ink.plot, bordercolor: ink.grid, font: { color: ink.text } },
   };
 }
@@ -363,6 +363,10 @@ export class Timeline {
     this.whole = this.ops.step_ns;
     this.range = [0, this.whole];
     this.onMove = (begin, end) => this.show(begin, end);
+    // the wheel scrolls the page as everywhere; with Ctrl, as which a pinch comes too, it zooms
+    element.addEventListener("wheel", (event) => {
+      if (!event.ctrlKey && !event.metaKey) event.stopPropagation();
+    }, { capture: true, passive: true });
     this.tip = document.createElement("div");
     this.tip.className = "tip";
     this.tip.hidden = true;
