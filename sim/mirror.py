@@ -82,7 +82,7 @@ def _twins(of_op: NDArray[np.integer], image: Array, count: int) -> Array | None
 
 def _is_mirrored(program: Program, twin: Array, image: Array) -> bool:
     """Whether each op waits for the image of what its image waits for."""
-    order, last = order_of(program), program.num_ranks - 1
+    order = order_of(program)
     streams = _mirrored_streams(program)
     media = [group.medium for group in program.groups]
     others = np.where(twin < 0, np.arange(len(twin)), twin)[:-1].tolist()
@@ -98,7 +98,6 @@ def _is_mirrored(program: Program, twin: Array, image: Array) -> bool:
         and np.array_equal(streams[program.stream], program.stream[image])
         and np.array_equal(program.host_sync, program.host_sync[image])
         and np.array_equal(program.is_send, program.is_send[image])
-        and np.array_equal(np.where(program.peer < 0, -1, last - program.peer), program.peer[image])
         and np.array_equal(image_of(order.first), order.first[image])
         and np.array_equal(counts, counts[image])
         and np.array_equal(

@@ -122,6 +122,31 @@ def test_ranks_that_differ_in_anything_are_all_played(
         assert np.array_equal(expected.end_ns, simulate_compiled(program, costs).end_ns)
 
 
+def test_ranks_that_wait_for_as_much_but_not_op_by_op_are_all_played() -> None:
+    maker = Maker(2)
+    for rank in (0, 1):
+        made = maker.op(rank, 5), maker.op(rank, 7)
+        for waits in (made[:1], made[1:]) if rank == 0 else (made, ()):
+            maker.op(rank, 3, stream="high", priority=-1, waits=waits)
+    program, costs = build_mirrored(maker)
+    costs = crowded(program, costs)
+    assert half_of(program, costs) is None
+    assert_equal(program, costs)
+
+
+def test_ranks_whose_messages_share_a_link_are_no_image_of_those_whose_do_not() -> None:
+    maker = Maker(4)
+    for source, target, media in ((0, 1, ("nvlink", "nvlink")), (3, 2, ("nvlink", "network"))):
+        for number, medium in enumerate(media):
+            pp = maker.group(f"pp{number}", *sorted((source, target)), medium=medium)
+            maker.transfer(source, pp, 20, to=target)
+            maker.transfer(target, pp, 20, source=source)
+    program, costs = build_mirrored(maker)
+    costs = crowded(program, costs)
+    assert half_of(program, costs) is None
+    assert_equal(program, costs)
+
+
 def test_without_contention_all_are_played() -> None:
     program, costs = exchange()
     assert half_of(program, replace(costs, loads=None)) is None
