@@ -137,10 +137,12 @@ def join(
         dist.destroy_process_group()
     except BaseException:
         reason = f"process {process} failed:\n{traceback.format_exc()}"
-        watch.fail(reason)
         print(reason, file=sys.stderr, flush=True)
-        # tearing groups down would wait for peers that are ending as well
-        os._exit(FAILED_EXIT_CODE)
+        try:
+            watch.fail(reason)  # raises where the store is gone, as its process is
+        finally:
+            # tearing groups down would wait for peers that are ending as well
+            os._exit(FAILED_EXIT_CODE)
 
 
 def launch(
@@ -210,13 +212,14 @@ def _supervise(processes: list[Any], store: TCPStore) -> None:
             break
         time.sleep(POLL_S / 5)
     codes = {i: p.exitcode for i, p in enumerate(processes)}
-    if any(codes.values()):
+    failed = [i for i, code in codes.items() if code]
+    if failed:
         # one that died without a word is the cause: others may only have lost their connection
-        silent = [i for i, code in codes.items() if code not in (0, FAILED_EXIT_CODE, None)]
+        silent = [i for i in failed if codes[i] != FAILED_EXIT_CODE]
         words = [f"process {i} {_how_it_ended(codes[i])}" for i in silent]
         if store.check([_FAILED]):
             words.append(store.get(_FAILED).decode())
-        raise ProcessFailed("\n".join(words))
+        raise ProcessFailed("\n".join(words) or f"processes {failed} ended, see what they printed")
 
 
 def _how_it_ended(code: int) -> str:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mhcplan.runtime.launch import ProcessFailed, launch
+from mhcplan.runtime.launch import ProcessFailed, Watch, launch
 from mhcplan.runtime.train import Session, Trainer
 from tests.runtime.plans import make_case
 
@@ -56,6 +56,15 @@ def wait_for_nobody(process: int, _world: int) -> None:
         raise ValueError("before it sent anything")
 
 
+def fail_where_nobody_listens(_process: int, _world: int) -> None:
+    Watch.fail = _refuse  # type: ignore[method-assign]
+    raise ValueError("after the store")
+
+
+def _refuse(_watch: Watch, _reason: str) -> None:
+    raise dist.DistNetworkError("connection refused")
+
+
 @pytest.mark.parametrize(
     ("how", "words"),
     [
@@ -77,3 +86,12 @@ def test_a_process_that_waits_for_one_that_failed_does_not_hang() -> None:
     with pytest.raises(ProcessFailed, match=r"(?s)process 1 failed.*before it sent anything"):
         launch(wait_for_nobody, 2, timeout_s=300)
     assert time.monotonic() - begin < MOST_S
+
+
+def test_a_process_that_cannot_tell_ends_without_waiting_for_others(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(ProcessFailed) as caught:
+        launch(fail_where_nobody_listens, 1)
+    assert str(caught.value).startswith("processes [0] ended"), "not by an exit code of its own"
+    assert "ValueError: after the store" in capfd.readouterr().err
