@@ -12,6 +12,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import zlib
 from bisect import bisect_right
 from collections import defaultdict
 from dataclasses import dataclass
@@ -65,15 +66,19 @@ def read_cell_times(paths: Iterable[Path]) -> CellTimes:
     num_files = num_pairs = 0
     for path in paths:
         document = _read(path)
-        events = [e for e in document["traceEvents"] if e.get("ph") == "X"]
-        ranges = _ranges(events)
-        if not ranges:
-            raise ProfileError(f"{path}: no range is named PP:<cell>, such as PP:0F3")
+        try:
+            events = [e for e in document["traceEvents"] if e.get("ph") == "X"]
+            ranges = _ranges(events)
+            times = _times(events, ranges, str(path))
+            properties: list[dict[str, Any]] = document.get("deviceProperties") or [{}]
+            device = device or properties[0].get("name")
+        except (AttributeError, KeyError, TypeError):
+            raise ProfileError(
+                f"{path}: has events that are not as a torch profiler writes them"
+            ) from None
         num_pairs += sum(_PAIR.fullmatch(r.name) is not None for r in ranges)
-        for cell, time_ns in _times(events, ranges, str(path)):
+        for cell, time_ns in times:
             samples[cell].append(time_ns)
-        properties: list[dict[str, Any]] = document.get("deviceProperties") or [{}]
-        device = device or properties[0].get("name")
         num_files += 1
     if not samples:
         raise ProfileError(
@@ -94,7 +99,7 @@ def _read(path: Path) -> dict[str, Any]:
         document: object = json.loads(gzip.decompress(data) if data[:2] == _GZIP else data)
     except OSError as error:
         raise ProfileError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (ValueError, EOFError, RecursionError):
+    except (ValueError, EOFError, RecursionError, zlib.error):
         raise ProfileError(f"{path}: not valid JSON, or cut short") from None
     if not isinstance(document, dict) or not isinstance(
         cast("dict[str, Any]", document).get("traceEvents"), list
@@ -116,6 +121,8 @@ def _times(
     events: list[dict[str, Any]], ranges: list[_Range], origin: str
 ) -> list[tuple[Cell, int]]:
     """(cell, ns) of every range of a cell, in order."""
+    if not ranges:
+        raise ProfileError(f"{origin}: no range is named PP:<cell>, such as PP:0F3")
     busy_us = [0.0] * len(ranges)
     kernels = [e for e in events if e.get("cat") in _ON_GPU]
     if kernels:

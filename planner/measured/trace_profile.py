@@ -93,8 +93,9 @@ def profile_of(plan: PlanSpec, times: CellTimes, base: Profile, name: str) -> Tr
         name: the new profile's.
 
     Raises:
-        ProfileError: a cell of a stage that the plan has not, no times of F or of the backward,
-            times that no machine can have, or an op that ``base`` cannot price.
+        ProfileError: a cell of a stage that the plan has not, or one that takes no time; no times
+            of F or of the backward, times that no machine can have, or an op that ``base`` cannot
+            price.
     """
     model, ops = CostModel(base), _ops_of_stages(plan)
     medians = {cell: statistics.median(ns) for cell, ns in times.samples_ns.items()}
@@ -102,6 +103,10 @@ def profile_of(plan: PlanSpec, times: CellTimes, base: Profile, name: str) -> Tr
     for cell in medians:
         if cell.stage not in ops:
             raise ProfileError(f"cell {cell.stage}{cell.pass_}: the plan has {len(ops)} stages")
+        if not medians[cell]:
+            raise ProfileError(
+                f"cell {cell.stage}{cell.pass_}: no kernel was launched in most of its ranges"
+            )
         priced[cell] = sum(
             count * model.op(key).duration_ns
             for key, count in ops[cell.stage].items()

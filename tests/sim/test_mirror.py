@@ -122,16 +122,20 @@ def test_ranks_that_differ_in_anything_are_all_played(
         assert np.array_equal(expected.end_ns, simulate_compiled(program, costs).end_ns)
 
 
+def assert_all_are_played(maker: Maker) -> None:
+    program, costs = build_mirrored(maker)
+    costs = crowded(program, costs)
+    assert half_of(program, costs) is None
+    assert_equal(program, costs)
+
+
 def test_ranks_that_wait_for_as_much_but_not_op_by_op_are_all_played() -> None:
     maker = Maker(2)
     for rank in (0, 1):
         made = maker.op(rank, 5), maker.op(rank, 7)
         for waits in (made[:1], made[1:]) if rank == 0 else (made, ()):
             maker.op(rank, 3, stream="high", priority=-1, waits=waits)
-    program, costs = build_mirrored(maker)
-    costs = crowded(program, costs)
-    assert half_of(program, costs) is None
-    assert_equal(program, costs)
+    assert_all_are_played(maker)
 
 
 def test_ranks_whose_messages_share_a_link_are_no_image_of_those_whose_do_not() -> None:
@@ -141,10 +145,24 @@ def test_ranks_whose_messages_share_a_link_are_no_image_of_those_whose_do_not() 
             pp = maker.group(f"pp{number}", *sorted((source, target)), medium=medium)
             maker.transfer(source, pp, 20, to=target)
             maker.transfer(target, pp, 20, source=source)
-    program, costs = build_mirrored(maker)
-    costs = crowded(program, costs)
-    assert half_of(program, costs) is None
-    assert_equal(program, costs)
+    assert_all_are_played(maker)
+
+
+def test_ranks_that_send_what_their_images_receive_are_all_played() -> None:
+    maker = Maker(4)
+    for source, target in ((0, 1), (2, 3)):
+        pp = maker.group("pp", *sorted((source, target)))
+        maker.transfer(source, pp, 20, to=target)
+        maker.transfer(target, pp, 20, source=source)
+    assert_all_are_played(maker)
+
+
+def test_ranks_whose_ops_are_on_other_streams_are_all_played() -> None:
+    maker = Maker(2)
+    for rank, names in enumerate((("compute", "compute", "other"), ("compute", "other", "other"))):
+        for name in names:
+            maker.op(rank, 5, stream=name)
+    assert_all_are_played(maker)
 
 
 def test_without_contention_all_are_played() -> None:
@@ -164,10 +182,7 @@ def test_all_are_played_where_the_half_would_match_messages_otherwise() -> None:
         else:
             for source in (3 - last, last):
                 maker.transfer(rank, pp, 3, source=source, batch=0)
-    program, costs = build_mirrored(maker)
-    costs = crowded(program, costs)
-    assert half_of(program, costs) is None
-    assert_equal(program, costs)
+    assert_all_are_played(maker)
 
 
 def test_a_standstill_is_told_of_all_ranks() -> None:

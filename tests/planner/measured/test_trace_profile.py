@@ -19,6 +19,7 @@ from mhcplan.profiles.schema import ProfileError, profile_text, read_profile
 from tests.support.synthetic_profile import synthetic_profile
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 STAGES, MICROBATCHES = 2, 4
@@ -175,12 +176,36 @@ def test_a_trace_that_torch_writes_is_read(tmp_path: Path) -> None:
         ("nonsense", "not valid JSON"),
         ('{"events": []}', "no traceEvents"),
         ('{"traceEvents": []}', "no range is named PP:<cell>"),
+        ('{"traceEvents": [1]}', "not as a torch profiler writes them"),
+        (
+            '{"traceEvents": [{"ph": "X", "cat": "user_annotation", "name": "PP:0F0", "dur": 1}]}',
+            "not as a torch profiler writes them",
+        ),
     ],
 )
 def test_what_is_no_such_trace_is_refused(document: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "t.json").write_text(document)
     with pytest.raises(ProfileError, match=said):
         read_cell_times([tmp_path / "t.json"])
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-20], lambda data: data[:40] + b"?" * 40])
+def test_a_damaged_archive_is_refused(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    trace = MadeUp()
+    trace.cell("0F0", ("gemm", 30.0))
+    path = trace.write(tmp_path / "t.json.gz")
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ProfileError, match=r"t\.json\.gz: not valid JSON, or cut short"):
+        read_cell_times([path])
+
+
+def test_a_cell_that_runs_nothing_is_refused(tmp_path: Path) -> None:
+    trace = MadeUp()
+    trace.cell("0F0", ("gemm", 30.0))
+    trace.cell("0B0")
+    times = read_cell_times([trace.write(tmp_path / "t.json")])
+    with pytest.raises(ProfileError, match="cell 0B: no kernel was launched in most of its ranges"):
+        profile_of(plan_of(), times, synthetic_profile(), "mine")
 
 
 def test_a_run_that_does_not_fit_the_plan_is_refused(tmp_path: Path) -> None:
