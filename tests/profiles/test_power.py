@@ -24,6 +24,8 @@ from mhcplan.profiles.power import (
 )
 from mhcplan.profiles.schema import PowerModel
 from mhcplan.profiles.store import find_profile
+from mhcplan.sim.timeline import Timeline
+from tests.support.programs import Maker
 
 LOGS = Path(__file__).parents[2] / "profiles" / "data" / "raw"
 RAW = LOGS / "h100-sxm-power.jsonl"
@@ -112,6 +114,24 @@ def test_more_work_in_the_same_time_is_slowed_more(shipped: PowerModel, factor: 
     fast, slow = steady_ns(keys, [500_000], model), steady_ns(keys, [round(5e5 * factor)], model)
     assert (slow / factor <= fast + 1) == (factor >= 1) or factor == pytest.approx(1, abs=1e-3)
     assert slow >= round(5e5 * factor) - 1
+
+
+def test_the_clock_is_the_mean_over_the_arithmetic_of_its_windows() -> None:
+    """Two windows of 50 ms, worked out by hand: one busy at 800 TFLOP/s, one at 600 for half of its
+    time. The first would draw 500 + 0.5 x 800 W, the second 100 + 400 / 2 + 0.5 x 300 W."""
+    maker = Maker()
+    maker.op(0, 50_000_000)
+    maker.op(0, 25_000_000)
+    program, costs = maker.build()
+    keys = "gemm.F k=50000 m=20000 n=20000", "gemm.F k=25000 m=15000 n=20000"
+    program = program.renumbered(cost_keys=keys)
+    begin, end = (np.array(ms) * 1_000_000 for ms in ([0, 75], [50, 100]))
+    none = np.full(2, -1)
+    line = Timeline(begin, begin, end, none, none.astype(np.int8))
+    machine = MACHINE.model_copy(update={"free_watts": 400.0})
+    factor, _ = slowdown(program, costs, line, machine)
+    first, second = 1 + 0.3 * (900 / 400 - 1), 1 + 0.3 * (450 / 400 - 1)
+    assert factor == pytest.approx([(first * 40 + second * 15) / 55])
 
 
 def test_a_step_is_played_at_the_clock_that_its_load_leaves() -> None:
