@@ -35,6 +35,7 @@ from mhcplan.planner.sweep.points import Simulated
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    from mhcplan.planner.plan.spec import PlanSpec
     from mhcplan.planner.search.points import Answer
     from mhcplan.planner.search.space import Family, Member, Space
     from mhcplan.planner.sweep.farm import Farm
@@ -122,7 +123,7 @@ class _Node(NamedTuple):
     @property
     def num_plans(self) -> int:
         question = self.question
-        return 1 if isinstance(question, Play) else len(question.family.members)
+        return 1 if isinstance(question, Play) else len(question.members)
 
 
 class Search:
@@ -241,24 +242,29 @@ class Search:
             self._front = _front_of(self._candidates)
             return
         if isinstance(item, FamilyBounds):
-            for family, bound in zip(item.families, found, strict=True):
-                for some in family.by_block():
-                    question = MemberBounds(some, self._profile, self._limit)
-                    self._sort_in(bound, question, len(some.members))
+            known = zip(item.families, found, strict=True)
+            members = [(bound, m) for family, bound in known for m in family.members]
+            for bound, some in _by_block(self._promising(members)):
+                self._push(bound, MemberBounds(some, self._profile, self._limit))
             return
         assert isinstance(item.question, MemberBounds)
-        for member, bound in zip(item.question.family.members, found, strict=True):
-            self._sort_in(bound, Play(member, self._profile), 1)
+        known = zip(found, item.question.members, strict=True)
+        for bound, member in self._promising(known):
+            self._push(bound, Play(member, self._profile))
 
-    def _sort_in(
-        self, bound: Bound | Unpriced, question: MemberBounds | Play, num_plans: int
-    ) -> None:
-        if isinstance(bound, Unpriced):
-            self._tally.unpriced[bound.reason] += num_plans
-        elif bound.device_memory_bytes > self._limit:
-            self._tally.too_large += num_plans
-        else:
-            self._push(bound, question)
+    def _promising(
+        self, members: Iterable[tuple[Bound | Unpriced, Member]]
+    ) -> Iterator[tuple[Bound, Member]]:
+        """Those that could be worth more; the others are counted."""
+        for bound, member in members:
+            if isinstance(bound, Unpriced):
+                self._tally.unpriced[bound.reason] += 1
+            elif bound.device_memory_bytes > self._limit:
+                self._tally.too_large += 1
+            elif self._is_worse(bound):
+                self._tally.bounded += 1
+            else:
+                yield bound, member
 
     def _is_worse(self, bound: Bound) -> bool:
         """Whether plans of this bound are too slow for the front, or beaten by one that is on it.
@@ -275,14 +281,28 @@ class Search:
         )
 
 
-def _alike(families: Sequence[Family]) -> Iterator[tuple[Family, ...]]:
-    """Families that follow each other and differ in schedule only."""
+def _alike(families: Iterable[Family]) -> Iterator[tuple[Family, ...]]:
+    """Families that differ in ep and dp only: GPUs beside a pipeline's ranks, by which the order of
+    its ops is the same."""
+    alike: dict[PlanSpec, list[Family]] = {}
+    for family in families:
+        layout = family.common.layout.model_copy(update={"ep": 1, "dp": 1})
+        alike.setdefault(family.common.model_copy(update={"layout": layout}), []).append(family)
+    return map(tuple, alike.values())
 
-    def without_schedule(family: Family) -> object:
-        return family.common.model_copy(update={"schedule": "1f1b"})
 
-    for _, some in itertools.groupby(families, key=without_schedule):
-        yield tuple(some)
+def _by_block(
+    members: Iterable[tuple[Bound, Member]],
+) -> Iterator[tuple[Bound, tuple[Member, ...]]]:
+    """Members in parts of one recompute block, those of one priority one after the other, with what
+    none of a part stays below."""
+
+    def alike(item: tuple[Bound, Member]) -> tuple[int, str]:
+        return item[1].recompute_block or 0, item[1].plan.priority
+
+    for _, some in itertools.groupby(sorted(members, key=alike), lambda item: alike(item)[0]):
+        bounds, parts = zip(*some, strict=True)
+        yield Bound(*map(min, zip(*bounds, strict=True))), parts
 
 
 def _merit(candidate: Candidate) -> tuple[int, int]:

@@ -40,7 +40,8 @@ class Unpriced:
 
 @dataclass(frozen=True)
 class FamilyBounds:
-    """Asks for the bounds of families, which share templates if they differ in schedule only."""
+    """Asks for the bounds of families; those that differ in ep and dp only share most of what it
+    takes to lower them."""
 
     families: tuple[Family, ...]
     profile: ProfileName
@@ -61,16 +62,17 @@ class FamilyBounds:
 
 @dataclass(frozen=True)
 class MemberBounds:
-    """Asks for the bounds of members, some or all of a family. Memory is exact."""
+    """Asks for the bounds of members. Those that differ in ep and dp only and follow each other
+    share most of what it takes to lower them. Memory is exact."""
 
-    family: Family
+    members: tuple[Member, ...]
     profile: ProfileName
     memory_limit_bytes: int
 
     def answer(self) -> list[Bound | Unpriced]:
         """The longest path of every member; of one that does not fit, only its memory."""
         model = cost_model(self.profile)
-        return [self._bound(member, model) for member in self.family.members]
+        return [self._bound(member, model) for member in self.members]
 
     def _bound(self, member: Member, model: CostModel) -> Bound | Unpriced:
         program = lower(member.plan, member.recompute_block)

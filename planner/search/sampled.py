@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from mhcplan.planner.search.branch_and_bound import Candidate, Found, Tally
 from mhcplan.planner.search.points import MemberBounds, Play, Unpriced, answer
-from mhcplan.planner.search.space import Family
 from mhcplan.planner.sweep.points import Simulated
 
 if TYPE_CHECKING:
@@ -88,9 +87,7 @@ class SampledSearch:
 
     def _look_at(self, trials: Iterable[tuple[Any, Member]], farm: Farm) -> None:
         """Memory and longest path first; the engine plays what fits."""
-        questions = [
-            MemberBounds(Family((member,)), self._profile, self._limit) for _, member in trials
-        ]
+        questions = [MemberBounds((member,), self._profile, self._limit) for _, member in trials]
         fitting: list[tuple[Any, Member]] = []
         asked = list(trials)
         for number, found in farm.map(answer, questions):

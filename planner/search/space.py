@@ -62,13 +62,6 @@ class Family:
         residual = plan.residual.model_copy(update={"recompute_block": "none"})
         return plan.model_copy(update={"priority": "none", "residual": residual})
 
-    def by_block(self) -> list[Family]:
-        """The family in parts, one for each recompute block."""
-        parts: dict[int | None, list[Member]] = {}
-        for member in self.members:
-            parts.setdefault(member.recompute_block, []).append(member)
-        return [Family(tuple(members)) for members in parts.values()]
-
 
 @dataclass
 class Space:

@@ -75,7 +75,9 @@ def _proof(report: SearchReport) -> Iterator[str]:
         yield "no other plan is faster; the front may lack some of the unknown plans"
     elif report.proven:
         yield f"no other plan is faster; the front is complete up to {BAND_PERCENT:.0f} % slower"
-    if report.possible_gain_percent is not None:
+    if report.possible_gain_percent == 100:
+        yield "some unknown plans were not looked at: more --seconds may find a faster one"
+    elif report.possible_gain_percent is not None:
         yield f"an unknown plan could be faster by {report.possible_gain_percent:.2f} % at most"
     for reason, count in list(space.illegal.items())[:_REASONS_SHOWN]:
         yield f"no plan: {reason} ({count:,} combinations)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import jsonschema
 import pytest
+from rich.console import Console
 
 from mhcplan.planner.plan.file import read_plan, source_fields
 from mhcplan.planner.plan.spec import make_plan
@@ -21,6 +23,7 @@ from mhcplan.planner.search.points import Bound, FamilyBounds, MemberBounds, Pla
 from mhcplan.planner.search.report import SearchReport, loss_words
 from mhcplan.planner.search.sampled import SampledSearch
 from mhcplan.planner.search.space import Space, search_space
+from mhcplan.planner.search.text import print_search
 from mhcplan.planner.sweep.axes import axes_of
 from mhcplan.planner.sweep.farm import Farm
 from mhcplan.planner.sweep.run import named_profile
@@ -102,7 +105,7 @@ def test_bounds_hold_for_every_plan(
 ) -> None:
     for family in space.families:
         (of_family,) = FamilyBounds((family,), named).answer()
-        of_members = MemberBounds(family, named, 10**15).answer()
+        of_members = MemberBounds(family.members, named, 10**15).answer()
         for member, bound in zip(family.members, of_members, strict=True):
             step = everything[member.plan.digest()]
             assert isinstance(bound, Bound)
@@ -132,7 +135,7 @@ def test_bounds_hold_for_other_fields(
         (of_family,) = FamilyBounds((family,), named).answer()
         assert isinstance(of_family, Bound)
         for member, bound in zip(
-            family.members, MemberBounds(family, named, 10**15).answer(), strict=True
+            family.members, MemberBounds(family.members, named, 10**15).answer(), strict=True
         ):
             step = Play(member, named).answer()
             assert isinstance(bound, Bound)
@@ -169,7 +172,8 @@ def test_search_finds_what_trying_everything_finds(
     assert tally.total == space.num_plans
     assert tally.unknown == 0
     assert tally.too_large == len(everything) - len(fitting)
-    assert tally.played < len(fitting)  # the bounds are worth something
+    if share > 0.2:  # of a few plans all are played at once
+        assert tally.played < 0.7 * len(fitting)  # the bounds are worth something
 
 
 def test_search_that_is_stopped_says_what_it_does_not_know(
@@ -217,6 +221,38 @@ def test_interrupted_search_loses_nothing_and_can_go_on(
         search.run(farm, 600)
     fastest = min(step.step_time_ns for step in everything.values())
     assert search.found().candidates[0].merit[0] == fastest
+
+
+class _Listed(Farm):
+    """Keeps what it was asked."""
+
+    asked: list[Any]
+
+    def map(self, function: Any, tasks: Any) -> Any:  # noqa: ANN401
+        self.asked += tasks
+        return super().map(function, tasks)
+
+
+def test_plans_that_share_the_order_of_their_ops_are_bounded_one_after_the_other(
+    profile: str, named: ProfileName
+) -> None:
+    axes = axes_of({}, ["layout.pp=1", "schedule=1f1b,zbv", "micro_batch_size=1"])
+    fields = source_fields("mhc-3b") | {"profile": profile}
+    wide = search_space(fields, gpus=8, global_batch=16, axes=axes)
+    search = Search(wide, named, 10**12)
+    with _Listed(jobs=1) as farm:
+        farm.asked = []
+        search.run(farm, seconds=600)
+    families = [asked for asked in farm.asked if isinstance(asked, FamilyBounds)]
+    assert sorted(asked.families[0].common.schedule for asked in families) == ["1f1b", "zbv"]
+    for asked in families:
+        assert [f.common.layout.ep for f in asked.families] == [1, 2, 4, 8]
+    members = [asked.members for asked in farm.asked if isinstance(asked, MemberBounds)]
+    for some in members:
+        assert len({(m.plan.schedule, m.recompute_block) for m in some}) == 1
+        orders = [m.plan.priority for m in some]
+        assert orders == sorted(orders)
+    assert max(map(len, members)) > 4  # more than one family's
 
 
 def test_sampled_search_finds_the_best_of_a_small_space(
@@ -292,6 +328,21 @@ def test_text_starts_with_the_answer_and_says_what_is_proven(run: Run, profile: 
     assert "Why the second lost: pp 2 x ep 2" in out
     assert "no other plan is faster" in out
     assert "Again: mhcplan plan mhc-3b --gpus 4 --pp 2" in out
+
+
+def test_search_that_ran_out_of_time_claims_no_bound_that_it_has_not(
+    run: Run, profile: str
+) -> None:
+    _, out, _ = run(*SMALL, "--profile", profile, "--json")
+    known = SearchReport.model_validate_json(out).model_copy(update={"proven": False})
+    for gain, words in (
+        (2.5, "an unknown plan could be faster by 2.50 % at most"),
+        (100.0, "some unknown plans were not looked at: more --seconds may find a faster one"),
+    ):
+        said = io.StringIO()
+        late = known.model_copy(update={"possible_gain_percent": gain})
+        print_search(late, Console(file=said, width=200))
+        assert f"- {words}\n" in said.getvalue()
 
 
 def test_schema_on_disk_is_that_of_the_report(published: Callable[[str, str], None]) -> None:
