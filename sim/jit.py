@@ -51,6 +51,10 @@ class Ints(Protocol):
     def __len__(self) -> int: ...  # noqa: D105
 
 
+class NumbaError(ValueError):
+    """Code that is not kept cannot be made; the message is one line."""
+
+
 _helpers: list[Callable[..., Any]] = []
 _engines: list[Any] = []  # machine code lives as long as the engine that loaded it
 _lock = threading.Lock()
@@ -80,7 +84,8 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
     Arguments are integers, contiguous and writable arrays of them, and named tuples of both; of the
     same types in every call, and not by keyword. The result is None, an integer, or 1 or 0 for true
     or false. The function must not raise nor make arrays nor use an index below 0, and must be free
-    to run without the GIL.
+    to run without the GIL. A call raises :class:`NumbaError` where other code was found on disk,
+    this is not there, and numba cannot be imported.
     """
     code: list[Callable[..., Any]] = []
 
@@ -123,7 +128,14 @@ def _object_code(function: Callable[..., Any], args: tuple[object, ...], kinds: 
     file = folder and folder / f"{name}-{_digest(kinds.encode())[:8].decode()}.o"
     object_code = file and _kept(file)
     if object_code is None:
-        made = import_module("mhcplan.sim.jit_numba").compile_function(function, _helpers, args)
+        try:
+            numba = import_module("mhcplan.sim.jit_numba")
+        except ImportError as error:  # what is kept had stood in for it so far
+            raise NumbaError(
+                f"numba cannot be imported ({error}), mend it with: pip install --force-reinstall"
+                " numba"
+            ) from None
+        made = numba.compile_function(function, _helpers, args)
         object_code = made.object_code
         if file and made.stands_alone:
             _keep(file, object_code)

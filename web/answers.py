@@ -29,6 +29,7 @@ from mhcplan.planner.report.text import CLASS_NAMES, certainty, headline, remark
 from mhcplan.planner.report.uncertainty import intervals
 from mhcplan.profiles.schema import ProfileError
 from mhcplan.profiles.store import find_profile
+from mhcplan.sim.jit import NumbaError
 from mhcplan.web.facts import facts
 from mhcplan.web.whatif import Refused, WhatIf, refused, whatif_of
 
@@ -154,7 +155,7 @@ def predicted(whatif: WhatIf) -> tuple[Prediction, PlanReport]:
     """
     try:
         return _predicted(whatif)
-    except (SpecError, ProfileError) as error:
+    except (SpecError, ProfileError, NumbaError) as error:
         raise refused(error) from None
 
 

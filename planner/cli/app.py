@@ -207,6 +207,7 @@ def _run(arguments: list[str]) -> int:
     from mhcplan.planner.output import OutputError
     from mhcplan.planner.plan.spec import SpecError
     from mhcplan.profiles.schema import ProfileError
+    from mhcplan.sim.jit import NumbaError
 
     try:
         result: object = build_app()(
@@ -219,7 +220,9 @@ def _run(arguments: list[str]) -> int:
         return _refuse(_unknown_option(error))
     except UnusedCliTokensError as error:
         return _refuse(f"too many words: {' '.join(error.unused_tokens or ())}")
-    except (CycloptsError, SpecError, ProfileError, OutputError, RecordingError) as error:
+    except (
+        CycloptsError, SpecError, ProfileError, OutputError, RecordingError, NumbaError,
+    ) as error:  # fmt: skip
         return _refuse(str(error))
     except ImportError as error:
         missing = _missing_module(error)

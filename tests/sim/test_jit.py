@@ -77,6 +77,22 @@ def test_a_process_that_finds_code_on_disk_needs_no_numba(tmp_path: Path) -> Non
     assert said[0] == said[1]
 
 
+def test_code_that_is_missing_where_numba_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
+    words = "predict", "mhc-3b", "--pp", "2", "--microbatches", "4"
+    ask = f"from mhcplan.planner.cli import main; main({words})"
+    first = run_python(ask, NUMBA_CACHE_DIR=str(tmp_path))
+    _, errors = first.communicate(timeout=600)
+    assert first.returncode == 0, errors
+    next(tmp_path.rglob("*compiled_loop*.o")).unlink()
+    broken = "import sys; sys.modules['numba'] = None\n"
+    process = run_python(broken + ask, NUMBA_CACHE_DIR=str(tmp_path))
+    output, errors = process.communicate(timeout=600)
+    assert (process.returncode, output) == (2, "")
+    assert errors.startswith("mhcplan: numba cannot be imported (")
+    assert errors.endswith("), mend it with: pip install --force-reinstall numba\n")
+    assert errors.count("\n") == 1
+
+
 def test_threads_that_start_together_make_the_code_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
     begin = Barrier(2)
