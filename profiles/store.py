@@ -25,13 +25,17 @@ from mhcplan.profiles.schema import (
     parse_profile,
     profile_text,
 )
+from mhcplan.profiles.specs import Spec
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from importlib.resources.abc import Traversable
 
     from mhcplan.profiles.logs import Entry
 
 SUFFIX = ".json"
+_OF_FIGURES = ("ops", "transfers", "rates", "overheads")
+_NO_PREDICTION = ("format", "format_version", "name", "provenance")  # moves with them
 
 
 def shipped_profiles() -> dict[str, Traversable]:
@@ -156,16 +160,22 @@ class RowChange:
 
 @dataclass(frozen=True)
 class ProfileDiff:
-    """What a second profile has more, less and different; rows in the order of their names."""
+    """What a second profile has more, less and different; rows in the order of their names.
+
+    ``other`` has the paths of what differs and is no figure: the machine's data, fitted models.
+    """
 
     added: tuple[str, ...]
     removed: tuple[str, ...]
     changed: tuple[RowChange, ...]
     unchanged: int
+    other: tuple[str, ...]
 
 
 def diff(first: Profile, second: Profile) -> ProfileDiff:
-    """Compare two profiles figure by figure: ops, transfers, rates and overheads."""
+    """Compare two profiles figure by figure: ops, transfers, rates and overheads; and their rest,
+    but for what says how it was measured.
+    """
     before, after = _figures(first), _figures(second)
     both = sorted(before.keys() & after.keys())
     changes = [
@@ -177,7 +187,22 @@ def diff(first: Profile, second: Profile) -> ProfileDiff:
         removed=tuple(sorted(before.keys() - after.keys())),
         changed=tuple(change for change in changes if change.before != change.after),
         unchanged=sum(change.before == change.after for change in changes),
+        other=tuple(
+            path
+            for name in Profile.model_fields
+            if name not in _NO_PREDICTION and name not in _OF_FIGURES
+            for path in _unlike(getattr(first, name), getattr(second, name), name)
+        ),
     )
+
+
+def _unlike(first: object, second: object, path: str) -> Iterator[str]:
+    """Paths of the fields in which two parts of a profile differ."""
+    if isinstance(first, Spec) and type(first) is type(second):
+        for name in type(first).model_fields:
+            yield from _unlike(getattr(first, name), getattr(second, name), f"{path}.{name}")
+    elif first != second:
+        yield path
 
 
 def _figures(profile: Profile) -> dict[str, tuple[int, float]]:

@@ -131,12 +131,15 @@ def diff(first: NameOrFile, second: NameOrFile, /, *, json: Json = False) -> Non
         for c in changed
     )  # fmt: skip
     if changed:
-        _table(console, "Changed", ("figure", "first", "second", "%", ""), rows)
+        title = "Changed: times in ns, rates a second, overheads as they are named"
+        _table(console, title, ("figure", "first", "second", "%", ""), rows)
     for name, only in (("first", result.removed), ("second", result.added)):
         for row in only:
             console.print(f"only in the {name}: {row}", soft_wrap=True)
+    if result.other:
+        console.print(f"differ as well: {', '.join(result.other)}", soft_wrap=True)
     console.print(
-        f"{len(changed)} changed, {result.unchanged} equal, {len(result.added)} new,"
+        f"{len(changed)} figures changed, {result.unchanged} equal, {len(result.added)} new,"
         f" {len(result.removed)} gone"
     )
 

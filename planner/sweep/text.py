@@ -86,17 +86,18 @@ def _headline(sweep: Sweep) -> str:
     for row in sweep.rows:
         count[row.status] += 1
     fitting = sum(row.fits for row in sweep.rows)
-    parts = [f"{sweep.total} combinations: {fitting} fit"]
+    combinations = "combination" if sweep.total == 1 else "combinations"
+    parts = [f"{sweep.total} {combinations}: {fitting} fit"]
     if count["predicted"] > fitting:
-        parts.append(f"{count['predicted'] - fitting} need too much memory")
+        parts.append(f"{count['predicted'] - fitting} too large")
     if count["illegal"]:
-        parts.append(f"{count['illegal']} are illegal")
+        parts.append(f"{count['illegal']} illegal")
     if count["unpriced"]:
-        parts.append(f"{count['unpriced']} are unpriced")
+        parts.append(f"{count['unpriced']} unpriced")
     if len(sweep.rows) < sweep.total:
-        parts.append(f"{sweep.total - len(sweep.rows)} are not finished")
+        parts.append(f"{sweep.total - len(sweep.rows)} not finished")
     if sweep.stored:
-        parts.append(f"{sweep.stored} were known from before")
+        parts.append(f"{sweep.stored} known from before")
     return ", ".join(parts)
 
 

@@ -275,8 +275,25 @@ def test_validate_lists_every_problem(file: Path) -> None:
 
 def test_diff_of_equal_profiles_is_empty() -> None:
     found = diff(SMALL, SMALL)
-    assert (found.added, found.removed, found.changed) == ((), (), ())
+    assert (found.added, found.removed, found.changed, found.other) == ((), (), (), ())
     assert found.unchanged == len(SMALL.ops) + len(SMALL.transfers) + len(SMALL.rates) + 7
+
+
+def test_diff_names_what_decides_predictions_and_is_no_figure() -> None:
+    hardware = SMALL.hardware
+    slower = hardware.inter_node.model_copy(update={"bytes_per_second": 1})
+    found = diff(
+        SMALL,
+        SMALL.model_copy(
+            update={
+                "name": "mine",
+                "hardware": hardware.model_copy(update={"inter_node": slower}),
+                "power_model": find_profile("h100-sxm").power_model,
+            }
+        ),
+    )
+    assert found.changed == ()
+    assert found.other == ("hardware.inter_node.bytes_per_second", "power_model")
 
 
 def test_diff_says_what_changed_and_by_how_much() -> None:

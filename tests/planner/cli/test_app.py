@@ -423,7 +423,7 @@ def test_profile_validate_lists_every_problem(run: Run, profile: str, tmp_path: 
 def test_equal_profiles_have_no_table_of_changes(run: Run, profile: str) -> None:
     code, out, _ = run("profile", "diff", profile, profile)
     assert code == 0
-    assert out.startswith("0 changed, ")
+    assert out.startswith("0 figures changed, ")
 
 
 def test_profile_diff_tells_what_changed(run: Run, profile: str, tmp_path: Path) -> None:

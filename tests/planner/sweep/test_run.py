@@ -191,7 +191,7 @@ def test_sweep_that_was_stopped_goes_on_without_repeating_a_point(
     words = ["sweep", *MANY, "--profile", profile, "--store", str(store)]
     code, out, _ = run(*words)
     assert code == 0
-    assert f"{len(kept)} were known from before" in out
+    assert f"{len(kept)} known from before" in out
     everything = _stored(store)
     assert len(everything) == 69
     assert kept.items() <= everything.items()  # a point that was worked out again has a new number
@@ -242,7 +242,7 @@ def test_csv_and_parquet_hold_the_same_rows(run: Run, profile: str, tmp_path: Pa
     files = ["--csv", str(tmp_path / "a.csv"), "--parquet", str(tmp_path / "a.parquet")]
     code, out, _ = run(*words(profile, "--n", "1,4", "--recompute-block", "auto,2", *files))
     assert code == 0
-    assert out.startswith("8 combinations: 4 fit, 4 are illegal\n")
+    assert out.startswith("8 combinations: 4 fit, 4 illegal\n")
     rows = list(csv.DictReader(io.StringIO((tmp_path / "a.csv").read_text(encoding="utf-8"))))
     typed = parquet.read_table(tmp_path / "a.parquet").to_pylist()
     as_text = [{k: "" if v is None else str(v) for k, v in row.items()} for row in typed]
@@ -256,7 +256,7 @@ def test_csv_and_parquet_hold_the_same_rows(run: Run, profile: str, tmp_path: Pa
 def test_nothing_that_fits_is_exit_code_1(run: Run, profile: str) -> None:
     code, out, _ = run(*words(profile, "--set", "memory_limit_bytes=1GB"))
     assert code == 1
-    assert "0 fit, 1 need too much memory, 1 are illegal" in out
+    assert "0 fit, 1 too large, 1 illegal" in out
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_a_sweep_does_without_the_usual_store_where_it_cannot_be(
     code, out, err = run(*words(profile))
     assert (code, err.count("\n")) == (0, 1)
     assert "finished points are not kept" in err
-    assert out.startswith("2 combinations: 1 fit, 1 are illegal\n")
+    assert out.startswith("2 combinations: 1 fit, 1 illegal\n")
     code, out, err = run(*words(profile, "--store", str(tmp_path / "file" / "store")))
     assert (code, out) == (2, "")
 
