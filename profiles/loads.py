@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 from mhcplan.profiles.contention import chain_ns
 from mhcplan.profiles.costs import worst
 from mhcplan.profiles.products import products_of
+from mhcplan.profiles.schema import ProfileError
 from mhcplan.profiles.transfer_costs import traffic_factor
 from mhcplan.profiles.vocabulary import OpKey, TransferKey
 from mhcplan.sim.device_kernels import Kernel, Loads, Parameters, Traffic
@@ -88,9 +89,19 @@ class LoadModel:
         costs: Sequence[Cost],
         settings: GpuSettings,
     ) -> Loads | None:
-        """Loads of a step's cost keys; None where the profile has no contention model."""
+        """Loads of a step's cost keys; None where the profile has no contention model.
+
+        Raises:
+            ProfileError: ``compute_sms`` are more than the GPU has.
+        """
         if self._model is None:
             return None
+        sms = self._parameters.num_sms
+        if settings.compute_sms is not None and settings.compute_sms > sms:
+            raise ProfileError(
+                f"compute_sms={settings.compute_sms} must be at most {sms}, the SMs of the"
+                " profile's GPU"
+            )
         kernels: list[tuple[Kernel, ...]] = []
         traffic: list[Traffic | None] = []
         for key, cost in zip(keys, costs, strict=True):

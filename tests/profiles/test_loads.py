@@ -12,6 +12,7 @@ import pytest
 from mhcplan.profiles.loads import GpuSettings, LoadModel, assumptions, fitted_parameters
 from mhcplan.profiles.lookup import CostModel
 from mhcplan.profiles.products import products_of
+from mhcplan.profiles.schema import ProfileError
 from mhcplan.profiles.store import find_profile
 from mhcplan.profiles.vocabulary import TransferKey
 from mhcplan.sim.compiled import simulate_compiled
@@ -209,6 +210,11 @@ def test_fewer_sms_than_the_gpu_has_come_with_a_warning() -> None:
     assert usual == all_sms
     (warning,) = set(fewer) - set(usual)
     assert warning.startswith("compute_sms=112 takes SMs from kernels whose grids are made for 132")
+
+
+def test_more_sms_than_the_gpu_has_are_refused() -> None:
+    with pytest.raises(ProfileError, match="compute_sms=133 must be at most 132"):
+        loads_of(["all_to_all 8/8 67108864"], GpuSettings(compute_sms=133))
 
 
 def test_settings_change_the_step_only_where_they_should() -> None:
