@@ -584,6 +584,9 @@ def test_no_figure_of_a_long_step_is_cut_off(open_page: Open) -> None:
         for name in ("breakdown", "memory"):
             table = page.locator(f"#{name}-table > div")
             assert table.evaluate("(box) => box.scrollWidth - box.clientWidth") == 0
+    for width in (1301, 1001, 821, 721, 320):  # where the layout is about to change
+        page.set_viewport_size({"width": width, "height": 800})
+        page.wait_for_function("() => document.documentElement.scrollWidth <= innerWidth")
 
 
 def _keep(page: Page, name: str) -> None:
