@@ -128,6 +128,7 @@ class TransferTiming(Figure):
     ``bytes``: of the buffer on each rank: the message (send_recv), the whole send buffer with the
     own part (all_to_all), the full tensor (all_reduce, reduce_scatter input, all_gather output). In
     an uneven all_to_all every rank sends one and a half times an even share to the first one.
+    ``run``: as of an op.
     """
 
     pattern: Pattern
@@ -139,6 +140,7 @@ class TransferTiming(Figure):
     samples: NonNegativeInt = 0
     host_ns: NonNegativeInt = 0
     ctas: NonNegativeInt | None = None
+    run: NonNegativeInt | None = None
 
     @model_validator(mode="after")
     def _messages_have_two_ends(self) -> Self:
@@ -356,9 +358,10 @@ class Profile(Spec):
 
     @model_validator(mode="after")
     def _runs_are_there(self) -> Self:
-        for index, row in enumerate(self.ops):
-            if row.run is not None and row.run >= len(self.provenance):
-                raise ValueError(f"ops.{index}.run: {row.run} is no entry of provenance")
+        for name, rows in (("ops", self.ops), ("transfers", self.transfers)):
+            for index, row in enumerate(rows):
+                if row.run is not None and row.run >= len(self.provenance):
+                    raise ValueError(f"{name}.{index}.run: {row.run} is no entry of provenance")
         return self
 
     @model_validator(mode="after")
@@ -393,7 +396,7 @@ class Profile(Spec):
         for name in ("graph_gap_ns", "graph_launch_ns"):
             if not data["overheads"][name]:
                 del data["overheads"][name]
-        for row in data["ops"]:
+        for row in (*data["ops"], *data["transfers"]):
             if row["run"] is None:
                 del row["run"]
         model: dict[str, Any] = data.get("contention_model") or {}

@@ -138,6 +138,31 @@ def schema_text() -> str:
     return json.dumps(schema, indent=1) + "\n"
 
 
+def without_unused_runs(profile: Profile) -> Profile:
+    """The profile without runs of which no row is left.
+
+    The first run stays, of which rates and overheads are; so do runs on one GPU while an op does
+    not say which run it is of, and those on several while a transfer does not.
+    """
+    ops, transfers = profile.ops, profile.transfers
+    used = {0, *(row.run for row in (*ops, *transfers))}
+    unsaid_op, unsaid_transfer = (None in {row.run for row in rows} for rows in (ops, transfers))
+    kept = [
+        i for i, run in enumerate(profile.provenance)
+        if i in used or (unsaid_transfer if run.num_devices > 1 else unsaid_op)
+    ]  # fmt: skip
+    number = {None: None, **{old: new for new, old in enumerate(kept)}}
+    return profile.model_copy(
+        update={
+            "provenance": tuple(profile.provenance[i] for i in kept),
+            "ops": tuple(row.model_copy(update={"run": number[row.run]}) for row in ops),
+            "transfers": tuple(
+                row.model_copy(update={"run": number[row.run]}) for row in transfers
+            ),
+        }
+    )
+
+
 @dataclass(frozen=True)
 class RowChange:
     """A figure that two profiles have both: ``percent`` is the change from the first."""

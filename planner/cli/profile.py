@@ -203,10 +203,13 @@ def _about(profile: Profile) -> Iterable[tuple[str, str]]:
     yield "hardware", f"{profile.hardware.name}: {profile.hardware.source}"
     link = profile.hardware.inter_node
     yield "network (assumed)", f"{link.bytes_per_second:,} bytes/s: {link.source}"
-    rows = Counter(row.run for row in profile.ops)
+    rows = {
+        name: Counter(row.run for row in of_kind)
+        for name, of_kind in (("ops", profile.ops), ("transfers", profile.transfers))
+    }
     for i, run in enumerate(profile.provenance):
-        ops = f", {rows[i]:,} ops" if rows[i] else ""
-        yield "measured", f"{run.measured_on} on {run.num_devices} x {run.device}{ops}"
+        left = "".join(f", {count[i]:,} {name}" for name, count in rows.items() if count[i])
+        yield "measured", f"{run.measured_on} on {run.num_devices} x {run.device}{left}"
         yield "", f"driver {run.driver}, SM clock {run.sm_clock_mhz} MHz, {run.power_watts:.0f} W"
         yield "", ", ".join(f"{name} {version}" for name, version in run.versions.items())
         yield "", ", ".join(f"{name}={value}" for name, value in run.environment.items())

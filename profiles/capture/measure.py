@@ -51,6 +51,7 @@ from mhcplan.profiles.schema import (
     profile_text,
 )
 from mhcplan.profiles.specs import HardwareSpec, Spec
+from mhcplan.profiles.store import without_unused_runs
 from mhcplan.profiles.vocabulary import MEASURABLE
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ _TINY_SIZES = (64, 4096)
 _CUDA_ONLY: tuple[Part, ...] = ("priority", "power")
 
 SomePart = TypeVar("SomePart", OpsPart, CommPart)
+Timing = TypeVar("Timing", OpTiming, TransferTiming)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -253,13 +255,13 @@ def merge(ops: OpsPart, comms: Sequence[CommPart], hardware: HardwareSpec, name:
         ProfileError: the parts are of different devices.
     """
     transfers: dict[tuple[str, str, int, int], TransferTiming] = {}
-    for comm in comms:
+    for run, comm in enumerate(comms, 1):
         if ops.provenance.device != comm.provenance.device:
             raise ProfileError(
                 f"device: ops were measured on {ops.provenance.device!r},"
                 f" transfers on {comm.provenance.device!r}"
             )
-        for row in comm.transfers:
+        for row in _of_run(comm.transfers, run):
             transfers.setdefault((row.pattern, row.medium, row.group_size, row.bytes), row)
     return Profile(
         name=name, hardware=hardware,
@@ -276,14 +278,15 @@ def merge(ops: OpsPart, comms: Sequence[CommPart], hardware: HardwareSpec, name:
     )  # fmt: skip
 
 
-def _of_run(rows: Iterable[OpTiming], run: int) -> tuple[OpTiming, ...]:
+def _of_run(rows: Iterable[Timing], run: int) -> tuple[Timing, ...]:
     return tuple(row.model_copy(update={"run": run}) for row in rows)
 
 
 def extend(base: Profile, ops: OpsPart | None, comms: Sequence[CommPart]) -> Profile:
     """``base`` with what the parts measured added; of equal rows the parts' count, and the last
     part's word on what a communicator takes and what CUDA graphs do. But of two times of the host
-    the shorter one: whatever else a host has to do makes it longer.
+    the shorter one: whatever else a host has to do makes it longer. Runs of which nothing is left
+    are named no more.
 
     Raises:
         ProfileError: a part is of another device.
@@ -301,16 +304,19 @@ def extend(base: Profile, ops: OpsPart | None, comms: Sequence[CommPart]) -> Pro
         host_ns = min(row.host_ns, rows.get(row.key, row).host_ns)
         rows[row.key] = row.model_copy(update={"host_ns": host_ns})
     transfers = {
-        (row.pattern, row.medium, row.group_size, row.bytes): row
-        for row in (*base.transfers, *(row for comm in comms for row in comm.transfers))
+        (row.pattern, row.medium, row.group_size, row.bytes): row for row in base.transfers
     }
+    first_comm = len(base.provenance) + len(parts) - len(comms)
+    for run, comm in enumerate(comms, first_comm):
+        for row in _of_run(comm.transfers, run):
+            transfers[row.pattern, row.medium, row.group_size, row.bytes] = row
     overheads = base.overheads
     if ops is not None and ops.graph_gap_ns:
         found = {"graph_gap_ns": ops.graph_gap_ns, "graph_launch_ns": ops.graph_launch_ns}
         overheads = overheads.model_copy(update=found)
     for comm in comms:
         overheads = overheads.model_copy(update={"communicator_bytes": comm.communicator_bytes})
-    return base.model_copy(
+    extended = base.model_copy(
         update={
             "provenance": (*base.provenance, *(part.provenance for part in parts)),
             "overheads": overheads,
@@ -318,6 +324,7 @@ def extend(base: Profile, ops: OpsPart | None, comms: Sequence[CommPart]) -> Pro
             "transfers": tuple(transfers[key] for key in sorted(transfers)),
         }
     )
+    return without_unused_runs(extended)
 
 
 def measure(options: Options) -> list[Path]:

@@ -236,7 +236,8 @@ def test_parts_merge_into_a_profile_and_different_devices_do_not(tmp_path: Path)
     merged = measure.merge(ops, [same, more], HARDWARE["h100-sxm"], "x")
     assert merged.overheads.communicator_bytes == 7
     assert len(merged.provenance) == 3
-    assert [(r.bytes, r.duration_ns) for r in merged.transfers] == [(8, 70), (4, 9), (8, 20)]
+    rows = [(r.bytes, r.duration_ns, r.run) for r in merged.transfers]
+    assert rows == [(8, 70, 2), (4, 9, 1), (8, 20, 1)]
 
 
 def test_a_broken_part_is_refused_with_its_field(tmp_path: Path) -> None:

@@ -103,8 +103,14 @@ def test_transfers_of_larger_groups_are_added(tmp_path: Path) -> None:
     found = extend(base, None, [part])
     assert found.overheads.communicator_bytes == part.communicator_bytes
     assert base.overheads.communicator_bytes != part.communicator_bytes
-    assert [t.group_size for t in found.transfers] == [4]
+    assert [(t.group_size, t.run) for t in found.transfers] == [(4, 1)]
     assert found.ops == base.ops
+    again = extend(found, None, [part.model_copy(update={"communicator_bytes": 2})])
+    assert again.provenance == found.provenance, "the run that was replaced is gone"
+    assert again.transfers == found.transfers
+    text = profile_text(found).replace('"run": 1', '"run": 7')
+    with pytest.raises(ProfileError, match=r"transfers\.0\.run: 7 is no entry of provenance"):
+        parse_profile(text, "x.json")
     other = part.model_copy(update={"provenance": run.model_copy(update={"device": "another"})})
     with pytest.raises(ProfileError, match="not on 'another'"):
         extend(base, None, [other])

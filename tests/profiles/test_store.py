@@ -16,6 +16,7 @@ from mhcplan.profiles.schema import (
     PROFILE_VERSION,
     Profile,
     ProfileError,
+    parse_profile,
     profile_text,
     read_profile,
 )
@@ -28,12 +29,15 @@ from mhcplan.profiles.store import (
     schema_text,
     shipped_profiles,
     validate,
+    without_unused_runs,
 )
 from tests.support.scaling import scaled
 from tests.support.synthetic_profile import make_synthetic_profile
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from mhcplan.profiles.schema import OpTiming, TransferTiming
 
 MISSING = object()
 SCHEMA_FILE = Path(__file__).parents[2] / "docs" / "schemas" / "profile.schema.json"
@@ -309,6 +313,31 @@ def test_diff_says_what_changed_and_by_how_much() -> None:
     assert by_row[str(first.key)].beyond_spread
     assert not by_row[str(second.key)].beyond_spread
     assert diff(changed, SMALL).added == found.removed
+
+
+def test_runs_without_a_row_are_dropped_and_rows_still_name_theirs() -> None:
+    run = SMALL.provenance[0]
+    runs = [
+        run.model_copy(update={"command": str(i), "num_devices": devices})
+        for i, devices in enumerate((1, 1, 2, 1, 2, 2))
+    ]
+    ops = [row.model_copy(update={"run": 3}) for row in SMALL.ops]
+    transfers = [row.model_copy(update={"run": 4}) for row in SMALL.transfers]
+
+    def left(ops: list[OpTiming], transfers: list[TransferTiming]) -> str:
+        changes = {"provenance": tuple(runs), "ops": tuple(ops), "transfers": tuple(transfers)}
+        before = SMALL.model_copy(update=changes)
+        after = without_unused_runs(before)
+        assert parse_profile(profile_text(after), "after") == after
+        for was, row in zip((*ops, *transfers), (*after.ops, *after.transfers), strict=True):
+            assert (row.run is None) == (was.run is None)
+            if was.run is not None and row.run is not None:
+                assert after.provenance[row.run] == before.provenance[was.run]
+        return "".join(run.command for run in after.provenance)
+
+    assert left(ops, transfers) == "034"
+    assert left(ops, list(SMALL.transfers)) == "02345"  # those do not say theirs
+    assert left([*ops[1:], SMALL.ops[0]], transfers) == "0134"
 
 
 def test_schema_file_is_current(published: Callable[[str, str], None]) -> None:
