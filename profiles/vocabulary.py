@@ -219,9 +219,10 @@ def _mla_weights(s: Shape) -> int:
 
 
 def _score_flops(tokens: int, seq: int, heads: int, qk: int, v: int, p: str) -> int:
-    """Causal attention: half of the score matrix; I does five products where F does two."""
-    forward = tokens * seq * heads * (qk + v)
-    return {"F": forward, "I": 5 * forward // 2, "W": 0}[p]
+    """Causal attention: half of the score matrix. F makes scores of q and k, and sums v; I makes
+    the scores again and the gradients of q and k, and those of the weights and of v."""
+    wide, narrow = {"F": (1, 1), "I": (3, 2), "W": (0, 0)}[p]
+    return tokens * seq * heads * (wide * qk + narrow * v)
 
 
 def _mla_scores(s: Shape, p: str) -> int:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from mhcplan.kernels import layers_eager
 from mhcplan.kernels.layers import (
@@ -344,3 +345,19 @@ def test_cross_entropy_of_huge_logits_is_finite() -> None:
 def test_random_values_depend_on_the_seed_only() -> None:
     assert torch.equal(ENV.normal(4, salt=1), Env(ENV.device, ENV.dtype, 3).normal(4, salt=1))
     assert not torch.equal(ENV.normal(4, salt=1), ENV.normal(4, salt=2))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["dense_ffn", "shared_experts", "experts", "router", "head", "attention_mla", "attention_gqa"],
+)
+def test_the_vocabulary_counts_the_flops_that_torch_counts(kind: str) -> None:
+    op, shape = VOCABULARY[kind], TINY[kind]
+    for pass_ in "FI":
+        call = make_case(kind, shape, ENV).prepare(pass_)
+        with FlopCounterMode(display=False) as counter:
+            call()
+        # plain torch makes both halves of the scores, of which causal kernels make one
+        expected = op.flops(shape, pass_) + op.scores(shape, pass_)
+        assert counter.get_total_flops() == expected, pass_
+    assert op.flops(shape, "W") == op.flops(shape, "F") - op.scores(shape, "F")

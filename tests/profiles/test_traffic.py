@@ -39,6 +39,18 @@ def test_the_vocabulary_prices_the_fused_forward(n: int) -> None:
     assert priced == sum(traffic.fused_forward(n)[:2]) * 64 * BF16
 
 
+@given(ROWS, st.sampled_from(["mhc_pre", "hc_pre"]))
+def test_a_projection_has_two_flops_for_every_weight_and_token(n: int, kind: str) -> None:
+    """Equation 14 makes n^2 + 2n numbers of the n C of a token; HC's 5 makes n + 2 of each row's C.
+    H_pre x is 2 n C. W is the projection's; B does what I and W do."""
+    weights = {"mhc_pre": (n * n + 2 * n) * n * 64, "hc_pre": (n + 2) * n * 64}[kind]
+    shape = {"n": n, "hidden": 64, "tokens": 7, "steps": 20}
+    flops = {pass_: OP_KINDS[kind].flops(shape, pass_) for pass_ in "FIWB"}
+    assert flops["W"] == 2 * weights * 7
+    assert flops["F"] == flops["W"] + 2 * n * 64 * 7
+    assert flops["B"] == flops["I"] + flops["W"]
+
+
 def test_examples() -> None:
     assert doctest.testmod(traffic).failed == 0
 
