@@ -343,6 +343,11 @@ def test_a_busy_host_does_not_make_one_shape_dear(profile: Profile) -> None:
 
 def test_kernels_of_a_graph_follow_each_other_sooner(profile: Profile) -> None:
     key = next(row.key for row in profile.ops if row.segments)
+    rows = [
+        row.model_copy(update={"segments": row.segments * 2}) if row.key == key else row
+        for row in profile.ops
+    ]
+    profile = profile.model_copy(update={"ops": tuple(rows)})
     found = {"graph_gap_ns": 700, "graph_launch_ns": 2000}
     overheads = profile.overheads.model_copy(update=found)
     model = CostModel(profile.model_copy(update={"overheads": overheads}))
