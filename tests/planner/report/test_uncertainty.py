@@ -21,6 +21,8 @@ from mhcplan.planner.report.uncertainty import (
     step_ratios,
 )
 from mhcplan.profiles.accuracy import shipped_rows
+from mhcplan.profiles.costs import Cost
+from tests.support.programs import Maker
 from tests.support.synthetic_profile import synthetic_profile
 
 PLAN = {"model": "mhc-3b", "layout": {"pp": 2}, "microbatches": 4}
@@ -87,6 +89,21 @@ def test_jitter_of_a_chain_adds_up_as_variances_do() -> None:
     found = step_ratios(step, np.zeros((300, 2)), np.random.default_rng(1))
     assert found.std() == pytest.approx(expected, rel=0.2)
     assert found.mean() == pytest.approx(1, abs=5 * expected / np.sqrt(300))
+
+
+def test_members_of_a_transfer_see_one_jitter() -> None:
+    """One all-to-all of 16 ranks: with a jitter each, the step would be the longest of 16."""
+    maker = Maker(16)
+    group = maker.group("ep", *range(16))
+    for rank in range(16):
+        maker.transfer(rank, group, 1_000_000)
+    program, table = maker.build()
+    cost = Cost(1_000_000, 0, "measured", "", spread_percent=10 * 1.2816)
+    costs = (cost,) * len(program.cost_keys)
+    step = replace(small().step, program=program, played=program, table=table, costs=costs)
+    found = step_ratios(step, np.zeros((300, 2)), np.random.default_rng(1))
+    assert found.mean() == pytest.approx(1, abs=0.02)
+    assert found.std() == pytest.approx(0.1 * np.sqrt(0.5), rel=0.2)
 
 
 def test_the_models_own_error_comes_on_top() -> None:
