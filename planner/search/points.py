@@ -1,5 +1,11 @@
 """What a search asks of plans, from cheap to dear: what a family's members have in common, bounds
 of each member, and the engine's answer for one plan. Asked in whatever process there is.
+
+Bounds leave out contention, 3 to 19 % of the step of 38 plans of mhc-27b, and the power limit, 2 to
+5 %. What the limit does is learned from the step at the full clock: the longer that one, the less,
+and nothing says how long it is at most. What a transfer costs kernels at least is next to nothing,
+as long as it may meet those that leave SMs free or wait for memory; where it does not is for the
+engine to find out.
 """
 
 from __future__ import annotations
