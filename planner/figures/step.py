@@ -34,7 +34,7 @@ _CLASS_COLORS = {
     "exposed_pp": PAINTS["pp"].color,
     "exposed_dp": PAINTS["dp"].color,
     "host": "#6F6F6F",
-    "bubble": "rgba(128,128,128,0.18)",
+    "bubble": "rgba(128,128,128,0.35)",
 }
 _COMPONENT_COLORS = {
     "parameters": PAINTS["I"].color,

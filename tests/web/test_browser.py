@@ -184,6 +184,7 @@ def test_two_plans_stand_side_by_side_and_their_timelines_move_together(open_pag
     settled(page)
     assert not page.locator("#timeline-a").is_visible()
     assert fact(page, "step") == f"{a:,.2f} ms"
+    assert page.evaluate("() => document.activeElement.id") == "pin"
 
 
 def test_what_is_wrong_stands_beside_its_field(open_page: Open) -> None:
