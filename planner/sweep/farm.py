@@ -14,6 +14,7 @@ import gc
 import logging
 import os
 import signal
+import threading
 import warnings
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
@@ -141,7 +142,8 @@ class Farm:
         try:
             while left or running:
                 while len(running) < min(len(left), _TASKS_AHEAD * others):
-                    running.add(workers.submit(_caught, function, *left.popleft()))
+                    with _interrupts_ignored():  # the first task starts the processes
+                        running.add(workers.submit(_caught, function, *left.popleft()))
                 if left:
                     yield _caught(function, *left.pop())
                 done, running = wait(running, 0 if left else None, FIRST_COMPLETED)
@@ -223,6 +225,21 @@ def _begin_worker(collect_after: tuple[int, int, int]) -> None:
     """Leave interrupts to the main process, and look for garbage as rarely as it does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     gc.set_threshold(*collect_after)
+
+
+@contextmanager
+def _interrupts_ignored() -> Generator[None]:
+    """Processes that are started here begin without Ctrl-C, which a shell sends to all of them:
+    they import for a second before they can leave it to the main process, and would print where."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is None or threading.current_thread() is not threading.main_thread():
+        yield  # not Python's to set, or not from here
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _join_ray(jobs: int | None, opened: ExitStack) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from mhcplan.planner.sweep import farm
 from mhcplan.planner.sweep.farm import Farm, FarmError
 
 # Where workers go with tasks left, joblib's own thread may trip over one; no result is lost.
@@ -52,6 +53,10 @@ def process_beside(folder: str) -> int:
     return os.getpid()
 
 
+def process_and_whether_it_ignores_interrupts(folder: str) -> tuple[int, bool]:
+    return process_beside(folder), signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
 def fails_at_3(number: int) -> int:
     if number == 3:
         raise ValueError("number 3 fails")
@@ -64,6 +69,18 @@ def test_one_job_is_this_process_and_keeps_the_order() -> None:
             (0, (5, os.getpid())),
             (1, (6, os.getpid())),
         ]
+
+
+def test_workers_ignore_interrupts_before_their_first_line_and_who_asks_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(farm, "_begin_worker", len)  # what they would say themselves
+    with Farm(jobs=2) as workers:
+        tasks = [str(tmp_path)] * 4
+        results = workers.map(process_and_whether_it_ignores_interrupts, tasks)
+        found = dict(result for _, result in results)
+    assert not found.pop(os.getpid())
+    assert list(found.values()) == [True]
 
 
 def test_killed_worker_costs_no_result_and_error_of_a_task_comes_out(tmp_path: Path) -> None:
