@@ -3,9 +3,9 @@ of each member, and the engine's answer for one plan. Asked in whatever process 
 
 Bounds leave out contention, 3 to 19 % of the step of 38 plans of mhc-27b, and the power limit, 2 to
 5 %. What the limit does is learned from the step at the full clock: the longer that one, the less,
-and nothing says how long it is at most. What a transfer costs kernels at least is next to nothing,
-as long as it may meet those that leave SMs free or wait for memory; where it does not is for the
-engine to find out.
+and nothing says how long it is at most. Expert traffic, spread over the kernels that mind it least,
+costs a rank 4 to 6 % of the step in compute (12 plans): that would add to a rank's work, but to no
+longest path.
 """
 
 from __future__ import annotations
