@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mhcplan.sim.kept import Kept
 
 
 @given(st.lists(st.integers(1, 9), max_size=40), st.integers(0, 20))
+@example([9, 8, 9, 3, 9], 19)  # 8 goes for 3, as 9 was asked for since
 def test_the_last_used_are_kept_as_far_as_the_limit_allows(asked: list[int], limit: int) -> None:
     """A number stands for a value of that size; the oracle goes back through what was asked."""
     kept: Kept[int] = Kept(limit, int)

@@ -38,6 +38,16 @@ def test_it_bounds_the_step_and_is_the_longest_path_of_the_dependencies(maker: M
         assert found == nx.dag_longest_path_length(dependency_graph(program, costs))
 
 
+@pytest.mark.parametrize("durations_ns", [(3, 9), (9, 3)])
+def test_a_transfer_takes_as_long_as_its_longest_member(durations_ns: tuple[int, int]) -> None:
+    maker = Maker(2)
+    group = maker.group("ep", 0, 1)
+    for rank, duration_ns in enumerate(durations_ns):
+        maker.transfer(rank, group, duration_ns)
+    program, costs = maker.build()
+    assert step_ns(program, costs) == simulate_compiled(program, costs).step_ns == 9
+
+
 def test_it_is_the_step_where_links_and_sms_are_without_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
