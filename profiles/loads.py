@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 from mhcplan.profiles.contention import chain_ns
 from mhcplan.profiles.costs import worst
-from mhcplan.profiles.products import products_of
+from mhcplan.profiles.products import cluster_of, products_of
 from mhcplan.profiles.schema import ProfileError
 from mhcplan.profiles.transfer_costs import traffic_factor
 from mhcplan.profiles.vocabulary import OpKey, TransferKey
@@ -275,8 +275,9 @@ def _kernel(
     product: Product | None,
 ) -> Kernel:
     kernel = Kernel(
-        segment.duration_ns, segment.ctas, segment.ctas_per_sm, hbm_bytes, segment.persistent
-    )
+        segment.duration_ns, segment.ctas, segment.ctas_per_sm, hbm_bytes, segment.persistent,
+        product.tiles if product else 0, cluster=cluster_of(segment.name),
+    )  # fmt: skip
     trait = next((trait for trait in traits if trait.name in segment.name), None)
     if trait is None:
         return kernel

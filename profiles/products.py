@@ -1,8 +1,8 @@
 """The matrix products of an op: which of its kernels does which, in how many tiles.
 
-A matrix library's kernels have the size of their tiles in their names. Of grids that are no larger
-than the chip the tiles are the CTAs (tests/profiles/test_products.py shows it); of a persistent
-kernel nothing else says how many there are.
+A matrix library's kernels have the size of their tiles, and that of their clusters, in their names.
+Of grids that are no larger than the chip the tiles are the CTAs (tests/profiles/test_products.py
+shows it); of a persistent kernel nothing else says how many there are.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _LIBRARY = "nvjet"
 _SPLIT = "splitK"  # several of its tiles share an output
 _TILE = re.compile(r"_(\d+)x(\d+)_")
+_CLUSTER = re.compile(r"_\d+x\d+_\d+x\d+_(\d+)x(\d+)_")  # behind a tile and its stages
 
 
 class Product(NamedTuple):
@@ -46,6 +47,16 @@ def products_of(key: OpKey, segments: Sequence[Segment]) -> dict[int, Product]:
         )
         for i, (made, read) in zip(at, features, strict=True)
     }
+
+
+def cluster_of(kernel: str) -> int:
+    """CTAs that a kernel of the library places together, by its name; 1 for other kernels.
+
+    >>> cluster_of("nvjet_sm90_tst_128x256_64x4_1x4_h_bz_coopA_NNN")
+    4
+    """
+    found = _CLUSTER.search(kernel) if kernel.startswith(_LIBRARY) else None
+    return int(found[1]) * int(found[2]) if found else 1
 
 
 def _tiles(kernel: str, features: int, tokens: int) -> int:

@@ -27,6 +27,7 @@ class Kernel:
         tail_share: share of the duration, at its end, in which no CTA waits and SMs fall idle one
             after another (causal attention: the CTAs' work is unequal); 0: as the waves have it.
             Measured by when a CTA of equal priority gets in.
+        cluster: CTAs that are placed together, on SMs of one GPC.
     """
 
     duration_ns: float
@@ -37,6 +38,7 @@ class Kernel:
     pieces: int = 0
     dealt: bool = True
     tail_share: float = 0.0
+    cluster: int = 1
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,9 @@ class Parameters:
             what an SM without any slack would make them.
         bound_from: share of the memory bandwidth from which a kernel begins to be bound by it.
         least_life: shortest life of a memory-bound CTA, as a share of its life beside all others.
+        clustered: share of the SMs that make whole clusters of four or eight CTAs. GPCs differ in
+            their SMs from chip to chip; cuBLAS launches 120 CTAs of such products at most on each
+            H100 and H200 that was measured. All SMs make pairs.
         together: rate of an op beside one of a more urgent stream, if one of them is bound by
             memory and the other is not, as a share of its rate alone. 0: nothing is gained.
     """
@@ -97,6 +102,7 @@ class Parameters:
     crowding: float = 0.35
     bound_from: float = 0.7
     least_life: float = 0.5
+    clustered: float = 120 / 132
     together: float = 0.0
 
 

@@ -16,17 +16,22 @@ event is spent on single CTAs. The rules were read off device traces of H100s;
   leaves some free; at high priority as soon as CTAs end. Those that find none follow later, and so
   many rounds the transfer takes. It starts when it has an SM on each member's rank.
 * **A kernel that lacks SMs** takes as many waves as it needs on the others: one that filled the
-  chip once takes twice as long. Attention, whose pieces are unequal, takes longer only for the time
-  until its SMs begin to fall idle. Where CTAs follow each other, fewer of them wait for the same
-  memory and each lives shorter. Where a kernel is bound by memory it lacks nothing but bandwidth.
-  SMs that a green context keeps from compute are lacking as those that communication holds.
+  chip once takes twice as long, or less if pieces were dealt to its CTAs and the last ones, which
+  are late, have one less. Clusters of CTAs need SMs of one GPC: of some no cluster of four or eight
+  can be made, and each that is held where such a kernel begins is one that the kernel lacks; what
+  it leaves free it does not miss. Attention, whose pieces are unequal, takes longer only for the
+  time until its SMs begin to fall idle. Where CTAs follow each other, fewer of them wait for the
+  same memory and each lives shorter. Where a kernel is bound by memory it lacks nothing but
+  bandwidth. SMs that a green context keeps from compute are lacking as those that communication
+  holds, but leave it whole clusters.
 * **Memory.** The chains of loads and stores of a transfer are slower beside any kernel, most where
   it saturates memory, and its handshake is slower still; bytes that transfers move are missing to
   the kernel.
 * **Links.** Transfers of a rank that together want more than a link carries share it.
 
-An op goes at its mean rate over the kernels that are left of it, and transfers beside it at the
-mean over all of them: within an op, only the places where SMs fall free are exact.
+An op goes at its mean rate over the kernels that are left of it, or at that of the kernel it is in
+if traffic waits for that to end; transfers go at the mean over all kernels beside them: within an
+op, only the places where SMs fall free are exact.
 
 Tables are made by :mod:`mhcplan.sim.device_tables`. Shares are integers, in units of ``1 / SHARE``;
 work and rates are those of :mod:`mhcplan.sim.device`.
@@ -73,6 +78,8 @@ class Gpu(NamedTuple):
         used: SMs it uses outside of its tail.
         units, usual, fit, waves: CTAs or pieces, of which an SM takes ``usual`` and could take
             ``fit``; alone they take ``waves`` (:func:`waves_of`). units 0: any number of them.
+        most: SMs that it finds places on where none is held: those that make whole clusters.
+        less: share of a CTA's work that the last ones do not have, as many as SMs are ``idle``.
         fluid: share of its time that fewer SMs take longer for, any number of them; 0: it comes in
             waves.
         lone: life of a CTA in a last wave that is nearly empty, of its life in a full one.
@@ -108,7 +115,9 @@ class Gpu(NamedTuple):
     units: Ints
     usual: Ints
     fit: Ints
+    most: Ints
     waves: Ints
+    less: Ints
     fluid: Ints
     lone: Ints
     own: Ints
@@ -139,7 +148,8 @@ class State(NamedTuple):
         here_ns: when a transfer's member came to wait for SMs.
         placed, placed_ns: SMs that it holds there, and since when; negative before. Of a compute op
             ``placed`` is 1 while the SMs are its, 0 or less while it waits or goes on beside.
-        spread: of a compute op, SMs that it had when a kernel of it was last seen to begin.
+        spread: of a compute op, SMs that it had when a kernel of it was last seen to begin, without
+            those that more urgent transfers have taken since.
         known: KNOWN slots of two, a question and its answer: a step asks few things many times.
     """
 
@@ -198,6 +208,9 @@ def share_gpu(
                 until = _next_wave(kernel, running[current], left, gpu)
         kernel = _kernel_at(running[chosen], now, gpu, state)
         left = _left(running[chosen], now, state)
+        op = running[chosen]
+        if _begins(kernel, op, left, gpu):
+            state.spread[op] = _sms_at_begin(begin, end, running, now, op, held, gpu, state)
     wake = FAR
     if waits:
         until, wake, held = _place_all(
@@ -210,7 +223,7 @@ def share_gpu(
         return
     op = running[chosen]
     state.placed[op] = _HAS_SMS
-    rate[chosen] = _rate_on(op, kernel, left, held, burden, gpu, state)
+    rate[chosen] = _compute_rate(op, kernel, left, until, held, burden, gpu, state)
     beside = -1
     if end - begin - transfers > 1:
         beside = _next_to(begin, end, running, chosen, gpu, state)
@@ -218,7 +231,9 @@ def share_gpu(
         op = running[beside]
         kernel_beside, left_beside = _kernel_at(op, now, gpu, state), _left(op, now, state)
         state.placed[op] = _BESIDE
-        alone = _rate_on(op, kernel_beside, left_beside, held, burden, gpu, state)
+        if _begins(kernel_beside, op, left_beside, gpu):
+            state.spread[op] = gpu.machine[_SMS] - held
+        alone = _compute_rate(op, kernel_beside, left_beside, 0, held, burden, gpu, state)
         halved, fits = _both(running[chosen], op, gpu)
         rate[chosen] = max(rate[chosen] * (SHARE - halved) // SHARE, 1)
         rate[beside] = alone * (halved + fits) // SHARE
@@ -336,6 +351,8 @@ def _place_all(
         if chosen >= 0:
             in_use = _in_use(member, now, running[chosen], kernel, left, blocked, gpu, state)
         take = min(lacks, max(gpu.machine[_SMS] - in_use - held, 0))
+        if chosen >= 0 and in_use == 0:
+            state.spread[running[chosen]] -= take
         if take > 0 or gpu.ctas[member] == 0:
             if state.placed[member] < 0:
                 state.placed_ns[member] = now
@@ -359,14 +376,11 @@ def _in_use(
     """SMs that compute leaves to nobody, as far as ``member`` of a transfer is concerned."""
     ahead = gpu.priority[member] < gpu.priority[op]
     if _begins(kernel, op, left, gpu):
-        # a stream's next kernel is there before another stream has seen the event it waited for
-        late = gpu.waits[member] > 0 and state.here_ns[member] == now
-        equal = gpu.priority[member] == gpu.priority[op]
-        if gpu.priority[member] > gpu.priority[op] or (equal and late):
+        if _comes_after(member, op, now, gpu, state):
             return gpu.used[kernel]
         return gpu.machine[_SMS] if blocked else 0
     rest = left - _after(kernel, op, gpu)
-    if rest <= gpu.tail[kernel] and not blocked:
+    if rest <= gpu.tail[kernel] + FULL_RATE and not blocked:
         if gpu.idle[kernel] >= 0:
             placed = _used(kernel, state.spread[op], gpu)
             return min(gpu.machine[_SMS] - gpu.idle[kernel], placed)
@@ -375,6 +389,27 @@ def _in_use(
     if ahead and drained and _gives_way(kernel, op, left, gpu):
         return 0
     return gpu.machine[_SMS] if blocked else _used(kernel, state.spread[op], gpu)
+
+
+@usable_in_compiled
+def _comes_after(member: int, op: int, now: int, gpu: Gpu, state: State) -> bool:
+    """Whether a transfer gets what SMs a compute op leaves, where a kernel of it begins."""
+    # a stream's next kernel is there before another stream has seen the event it waited for
+    late = gpu.waits[member] > 0 and state.here_ns[member] == now
+    equal = gpu.priority[member] == gpu.priority[op]
+    return gpu.priority[member] > gpu.priority[op] or (equal and late)
+
+
+@usable_in_compiled
+def _sms_at_begin(
+    begin: int, end: int, running: Ints, now: int, op: int, held: int, gpu: Gpu, state: State
+) -> int:
+    """SMs that a kernel of an op finds which begins now, of those that are not held."""
+    for i in range(begin, end):  # the engine may look twice at an instant
+        member = running[i]
+        if state.placed_ns[member] == now and _comes_after(member, op, now, gpu, state):
+            held -= state.placed[member]
+    return gpu.machine[_SMS] - held
 
 
 @usable_in_compiled
@@ -484,32 +519,37 @@ def _both(op: int, other: int, gpu: Gpu) -> tuple[int, int]:
 
 
 @usable_in_compiled
-def _rate_on(
-    op: int, kernel: int, left: int, held: int, burden: int, gpu: Gpu, state: State
-) -> int:
-    """Rate of an op whose SMs, if its kernel begins, are those that transfers do not hold."""
-    if _begins(kernel, op, left, gpu):
-        state.spread[op] = gpu.machine[_SMS] - held
-    return _compute_rate(kernel, op, left, held, burden, gpu, state)
-
-
-@usable_in_compiled
 def _compute_rate(
-    kernel: int, op: int, left: int, held: int, burden: int, gpu: Gpu, state: State
+    op: int, kernel: int, left: int, until: int, held: int, burden: int, gpu: Gpu, state: State
 ) -> int:
-    """Mean rate of an op over what is left of it, while traffic goes on as it does now."""
+    """Rate of an op while traffic goes on as it does now: that of its kernel where it is looked at
+    again before that ends (``until``), else the mean over what is left."""
     sms = max(min(gpu.machine[_COMPUTE_SMS], gpu.machine[_SMS] - held), 1)
     if sms == gpu.machine[_SMS] and burden == 0:
         return FULL_RATE
-    last = gpu.begin[gpu.cost[op] + 1] - 1
-    rest = gpu.end[last] - gpu.end[kernel]
-    part = left - rest
-    is_placed = part <= gpu.tail[kernel] and (gpu.idle[kernel] < 0 or held <= gpu.idle[kernel])
-    time = part // SHARE * _slowdown(kernel, is_placed, sms, burden, gpu, state)
-    for k in range(kernel + 1, last + 1):
+    after = _after(kernel, op, gpu)
+    part = left - after
+    is_placed = part <= gpu.tail[kernel] + FULL_RATE and _has_places(kernel, op, held, gpu, state)
+    slowdown = _slowdown(kernel, is_placed, sms, burden, gpu, state)
+    if until >= after:
+        return max(FULL_RATE * SHARE // slowdown, 1)
+    time = part // SHARE * slowdown
+    for k in range(kernel + 1, gpu.begin[gpu.cost[op] + 1]):
         part = gpu.end[k] - gpu.end[k - 1]
         time += part // SHARE * _slowdown(k, False, sms, burden, gpu, state)
     return max(min(FULL_RATE * (left >> 8) // max(time >> 8, 1), FULL_RATE), 1)  # no overflow
+
+
+@usable_in_compiled
+def _has_places(kernel: int, op: int, held: int, gpu: Gpu, state: State) -> bool:
+    """Whether all CTAs of a kernel in its tail have SMs, beside what is held."""
+    if gpu.idle[kernel] < 0:
+        return True
+    if held > gpu.idle[kernel]:
+        return False
+    # clusters need more than SMs that are idle now: had they enough when they began?
+    missing = gpu.machine[_SMS] - state.spread[op]
+    return gpu.most[kernel] == gpu.machine[_SMS] or missing <= gpu.most[kernel] - gpu.used[kernel]
 
 
 @usable_in_compiled
@@ -538,9 +578,11 @@ def _slowdown_in(waves: int, kernel: int, sms: int, burden: int, gpu: Gpu) -> in
 @usable_in_compiled
 def _more_waves(kernel: int, sms: int, gpu: Gpu) -> int:
     """Waves of a kernel on ``sms`` SMs over waves on all of them."""
-    all_sms, count = gpu.machine[_SMS], gpu.units[kernel]
-    if sms == all_sms:
+    if sms == gpu.machine[_SMS]:
         return SHARE
+    all_sms, count = gpu.most[kernel], gpu.units[kernel]
+    most = min(all_sms, gpu.machine[_COMPUTE_SMS])  # a green context's SMs make whole clusters
+    sms = max(most - (gpu.machine[_COMPUTE_SMS] - sms), 1)  # each that is held is one of those
     if gpu.fluid[kernel]:
         return SHARE + gpu.fluid[kernel] * (all_sms - sms) // sms
     usual, fit = gpu.usual[kernel], gpu.fit[kernel]
@@ -554,6 +596,8 @@ def _more_waves(kernel: int, sms: int, gpu: Gpu) -> int:
         waves -= full * (SHARE - gpu.lone[kernel]) * (all_sms - sms) // all_sms
     if late:
         waves += gpu.lone[kernel]
+    if all_sms - sms <= gpu.idle[kernel] - (gpu.machine[_SMS] - most):  # the last CTAs come late
+        waves -= gpu.less[kernel] * gpu.lone[kernel] // SHARE
     return max(SHARE * waves // gpu.waves[kernel], SHARE)
 
 

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.int64]
 
-_NUM_COLUMNS = 15  # of a kernel: ``end`` .. ``drain_ns`` of Gpu
-_SCALED = [0, 1, 2, 14]  # of these ``end``, ``life``, ``tail`` and ``drain_ns``
+_NUM_COLUMNS = 17  # of a kernel: ``end`` .. ``drain_ns`` of Gpu
+_SCALED = [0, 1, 2, 16]  # of these ``end``, ``life``, ``tail`` and ``drain_ns``
+_PAIR = 2  # CTAs of a cluster that all SMs have places for
 _TRANSFER_SMS = 8  # that a transfer takes; NCCL's take 1 to 32
 
 
@@ -150,7 +151,7 @@ class _Demand(NamedTuple):
 def _demand(kernels: tuple[Kernel, ...], p: Parameters, limit: int | None) -> _Demand:
     beside = (_delay(kernels, p), _memory(kernels, p))
     if not kernels:
-        row = (0, 1, 0, 0, p.num_sms, 0, 1, 1, SHARE, SHARE, SHARE, 0, 0, 1, 0)
+        row = (0, 1, 0, 0, p.num_sms, 0, 1, 1, p.num_sms, SHARE, 0, SHARE, SHARE, 0, 0, 1, 0)
         return _Demand(np.array([row]), np.array([[1.0, 0.0, 0.0, 0.0]]), beside)
     sms = min(limit or p.num_sms, p.num_sms)
     ends = np.cumsum([kernel.duration_ns for kernel in kernels], dtype=np.float64)
@@ -172,10 +173,12 @@ def _row(
     bound = _share(_bound(kernel, p))
     work = share * FULL_RATE
     if not kernel.ctas:
-        row = (1, 0, 0, sms, 0, 1, 1, SHARE, SHARE, SHARE, 0, bound, 1, 0)
+        row = (1, 0, 0, sms, 0, 1, 1, p.num_sms, SHARE, 0, SHARE, SHARE, 0, bound, 1, 0)
         return row, (0.0, 0.0, 0.0)
     count, fit = units(kernel), kernel.ctas_per_sm
     usual = min(fit, -(-kernel.ctas // p.num_sms))
+    most = round(p.num_sms * p.clustered) if kernel.cluster > _PAIR else p.num_sms
+    sms = min(sms, most)
     is_fluid = not kernel.dealt and not kernel.pieces  # pieces of unknown number
     fluid = SHARE if is_fluid else 0
     if kernel.tail_share and not is_fluid:  # pieces are unequal, SMs fall idle one after another
@@ -191,7 +194,8 @@ def _row(
     row = (
         0 if stays else 1, 0, idle,
         min(sms, -(-min(kernel.ctas, count) // usual)), 0 if is_fluid else count, usual, fit,
-        waves_of(count, usual * p.num_sms, lone), fluid, lone, _own(kernel), bound, int(loose), 0,
+        most, waves_of(count, usual * most, lone), _less(kernel), fluid, lone, _own(kernel), bound,
+        int(loose), 0,
     )  # fmt: skip
     return row, (0.0 if stays else wave, tail, drain)
 
@@ -207,6 +211,13 @@ def _own(kernel: Kernel) -> int:
     """CTAs whose first piece no other does, of a kernel that hands the others out one by one.
     Attention's CTAs, whose pieces are unequal, were not seen to have any."""
     return 0 if kernel.dealt or kernel.tail_share or kernel.pieces <= kernel.ctas else kernel.ctas
+
+
+def _less(kernel: Kernel) -> int:
+    """Column ``less``: pieces are dealt in turn, so that the last CTAs may have one less."""
+    if not kernel.dealt or kernel.pieces % kernel.ctas == 0:
+        return 0
+    return SHARE // (-(-kernel.pieces // kernel.ctas))
 
 
 def _bound(kernel: Kernel, p: Parameters) -> float:

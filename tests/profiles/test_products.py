@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 
-from mhcplan.profiles.products import products_of
+import pytest
+
+from mhcplan.profiles.products import cluster_of, products_of
 from mhcplan.profiles.store import find_profile
 from mhcplan.profiles.vocabulary import OP_KINDS, op_key
+from mhcplan.sim.device_kernels import Parameters
 
 NUM_SMS = 132
 
@@ -47,3 +50,17 @@ def test_kernels_that_do_not_tell_their_products_have_none() -> None:
     assert not products_of(op_key("norm", "F", hidden=64, tokens=64), row.segments)
     unknown = [s.model_copy(update={"name": "gemm"}) for s in row.segments]
     assert not products_of(row.key, unknown)
+
+
+@pytest.mark.parametrize("name", ["h100-sxm", "h200"])
+def test_the_library_launches_no_more_clusters_than_are_taken_to_fit(name: str) -> None:
+    """Pairs of CTAs fill the chip, clusters of four or eight leave the same SMs over."""
+    largest: defaultdict[int, int] = defaultdict(int)
+    for row in find_profile(name).ops:
+        for segment in row.segments:
+            cluster = cluster_of(segment.name)
+            largest[cluster] = max(largest[cluster], segment.ctas if cluster > 1 else 0)
+    fit = round(NUM_SMS * Parameters().clustered)
+    assert {cluster: ctas for cluster, ctas in largest.items() if cluster > 1} == {
+        2: NUM_SMS, 4: fit, 8: fit,
+    }  # fmt: skip

@@ -310,6 +310,8 @@ def test_a_persistent_grid_of_two_ctas_an_sm_is_no_fluid() -> None:
     [
         # 2 of 100 CTAs find no SM; with their 4 pieces each they run when the others have ended
         (Kernel(1000, 100, 1, persistent=True, pieces=400), 2000),
+        # the last 50, of which these are, have 3 pieces and not 4
+        (Kernel(1000, 100, 1, persistent=True, pieces=350), 1750),
         # the others fetch what they can in 5 rounds; the first pieces of the late ones are left
         (Kernel(1000, 100, 1, persistent=True, pieces=400, dealt=False), 1500),
         # attention's SMs fall idle over the last 300 ns: 850 ns of all are for 98 to make up
@@ -325,6 +327,82 @@ def test_what_a_late_cta_leaves_undone_depends_on_how_its_kernel_hands_out_work(
     op = maker.op(0, 1000)
     line = played(maker, {held: Traffic(2), op: kernel})
     assert line.end_ns[maker.index_of[op]] == pytest.approx(expected_ns, rel=1e-3)
+
+
+CLUSTERS = Kernel(1000, 80, 1, persistent=True, cluster=4)  # on all 80 SMs that clusters fit on
+
+
+@pytest.mark.parametrize(("cluster", "ctas"), [(1, 80), (2, 80), (4, 80), (8, 80), (4, 60)])
+@settings(max_examples=20, deadline=None)
+@given(held=st.integers(1, 40))
+def test_a_kernel_in_clusters_lacks_each_sm_that_is_held_where_it_begins(
+    cluster: int, ctas: int, held: int
+) -> None:
+    """Clusters of more than two find places on 80 of 100 SMs only."""
+    maker = Maker()
+    pair = maker.group("pair", 0, size=2)
+    sent = maker.transfer(0, pair, 10_000)
+    op = maker.op(0, 1000)
+    kernel = replace(CLUSTERS, ctas=ctas, cluster=cluster)
+    line = played(maker, {sent: Traffic(held), op: kernel}, clustered=0.8)
+    fits = ctas <= (80 if cluster > 2 else 100) - held
+    assert line.end_ns[maker.index_of[op]] == pytest.approx(1000 if fits else 2000, rel=1e-3)
+
+
+def beside_clusters(first: Kernel, second: Kernel) -> tuple[int, int]:
+    """When two kernels end beside a message of 4 CTAs that comes after 300 ns and stays."""
+    maker = Maker()
+    ops = [maker.op(0, 1000) for _ in range(2)]
+    gap, pair = (maker.group(name, 0, size=2, medium=name) for name in ("gap", "pair"))
+    wait = maker.transfer(0, gap, 300)
+    sent = maker.transfer(0, pair, 10_000, waits=[wait])
+    given = {wait: Traffic(0), sent: Traffic(4), ops[0]: first, ops[1]: second}
+    line = played(maker, given, clustered=0.8)
+    assert line.start_ns[sent] == 300
+    ends = [int(line.end_ns[maker.index_of[op]]) for op in ops]
+    return ends[0], ends[1]
+
+
+def test_clusters_that_have_begun_do_not_miss_what_they_leave_free_but_the_next_ones_do() -> None:
+    assert beside_clusters(CLUSTERS, CLUSTERS) == (1000, pytest.approx(3000, abs=3))
+    assert beside_clusters(CLUSTERS, Kernel(1000, 80, 1)) == (1000, 2000)
+
+
+def test_a_message_that_comes_as_clusters_begin_finds_what_they_leave_free() -> None:
+    """It waits for an event, the kernel for none."""
+    maker = Maker()
+    first, second = maker.op(0, 300), maker.op(0, 1000)
+    gap, pair = (maker.group(name, 0, size=2, medium=name) for name in ("gap", "pair"))
+    wait = maker.transfer(0, gap, 300)
+    sent = maker.transfer(0, pair, 10_000, waits=[wait])
+    given = {wait: Traffic(0), sent: Traffic(4), first: TILES, second: CLUSTERS}
+    line = played(maker, given, clustered=0.8)
+    assert (line.start_ns[sent], line.end_ns[maker.index_of[second]]) == (300, 1300)
+
+
+@pytest.mark.parametrize("first_ns", [500.0, 333.4])
+def test_the_kernel_that_traffic_waits_for_goes_at_its_own_rate(first_ns: float) -> None:
+    """An op of two kernels, 1000 ns in all. Half of the message finds SMs beside the first, which
+    does not feel it; the other half comes when that ends, and the second takes two waves."""
+    maker = Maker()
+    gap, pair = (maker.group(name, 0, size=2, medium=name) for name in ("gap", "pair"))
+    wait = maker.transfer(0, gap, 100)
+    sent = maker.transfer(0, pair, 10_000, waits=[wait])
+    op = maker.op(0, 1000)
+    program, costs = maker.build()
+    given = {maker.index_of[wait]: Traffic(0), maker.index_of[sent]: Traffic(20)}
+    kernels = (
+        Kernel(first_ns, 90, 1, persistent=True),
+        Kernel(1000 - first_ns, 100, 1, persistent=True),
+    )
+    keys = range(program.num_ops)
+    loaded = with_loads(costs, Loads(
+        tuple(kernels if i == maker.index_of[op] else () for i in keys),
+        tuple(given.get(i) for i in keys), BARE,
+    ))  # fmt: skip
+    assert_equal(program, loaded)
+    line = simulate_compiled(program, loaded)
+    assert line.end_ns[maker.index_of[op]] == pytest.approx(first_ns + 2 * (1000 - first_ns), abs=3)
 
 
 def test_transfers_that_want_more_than_a_link_carries_share_it() -> None:

@@ -25,6 +25,7 @@ KERNELS = st.builds(
     persistent=st.booleans(),
     pieces=st.sampled_from([0, 20, 50]),
     dealt=st.booleans(),
+    cluster=st.sampled_from([1, 2, 4]),
     tail_share=st.sampled_from([0.0, 0.0, 0.3]),
 )
 TRAFFIC = st.builds(
