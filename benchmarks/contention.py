@@ -9,13 +9,15 @@ A pair ran with both streams kept full on two GPUs; the engine plays the same. T
 |predicted / measured - 1| of a side's slowdown. Eager pairs (messages small enough for the
 library's buffers, whose ends do not wait for each other) are shown apart: in a step ends meet.
 
-How near a model can come is shown beside it: what the two runs of a pair differ by, and how far off
-one measurement is as the prediction of another that should be equal to it.
+How near a model can come is shown beside it: what the runs of a pair say of the error of their
+mean, and how far off one measurement is as the prediction of another that should be equal to it.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import statistics
 from collections import defaultdict
 from dataclasses import replace
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mhcplan.profiles.contention_fit import (
+    RUNS,
     TRAITS,
     Pair,
     Pairs,
@@ -45,7 +48,7 @@ from mhcplan.profiles.store import contention_log
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-_AGREE = 0.03  # half of what runs differ by that agree
+_AGREE = 0.03  # standard error of the mean of runs that agree
 DATA = Path(__file__).parents[1] / "profiles" / "data"
 Error = tuple[Pair, float, float]
 
@@ -68,9 +71,12 @@ def show_by(found: list[Error], key: Callable[[Pair], object]) -> None:
 
 
 def runs_differ(pair: Pair, source: Pairs) -> float | None:
-    """Half of what the traffic of a pair's two runs differs by, over its mean; None for one run."""
-    first, second = (source.measured(source.rows[pair.name], run) for run in "AB")
-    return abs(first[1] - second[1]) / (first[1] + second[1]) if first and second else None
+    """Standard error of the mean of a pair's traffic over its runs; None for one run."""
+    runs = (source.measured(source.rows[pair.name], run) for run in RUNS)
+    found = [run[1] for run in runs if run]
+    if len(found) < 2:
+        return None
+    return statistics.stdev(found) / math.sqrt(len(found)) / statistics.mean(found)
 
 
 def measured_again(pairs: Iterable[Pair], key: Callable[[Pair], object]) -> list[float]:
@@ -83,8 +89,8 @@ def measured_again(pairs: Iterable[Pair], key: Callable[[Pair], object]) -> list
 
 def show_repeats(found: list[Error], pairs: list[Pair], source: Pairs) -> None:
     """The errors ``found`` by how well runs agree, and what measuring ``pairs`` again changes."""
-    halves = [by for pair in pairs if (by := runs_differ(pair, source)) is not None]
-    print(f"half of what the traffic of a pair's two runs differs by: {_mean_percent(halves)}")
+    errors_of_means = [by for pair in pairs if (by := runs_differ(pair, source)) is not None]
+    print(f"standard error of the mean of a pair's runs, traffic: {_mean_percent(errors_of_means)}")
     differ = [(error, runs_differ(error[0], source)) for error in found]
     show("  held out, at most 3 %", (e for e, by in differ if by is not None and by <= _AGREE))
     show("  held out, more", (e for e, by in differ if by is not None and by > _AGREE))
@@ -121,7 +127,7 @@ def main() -> None:
     source = Pairs(rows_of(contention_log(args.profile)), profile.hardware.num_sms)
     pairs = source.pairs(TRAITS)
     if args.fit:
-        parameters = fit(pairs, start_of(profile), choices_of(source))
+        parameters = fit(pairs, start_of(profile), choices_of(source), workers=os.cpu_count() or 1)
     else:
         parameters = parameters_of(profile)
     print(parameters)

@@ -9,7 +9,11 @@ from __future__ import annotations
 import hashlib
 import math
 import statistics
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain, repeat
+from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
 from mhcplan.profiles.contention import Message, chain_ns
@@ -17,16 +21,19 @@ from mhcplan.profiles.contention_replay import replay
 from mhcplan.sim.device_kernels import Kernel, Parameters
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 
     from mhcplan.profiles.schema import Profile
 
 Row = dict[str, Any]
 
 HOLDOUT = 5  # one pair in so many
+RUNS = "ABC"  # of a pair; :data:`mhcplan.profiles.capture.overlap_pairs.PHASES`
 _SHORT_NS = 3_000  # memsets and the like: counted as gaps
 _LONG_CTA_NS = 20_000
 FIXED_NS = 8_000  # of a message alone: what 1 MiB takes beyond its bytes
+# of a copy: 1 MiB takes 2.5 us longer beside matrix products that delay chains by half
+COPY_FIXED_NS = 2_500
 # bytes a ns that one CTA moves, from the messages of 8 MiB and 2 or 4 CTAs, where nothing else
 # limits them; of all_to_all the own part counts too, as it does in num_bytes
 CTA_BYTES_PER_NS = {"send_recv": 33.0, "send_recv_both": 20.5, "all_to_all": 20.9}
@@ -68,14 +75,17 @@ TRAITS: dict[str, Trait] = {
 
 @dataclass(frozen=True)
 class Pair:
-    """A measured pair: the arguments that price it, and its slowdowns."""
+    """A pair: the arguments that price it, its slowdowns where they were measured, and what its
+    traffic is called."""
 
     name: str
     compute: str
     kernels: tuple[Kernel, ...]
     op_ns: float
     message: Message
-    measured: tuple[float, float]  # compute, traffic
+    measured: tuple[float, float] = (1.0, 1.0)  # compute, traffic
+    pattern: str = ""
+    num_bytes: int = 1
 
     @property
     def held_out(self) -> bool:
@@ -83,8 +93,8 @@ class Pair:
         return _digest(self.name)[0] % HOLDOUT == 0
 
 
-def _fixed_ns(alone_ns: float) -> float:
-    return min(0.9 * alone_ns, FIXED_NS)
+def _fixed_ns(alone_ns: float, ctas: int) -> float:
+    return min(0.9 * alone_ns, FIXED_NS if ctas else COPY_FIXED_NS)
 
 
 def ctas_per_sm(launch: Sequence[int]) -> int:
@@ -163,7 +173,7 @@ class Pairs:
         gap = min(max(500.0, float(min(gaps))), period / 2)
         alone = period - gap
         ctas = row["traffic_launch"][0] if row["traffic_launch"] else 0
-        fixed = _fixed_ns(alone)
+        fixed = _fixed_ns(alone, ctas)
         chain = 0.0
         if ctas:
             chain = chain_ns(alone - fixed, ctas, size, CTA_BYTES_PER_NS[pattern])
@@ -175,19 +185,19 @@ class Pairs:
             traffic["busy"] == "all" and pattern != "copy_engine",
         )  # fmt: skip
 
-    def measured(self, row: Row, runs: str = "AB") -> tuple[float, float] | None:
-        """Mean slowdown of compute and of traffic over ``runs`` and the ranks that had both; None
-        where a run was not as planned. An op's time alone is that of the same run, where it is
-        known: the clock is another one a second later."""
-        if row["late"]:
-            return None
+    def measured(self, row: Row, runs: str = RUNS) -> tuple[float, float] | None:
+        """Mean slowdown of compute and of traffic over those of ``runs`` that went as planned and
+        the ranks that had both; None where there is none. An op's time alone is that of the same
+        run, where it is known: the clock is another one a second later."""
+        late = {mark[0] for mark in row["late"]}
+        planned = [row[name] for name in runs if name in row and name not in late]
         ours = self.op_ns(row["compute"])
         theirs = self.message_ns(row["traffic"])
         lonely = row["traffic"]["busy"] == "first"
         found: list[float] = []
         for side in ("compute", "traffic"):
             weighed: list[tuple[float, int]] = []
-            for run in (row[name] for name in runs):
+            for run in planned:
                 alone = _before_ns(run, ours) if side == "compute" else [theirs, theirs]
                 weighed += [
                     (s["period_ns"] / base, min(s["ops"], 20))
@@ -210,9 +220,13 @@ class Pairs:
                 continue
             kernels = kernels_of(self.rows[f"{row['compute']}|-"], traits, self.num_sms)
             ours = statistics.mean(self.op_ns(row["compute"]))
+            traffic = row["traffic"]
             found.append(
-                Pair(row["pair"], row["compute"], kernels, ours, self.message(row), measured)
-            )
+                Pair(
+                    row["pair"], row["compute"], kernels, ours, self.message(row), measured,
+                    traffic["pattern"], traffic["num_bytes"],
+                )
+            )  # fmt: skip
         return found
 
 
@@ -241,13 +255,13 @@ def errors(pairs: Iterable[Pair], parameters: Parameters) -> list[tuple[Pair, fl
     return found
 
 
-def loss(pairs: Iterable[Pair], parameters: Parameters) -> float:
-    """Mean |log(predicted / measured)| of both sides: robust, and equal for twice and half."""
-    values: list[float] = []
-    for pair in pairs:
-        for found, wanted in zip(predict(pair, parameters), pair.measured, strict=True):
-            values.append(abs(math.log(found / wanted)))
-    return statistics.mean(values)
+def losses(pairs: Iterable[Pair], parameters: Parameters) -> list[float]:
+    """|log(predicted / measured)| of both sides of each pair: robust, equal for twice and half."""
+    return [
+        abs(math.log(found / wanted))
+        for pair in pairs
+        for found, wanted in zip(predict(pair, parameters), pair.measured, strict=True)
+    ]
 
 
 # what is tried for each parameter: coarse, for a fit that a laptop makes in some minutes
@@ -280,9 +294,10 @@ def fit(
     choices: Mapping[str, Sequence[float]] = CHOICES,
     most: int = 600,
     rounds: int = 2,
+    workers: int = 1,
 ) -> Parameters:
-    """Parameters of least :func:`loss` on ``most`` of the pairs that are not held out, one
-    parameter after another.
+    """Parameters of least mean of :func:`losses` on ``most`` of the pairs that are not held out,
+    one parameter after another; ``workers`` processes play them.
 
     Raises:
         ValueError: no pair is left to fit to.
@@ -290,17 +305,33 @@ def fit(
     seen = sorted((p for p in pairs if not p.held_out), key=lambda p: _digest(p.name)[1:])[:most]
     if not seen:
         raise ValueError("pairs: all of them are held out")
-    best, least = start, loss(seen, start)
-    for _ in range(rounds):
-        before = least
-        for name, values in choices.items():
-            for value in values:
-                tried = replace(best, **{name: value})
-                if tried != best and (found := loss(seen, tried)) < least:
-                    best, least = tried, found
-        if least == before:
-            break
+    with _played_by(workers) as play:
+
+        def loss(parameters: Parameters) -> float:
+            parts = play(losses, [seen[i::workers] for i in range(workers)], repeat(parameters))
+            return math.fsum(chain.from_iterable(parts)) / len(seen)  # whoever played which
+
+        best, least = start, loss(start)
+        for _ in range(rounds):
+            before = least
+            for name, values in choices.items():
+                for value in values:
+                    tried = replace(best, **{name: value})
+                    if tried != best and (found := loss(tried)) < least:
+                        best, least = tried, found
+            if least == before:
+                break
     return best
+
+
+@contextmanager
+def _played_by(workers: int) -> Generator[Callable[..., Iterable[list[float]]]]:
+    """A ``map`` over ``workers`` processes, or over none but this one."""
+    if workers == 1:
+        yield map
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        yield pool.map
 
 
 def _digest(name: str) -> bytes:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     Ints = NDArray[np.int64]
 
-_LAGS_NS = (0, 30_000)  # of the second rank: both leave one barrier and start within some 10 us
+_PHASES = (0.0, 1 / 3, 2 / 3)  # by how much of an op the second rank lags, as it was measured
 _SKEW = 1.01  # the second rank is that much slower: no two GPUs are equal
 _MESSAGES, _FEWEST_MESSAGES = 14, 6
 _MOST_MESSAGES = 2_000
@@ -89,7 +89,7 @@ def play(
     if not 0 <= message.ctas <= parameters.num_sms:
         raise ValueError(f"ctas={message.ctas} must be 0 .. {parameters.num_sms}, the SMs")
     pair = _Pair(kernels, message, parameters, op_ns)
-    found = [_play_from(pair, lag_ns, engine) for lag_ns in _LAGS_NS]
+    found = [_play_from(pair, round(phase * op_ns), engine) for phase in _PHASES]
     return Played(*(sum(values) / len(found) for values in zip(*found, strict=True)))
 
 

@@ -9,6 +9,7 @@ from mhcplan.profiles.contention_fit import (
     CTA_BYTES_PER_NS,
     FIXED_NS,
     HBM_FACTOR,
+    RUNS,
     Pairs,
     Trait,
     kernels_of,
@@ -74,7 +75,8 @@ def contention_pairs(source: Pairs) -> list[ContentionPair]:
         measured = source.measured(row)
         if measured is None:
             continue
-        sides = [s for run in "AB" for s in row[run]["traffic"] if s["ops"]]
+        runs = (row[name] for name in RUNS if name in row)
+        sides = [s for run in runs for s in run["traffic"] if s["ops"]]
         messages = sum(s["ops"] for s in sides)
         queue, kernel = (
             sum(s[key] * s["ops"] for s in sides) / messages for key in ("queue_ns", "kernel_ns")

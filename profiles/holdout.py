@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
-from mhcplan.profiles.contention_fit import TRAITS, Pairs, errors
+from mhcplan.profiles.contention_fit import TRAITS, Pairs
 from mhcplan.profiles.costs import CostMissing
 from mhcplan.profiles.lookup import CostModel
 from mhcplan.profiles.overlap import parameters_of, rows_of
+from mhcplan.profiles.overlap_neighbours import price_errors
 from mhcplan.profiles.vocabulary import OP_KINDS, TransferKey
 
 if TYPE_CHECKING:
@@ -134,21 +135,22 @@ def holdout(profile: Profile, contention_log: Sequence[Entry] = ()) -> list[Held
 
 
 def _pairs(profile: Profile, log: Sequence[Entry]) -> list[HeldOut]:
-    """Slowdowns of either side, and of sends that go ahead of their receiver apart: in a step both
-    ends meet."""
+    """Slowdowns of both sides, and of each by itself; of sends that go ahead of their receiver
+    apart: in a step both ends meet."""
     parameters = parameters_of(profile)
     pairs = Pairs(rows_of(log), parameters.num_sms).pairs(TRAITS)
+    held = price_errors(pairs, parameters)
     found: list[HeldOut] = []
     for what, ahead in (("pairs", False), ("pairs, sent ahead", True)):
-        alike = [pair for pair in pairs if pair.message.eager == ahead]
-        held = errors((pair for pair in alike if pair.held_out), parameters)
-        for side, each in (
-            ("compute", [(pair.name, compute) for pair, compute, _ in held]),
-            ("traffic", [(pair.name, traffic) for pair, _, traffic in held]),
-        ):
-            family = f"{what}: {side}"
-            sizes = [_Error(family, name, 100 * error) for name, error in each]
-            found.append(_summary(family, len(alike), sizes, BARS["pairs"]))
+        count = sum(pair.message.eager == ahead for pair in pairs)
+        alike = [error for error in held if error[0].message.eager == ahead]
+        compute = [_Error("compute", pair.name, 100 * error) for pair, error, _ in alike]
+        traffic = [_Error("traffic", pair.name, 100 * error) for pair, _, error in alike]
+        for family, errors in (
+            (what, [*compute, *traffic]), (f"{what}: compute", compute),
+            (f"{what}: traffic", traffic),
+        ):  # fmt: skip
+            found.append(_summary(family, count, errors, BARS["pairs"]))
     return found
 
 

@@ -2,8 +2,9 @@
 
 Both streams of two ranks are kept full and played by the engine, with the physics of every
 prediction (:mod:`mhcplan.profiles.contention_replay`). The op is a key of the vocabulary, priced as
-in a step, or one of the kernels that were overlapped on the machine; the traffic is a pattern and a
-size. How far off such a price is, is measured: the mean error of the pairs of its class (family of
+in a step, or one of the kernels that were overlapped on the machine, priced with the help of its
+measured pairs (:mod:`mhcplan.profiles.overlap_neighbours`); the traffic is a pattern and a size.
+How far off such a price is, is measured: the mean error of the pairs of its class (family of
 kernels, pattern, whether small messages are sent ahead) that the fit did not see.
 """
 
@@ -11,16 +12,26 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from mhcplan.profiles.contention import Message
-from mhcplan.profiles.contention_fit import BUFFER_BYTES, TRAITS, Pair, Pairs, errors, kernels_of
-from mhcplan.profiles.contention_replay import play
+from mhcplan.profiles.contention_fit import (
+    BUFFER_BYTES,
+    RUNS,
+    TRAITS,
+    Pair,
+    Pairs,
+    errors,
+    kernels_of,
+)
+from mhcplan.profiles.contention_replay import Played, play
 from mhcplan.profiles.costs import worst
 from mhcplan.profiles.loads import GpuSettings, fitted_parameters
 from mhcplan.profiles.lookup import cost_model_of
+from mhcplan.profiles.overlap_neighbours import Neighbours, Priced, price_errors
 from mhcplan.profiles.schema import Pattern, ProfileError
 from mhcplan.profiles.vocabulary import TransferKey
 from mhcplan.sim.device_kernels import Kernel, Parameters, hbm_share
@@ -149,7 +160,6 @@ class OverlapModel:
         self.parameters = parameters_of(profile)
         self._costs = cost_model_of(profile)
         self._source = Pairs(rows_of(log), self.parameters.num_sms)
-        self._pairs: list[Pair] | None = None
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -183,6 +193,13 @@ class OverlapModel:
         if pair is not None:  # with the gaps and times of its own run
             theirs = theirs._replace(message=pair.message)
         played = play(ours.kernels, theirs.message, self.parameters, ours.op_ns)
+        name = "" if pair is None else pair.name
+        asked = Pair(
+            name, ours.name, ours.kernels, ours.op_ns, theirs.message, pattern=traffic.pattern,
+            num_bytes=traffic.num_bytes,
+        )  # fmt: skip
+        priced = self._neighbours.price(asked, played[:2])
+        longer = priced.traffic / played.traffic
         message, p = theirs.message, self.parameters
         moved = sum(kernel.hbm_bytes for kernel in ours.kernels)
         burden = max(message.hbm_bytes) / message.alone_ns / p.hbm_bytes_per_ns
@@ -191,10 +208,10 @@ class OverlapModel:
             traffic=_name(theirs),
             compute_ns=round(ours.op_ns),
             traffic_ns=round(message.alone_ns + message.gap_ns),
-            compute_slowdown=played.compute,
-            traffic_slowdown=played.traffic,
-            queue_ns=round(played.queue_ns),
-            kernel_ns=round(played.kernel_ns),
+            compute_slowdown=priced.compute,
+            traffic_slowdown=priced.traffic,
+            queue_ns=round(played.queue_ns * longer),
+            kernel_ns=round(played.kernel_ns * longer),
             num_sms=p.num_sms,
             ctas=message.ctas,
             hbm_percent=100 * min(moved / ours.op_ns / p.hbm_bytes_per_ns, 1.0),
@@ -202,9 +219,13 @@ class OverlapModel:
             chain_slowdown=_chain_slowdown(ours.kernels, p),
             link_percent=100 * theirs.link_share,
             source=worst([ours.source, theirs.source]),
-            why=(*_about_sms(ours, message, p), *_about_queue(message, played.queue_ns)),
+            why=(
+                *_about_sms(ours, message, p),
+                *_about_queue(message, played.queue_ns * longer),
+                *_about_neighbours(played, priced),
+            ),
             extrapolated=tuple(self._beyond(ours, theirs)),
-            error=self._error(ours, theirs, pair),
+            error=self._error(ours, theirs, pair, priced),
             measured=self._measured(pair),
         )
 
@@ -254,7 +275,7 @@ class OverlapModel:
     def _stored(self, ours: _Compute, theirs: _Traffic, *, is_default: bool) -> Pair | None:
         """The very pair, if it was measured."""
         wanted = theirs.message
-        for pair in self._measured_pairs():
+        for pair in self._measured_pairs:
             row = self._source.rows[pair.name]["traffic"]
             if (
                 pair.compute == ours.name
@@ -267,16 +288,20 @@ class OverlapModel:
                 return pair
         return None
 
+    @cached_property
     def _measured_pairs(self) -> list[Pair]:
-        if self._pairs is None:
-            self._pairs = self._source.pairs(TRAITS)
-        return self._pairs
+        return self._source.pairs(TRAITS)
+
+    @cached_property
+    def _neighbours(self) -> Neighbours:
+        return Neighbours(self._measured_pairs, self.parameters)
 
     def _measured(self, pair: Pair | None) -> MeasuredPair | None:
         if pair is None:
             return None
         row = self._source.rows[pair.name]
-        sides = [side for run in "AB" for side in row[run]["traffic"] if side["ops"]]
+        runs = (row[name] for name in RUNS if name in row)
+        sides = [side for run in runs for side in run["traffic"] if side["ops"]]
         count = sum(side["ops"] for side in sides)
         queue_ns, kernel_ns = (
             round(sum(side[name] * side["ops"] for side in sides) / count)
@@ -284,24 +309,33 @@ class OverlapModel:
         )
         return MeasuredPair(*pair.measured, queue_ns, kernel_ns)
 
-    def _error(self, ours: _Compute, theirs: _Traffic, pair: Pair | None) -> OverlapError:
+    def _error(
+        self, ours: _Compute, theirs: _Traffic, pair: Pair | None, priced: Priced
+    ) -> OverlapError:
         assert self._model is not None
         if pair is not None:
             seen = "held out" if pair.held_out else "seen by the fit"
-            return self._mean_error("measured", f"this very pair, {seen}", [pair])
-        held = [other for other in self._measured_pairs() if other.held_out]
+            compute, traffic = pair.measured
+            found = (pair, abs(priced.compute / compute - 1), abs(priced.traffic / traffic - 1))
+            return _mean_error("measured", f"this very pair, {seen}", [found])
         pattern, eager = theirs.key.pattern, theirs.message.eager
         alike = [
-            other for other in held
-            if self._source.rows[f"{other.compute}|-"]["family"] == ours.family
-            and self._source.rows[other.name]["traffic"]["pattern"] == pattern
-            and other.message.eager == eager
-        ]  # fmt: skip
-        if len(alike) >= _ENOUGH_PAIRS:
-            sent_ahead = " sent ahead" if eager else ""
-            return self._mean_error(
-                "held out", f"{ours.family} beside {pattern}{sent_ahead}", alike
+            other for other in self._measured_pairs
+            if (other.pattern, other.message.eager) == (pattern, eager)
+            and (
+                other.compute == ours.name if priced.neighbours
+                else self._source.rows[f"{other.compute}|-"]["family"] == ours.family
             )
+        ]  # fmt: skip
+        held = [other for other in alike if other.held_out]
+        if len(held) >= _ENOUGH_PAIRS:
+            sent_ahead = " sent ahead" if eager else ""
+            whose = ours.name if priced.neighbours else ours.family
+            find = price_errors if priced.neighbours else errors
+            return _mean_error(
+                "held out", f"{whose} beside {pattern}{sent_ahead}",
+                find(alike if priced.neighbours else held, self.parameters),
+            )  # fmt: skip
         count = self._model.held_out_pairs
         return OverlapError(
             "all pairs" if count else "unknown",
@@ -310,13 +344,6 @@ class OverlapModel:
             self._model.compute_error_percent,
             self._model.traffic_error_percent,
         )
-
-    def _mean_error(self, basis: ErrorClass, of: str, pairs: list[Pair]) -> OverlapError:
-        found = errors(pairs, self.parameters)
-        means = [
-            100 * statistics.mean(values) for values in zip(*(e[1:] for e in found), strict=True)
-        ]
-        return OverlapError(basis, of, len(pairs), *means)
 
     def _beyond(self, ours: _Compute, theirs: _Traffic) -> Iterator[str]:
         key, ctas = theirs.key, theirs.message.ctas
@@ -379,6 +406,15 @@ def parse_traffic(text: str) -> TransferKey:
     return key
 
 
+def _mean_error(
+    basis: ErrorClass, of: str, found: Sequence[tuple[Pair, float, float]]
+) -> OverlapError:
+    compute, traffic = (
+        100 * statistics.mean(values) for values in zip(*(e[1:] for e in found), strict=True)
+    )
+    return OverlapError(basis, of, len(found), compute, traffic)
+
+
 def rows_of(log: Iterable[Entry]) -> dict[str, dict[str, Any]]:
     """Rows of a contention capture, by pair; the latest of equal pairs counts."""
     return {entry["contention"]["pair"]: entry["contention"] for entry in log}
@@ -426,3 +462,11 @@ def _about_queue(message: Message, queue_ns: float) -> Iterator[str]:
         yield f"its CTAs find SMs {how}: {queue_ns / 1e3:.1f} us a message on both ranks together"
     if message.eager:
         yield "the library's buffers take the message before its receiver is there"
+
+
+def _about_neighbours(played: Played, priced: Priced) -> Iterator[str]:
+    if priced.neighbours:
+        yield (
+            f"the engine plays {played.compute:.2f} and {played.traffic:.2f} times;"
+            f" {priced.neighbours} measured pairs of this kernel bring that nearer to theirs"
+        )

@@ -163,9 +163,11 @@ def measure(
 
 
 def _held_out(profile: str) -> list[HeldOut]:
+    from mhcplan.planner.cli.terminal import progress
     from mhcplan.profiles.holdout import holdout
 
-    return holdout(store.find_profile(profile), store.contention_log(profile))
+    with progress("predicting what was left out, and playing overlapped pairs"):
+        return holdout(store.find_profile(profile), store.contention_log(profile))
 
 
 def _print_holdout(rows: list[HeldOut]) -> None:

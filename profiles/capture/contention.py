@@ -33,6 +33,7 @@ from mhcplan.profiles.capture.overlap_kernels import Compute, makers
 from mhcplan.profiles.capture.overlap_pairs import (
     COPY,
     CTAS,
+    PHASES,
     SIZES,
     Traffic,
     all_reductions,
@@ -49,11 +50,11 @@ from mhcplan.profiles.transfer_costs import REDUCTIONS
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-_CHUNK = 48  # pairs of one trace: reading it costs about a second
+_CHUNK = 32  # pairs of one trace: reading it costs about a second
 _MOST_OPS, _MOST_MESSAGES = 150, 48  # launches that fit a stream's queue of 1024 with their events
-_COMPUTE_NS = {"A": 2_500_000, "B": 7_000_000}
-_TRAFFIC_NS = {"A": 6_000_000, "B": 1_500_000}
-_FEWEST = 6
+_COMPUTE_NS = {"A": 2_500_000, "B": 7_000_000, "C": 5_000_000}
+_TRAFFIC_NS = {"A": 6_000_000, "B": 1_500_000, "C": 3_500_000}
+_FEWEST = 8
 _BEFORE_NS, _FEWEST_BEFORE = 400_000, 4  # of ops before the traffic; of the first nothing is kept
 
 
@@ -182,7 +183,7 @@ class Bench:
 
     def run(
         self, compute: int, work: Callable[[], object] | None, messages: int,
-        send: Callable[[], Any] | None, hold_ns: float, before: int = 0,
+        send: Callable[[], Any] | None, hold_ns: float, before: int = 0, lag_ns: float = 0.0,
     ) -> tuple[Run, bool]:  # fmt: skip
         """Run both sides at once; on a GPU the returned run is empty: it is in the trace.
 
@@ -191,6 +192,7 @@ class Bench:
             messages, send: likewise.
             hold_ns: what the host needs to enqueue all that.
             before: ops to run, beyond ``compute``, before the traffic may start.
+            lag_ns: how much later than the other ranks this one begins.
 
         Returns:
             The run, and whether the host was too late: the streams had begun before it was done.
@@ -199,7 +201,7 @@ class Bench:
         if not self.gpu:
             return _run_on_host(compute, work, messages, send), False
         main = torch.cuda.current_stream()
-        self.timer.fill(1.3 * hold_ns + 1_500_000)
+        self.timer.fill(1.6 * hold_ns + 2_000_000 + lag_ns)
         torch.cuda._sleep(1)
         go, begun = torch.cuda.Event(), torch.cuda.Event()
         go.record(main)
@@ -368,8 +370,8 @@ def _counts(bench: Bench, item: Item, run: str) -> tuple[int, int]:
     if item[1] is not None:
         messages = round(_TRAFFIC_NS[run] / max(1.0, theirs.stream_ns))
         messages = min(_MOST_MESSAGES, max(_FEWEST, messages))
-    if ops and messages and run == "B":  # long messages need more compute to outlive them
-        want = 1.6 * messages * theirs.stream_ns
+    if ops and messages and run != "A":  # long messages need more compute to outlive them
+        want = (1.6 if run == "B" else 1.0) * messages * theirs.stream_ns
         ops = min(_MOST_OPS, max(ops, round(want / max(1.0, ours.stream_ns))))
     return ops, messages
 
@@ -379,7 +381,7 @@ def _before(ours: _Estimate) -> int:
 
 
 def _measure(bench: Bench, item: Item) -> tuple[list[tuple[str, Run]], list[str]]:
-    """The runs of one pair as (A or B, run), and which of them the host was late for."""
+    """The runs of one pair as (name, run), and which of them the host was late for."""
     name, traffic = item
     work = bench.compute[name].call if name != "-" else None
     if traffic is not None and traffic.busy == "first" and bench.rank:
@@ -387,11 +389,12 @@ def _measure(bench: Bench, item: Item) -> tuple[list[tuple[str, Run]], list[str]
     send = None if traffic is None else bench.message(traffic)
     ours, theirs = _estimates(bench, item)
     found, late = [], []
-    for run in ("A", "B") if name != "-" and traffic is not None else ("A",):
+    for run in PHASES if name != "-" and traffic is not None else ("A",):
         ops, messages = _counts(bench, item, run)
         before = _before(ours) if bench.gpu and work is not None and send is not None else 0
         hold = (ops + before) * ours.host_ns + messages * theirs.host_ns
-        result, was_late = bench.run(ops, work, messages, send, hold, before)
+        lag = bench.rank * PHASES[run] * ours.stream_ns
+        result, was_late = bench.run(ops, work, messages, send, hold, before, lag)
         found.append((run, result))
         if was_late:
             late.append(f"{run}{bench.rank}")
@@ -534,7 +537,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--timelines", type=Path)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--world", type=int, default=2)
-    parser.add_argument("--budget-seconds", type=float, default=230.0)
+    parser.add_argument("--budget-seconds", type=float, default=280.0)
     chosen = parser.parse_args(arguments)
     device = torch.device(chosen.device)
     stamp = {"code": code_sha256(), "device": device_name(device)}

@@ -6,6 +6,7 @@ first and takes the latencies of the second, and puts them into the profile.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 # a message of each pattern beside two kernels: does it run?
 _TINY = contention.Plan(sizes=(65536,), ctas=(0,), names=("gemm_library", "elementwise"))
-CONTENTION_SECONDS, PRIORITY_SECONDS = 230.0, 200.0
+CONTENTION_SECONDS, PRIORITY_SECONDS = 280.0, 200.0
 
 
 def _stamp(device_type: str) -> dict[str, str]:
@@ -102,7 +103,7 @@ def _fitted(profile: Profile, source: Pairs) -> ContentionModel | None:
     pairs = source.pairs(TRAITS)
     print(f"[capture] fitting the contention model to {len(pairs)} pairs", file=sys.stderr)
     try:
-        parameters = fit(pairs, start_of(profile), choices_of(source))
+        parameters = fit(pairs, start_of(profile), choices_of(source), workers=os.cpu_count() or 1)
         held_out = errors(
             (pair for pair in pairs if pair.held_out and not pair.message.eager), parameters
         )

@@ -20,6 +20,7 @@ from mhcplan.profiles.capture.overlap_pairs import (
     pairs,
     row_of,
     side,
+    traffic_side,
     window_of,
 )
 from mhcplan.profiles.capture.overlap_trace import Run, split_runs
@@ -73,6 +74,18 @@ def test_only_the_time_in_which_both_streams_had_work_counts() -> None:
     assert window_of(run, 1) == (25, 30)
     assert window_of(Run(traffic=[[5, 20], [25, 40]]), 1) == (25, 65)
     assert window_of(Run(), 1) == (0, 0)
+
+
+def test_short_messages_are_counted_over_whole_ops() -> None:
+    """Three messages pass between two kernels and none beside one: 3 an op, wherever one looks."""
+    compute = [[100 * i, 80] for i in range(6)]
+    traffic = [[100 * i + 80 + 6 * j, 4] for i in range(6) for j in range(3)]
+    run = Run(compute, traffic, ["k"] * 6)
+    found = traffic_side(run, 1, (100, 492))  # three whole ops
+    assert (found["ops"], found["period_ns"], found["kernel_ns"]) == (9, 33, 4)
+    long = Run(compute, [[0, 150], [160, 150], [320, 150]], ["k"] * 6)
+    assert traffic_side(long, 1, (0, 500)) == side(long.traffic, 1, (0, 500))
+    assert traffic_side(run, 1, (0, 50)) == {"ops": 0}
 
 
 def test_peers_that_start_late_are_waited_for_whatever_their_clock_says() -> None:

@@ -18,7 +18,7 @@ from mhcplan.profiles.contention_fit import (
     errors,
     fit,
     kernels_of,
-    loss,
+    losses,
     predict,
 )
 from mhcplan.profiles.contention_rows import (
@@ -101,7 +101,8 @@ def test_slowdowns_are_means_over_runs_and_ranks_that_had_both_sides() -> None:
     source = Pairs(rows)
     pair = rows["gemm|send_recv_both 8388608 ctas=8 equal busy=all"]
     assert source.measured(pair) == pytest.approx((1.25, 2.0), rel=1e-4)
-    assert source.measured({**pair, "late": ["A0"]}) is None
+    assert source.measured({**pair, "late": ["A0"]}) == source.measured(pair, "B")
+    assert source.measured({**pair, "late": ["A0", "B1"]}) is None
     empty = {**pair["A"], "compute": [{"ops": 0}] * 2}
     assert source.measured({**pair, "A": empty, "B": empty}) is None
     assert source.measured({**pair, "B": empty}, "A") == source.measured(pair)
@@ -152,7 +153,8 @@ def test_the_fit_finds_the_parameters_that_made_the_data() -> None:
     start = Parameters(busy_delay=0.6, memory_delay=1.0)
     found = fit(made, start, choices)
     assert (found.busy_delay, found.memory_delay) == (0.2, 2.5)
-    assert loss(made, found) == 0.0 < loss(made, start)
+    assert sum(losses(made, found)) == 0.0 < sum(losses(made, start))
+    assert fit(made, start, choices, workers=2) == found
     assert all(error == (0.0, 0.0) for _, *pair in errors(made, found) for error in [tuple(pair)])
     with pytest.raises(ValueError, match="held out"):
         fit([p for p in made if p.held_out], start)

@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mhcplan.profiles.contention_fit import TRAITS, Pairs, errors
+from mhcplan.profiles.contention_fit import TRAITS, Pairs
 from mhcplan.profiles.contention_replay import play
 from mhcplan.profiles.loads import GpuSettings
 from mhcplan.profiles.lookup import CostModel
 from mhcplan.profiles.overlap import MESSAGE_GAP_NS, Overlap, OverlapModel, parse_traffic, rows_of
+from mhcplan.profiles.overlap_neighbours import Neighbours
 from mhcplan.profiles.schema import ProfileError
 from mhcplan.profiles.store import contention_log, find_profile
 from mhcplan.profiles.vocabulary import OpKey, TransferKey, op_key
@@ -65,7 +66,8 @@ def test_the_price_is_what_the_engines_give(op: OpKey, urgent: bool, engine: Eng
 
     What a message waits for depends on how far the second rank is behind: a price lies between."""
     price = MODEL.price(op, SEND, high_priority=urgent)
-    found = [played(price, op, urgent, engine, lag_ns) for lag_ns in (0, 30_000)]
+    lags_ns = [price.compute_ns * third // 3 for third in range(3)]
+    found = [played(price, op, urgent, engine, lag_ns) for lag_ns in lags_ns]
     compute, traffic = zip(*found, strict=True)
     assert 0.95 * min(traffic) < price.traffic_slowdown < 1.05 * max(traffic)
     assert 0.98 * min(compute) < price.compute_slowdown < 1.02 * max(compute)
@@ -120,23 +122,31 @@ def played(
     return sum(longer) / 2, traffic
 
 
-def test_a_stored_pair_has_the_error_that_the_fit_reports() -> None:
-    source = Pairs(rows_of(LOG))
-    pairs = [p for p in source.pairs(TRAITS) if " ctas=0 " in p.name and "busy=all" in p.name]
-    for pair, compute, traffic in errors(pairs[::15], MODEL.parameters):
-        row = source.rows[pair.name]["traffic"]
-        if row["pattern"] == "copy_engine":
-            continue
-        key = TransferKey(row["pattern"], 2, 2, row["num_bytes"])
-        found = MODEL.price(pair.compute, key, high_priority=row["high_priority"])
-        assert found.error.basis == "measured"
-        assert found.error.compute_percent == pytest.approx(100 * compute)
-        assert found.error.traffic_percent == pytest.approx(100 * traffic)
+def test_a_stored_pair_is_priced_from_the_others_and_shown_beside_its_measurement() -> None:
+    pairs = Pairs(rows_of(LOG)).pairs(TRAITS)
+    neighbours = Neighbours(pairs, MODEL.parameters)
+    usual = [p for p in pairs if " ctas=0 " in p.name and p.pattern != "copy_engine"]
+    for pair in [p for p in usual if p.message.both_busy and p.compute == "grouped_gemm"][::5]:
+        key = TransferKey(pair.pattern, 2, 2, pair.num_bytes)
+        found = MODEL.price(pair.compute, key, high_priority=pair.message.high_priority)
+        played = play(pair.kernels, pair.message, MODEL.parameters, pair.op_ns)
+        price = neighbours.price(pair, played[:2])
+        assert (found.compute_slowdown, found.traffic_slowdown) == pytest.approx(price[:2])
+        assert f"{price.neighbours} measured pairs" in found.why[-1]
         assert found.measured is not None
         assert found.measured.compute_slowdown == pair.measured[0]
-        assert found.compute_slowdown == pytest.approx(play(
-            pair.kernels, pair.message, MODEL.parameters, pair.op_ns
-        ).compute)  # fmt: skip
+        assert found.error.basis == "measured"
+        compute, traffic = (one / of for one, of in zip(price[:2], pair.measured, strict=True))
+        assert found.error.compute_percent == pytest.approx(100 * abs(compute - 1))
+        assert found.error.traffic_percent == pytest.approx(100 * abs(traffic - 1))
+
+
+def test_an_overlapped_kernel_beside_other_sizes_has_the_error_of_its_own_pairs() -> None:
+    found = MODEL.price("grouped_gemm", parse_traffic("all_to_all 16MiB"), ctas=8)
+    assert (found.measured, found.error.basis) == (None, "held out")
+    assert found.error.of == "grouped_gemm beside all_to_all"
+    assert "measured pairs of this kernel" in found.why[-1]
+    assert not any("measured pairs" in line for line in MODEL.price(POST, SEND).why)
 
 
 def test_what_was_not_overlapped_says_so() -> None:
@@ -149,7 +159,7 @@ def test_what_was_not_overlapped_says_so() -> None:
     large = MODEL.price(POST, TransferKey("all_to_all", 8, 8, 2**30))
     assert [text.split()[1] for text in large.extrapolated[:2]] == ["bytes:", "ranks:"]
     bare = OverlapModel(PROFILE).price(POST, SEND)
-    assert bare.error.pairs == 294
+    assert bare.error.pairs == 336
     assert dataclasses.replace(bare, error=held_out.error) == held_out
 
 
