@@ -85,9 +85,9 @@ CTAS = {  # communication with fewer SMs, which messages of a pipeline take too
         for limit in limits
     }
     for name, schedule, limits, fields in (
-        ("1f1b", "1f1b", (None, 8), {}),
+        ("1f1b", "1f1b", (None, 8, 4), {}),
         ("dualpipe", "dualpipe", (None, 8, 4), {}),
-        ("eager", "dualpipe", (None, 8), {"p2p": "eager"}),
+        ("eager", "dualpipe", (None, 8, 4), {"p2p": "eager"}),
     )
 }
 PP4 = {

@@ -8,6 +8,8 @@
 A pair ran with both streams kept full on two GPUs; the engine plays the same. The error is
 |predicted / measured - 1| of a side's slowdown. Eager pairs (messages small enough for the
 library's buffers, whose ends do not wait for each other) are shown apart: in a step ends meet.
+*Priced* is what ``mhcplan profile overlap`` says of an overlapped kernel, with the help of its
+other pairs; all else is the model by itself, as steps are played.
 
 How near a model can come is shown beside it: what the runs of a pair say of the error of their
 mean, and how far off one measurement is as the prediction of another that should be equal to it.
@@ -42,6 +44,7 @@ from mhcplan.profiles.contention_rows import (
 )
 from mhcplan.profiles.loads import fitted_parameters
 from mhcplan.profiles.overlap import parameters_of, rows_of
+from mhcplan.profiles.overlap_neighbours import price_errors
 from mhcplan.profiles.schema import profile_text, read_profile
 from mhcplan.profiles.store import contention_log
 
@@ -136,6 +139,9 @@ def main() -> None:
     show("held out", held_out)
     show("held out, ends meet", meeting)
     show("held out, eager", (error for error in held_out if error[0].message.eager))
+    priced = price_errors(pairs, parameters)
+    show("  priced, ends meet", (error for error in priced if not error[0].message.eager))
+    show("  priced, eager", (error for error in priced if error[0].message.eager))
     print("ends meet, by kernel")
     show_by(meeting, lambda pair: pair.compute)
     print("by traffic")

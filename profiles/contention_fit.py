@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from mhcplan.profiles.contention import Message, chain_ns
 from mhcplan.profiles.contention_replay import replay
+from mhcplan.profiles.products import cluster_of
 from mhcplan.sim.device_kernels import Kernel, Parameters
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def kernels_of(row: Row, traits: Mapping[str, Trait], num_sms: int) -> tuple[Ker
                 kernel["duration_ns"], max(1, grid), fit,
                 round(row["hbm_bytes"] * kernel["duration_ns"] / total),
                 one_wave and kernel["duration_ns"] >= _LONG_CTA_NS,
-                trait.pieces, trait.dealt, trait.tail_share,
+                trait.pieces, trait.dealt, trait.tail_share, cluster_of(kernel["name"]),
             )
         )  # fmt: skip
     return tuple(found)
