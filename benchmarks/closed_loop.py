@@ -136,9 +136,20 @@ def parse() -> argparse.Namespace:
 
 
 def wanted_claims(options: argparse.Namespace) -> list[Claim]:
-    """The claims of the rows to run, in order; refused ones are named."""
-    sets = options.set or [s for s, n in GPUS.items() if n == options.gpus and s in BLIND]
+    """The claims of the rows to run, in order; refused ones are named.
+
+    Raises:
+        SystemExit: a row that was asked for has no claim in the sets.
+    """
+    sets = options.set or [
+        s for s, n in GPUS.items() if n == options.gpus and (options.only or s in BLIND)
+    ]
     claims = latest(read_lines(options.predictions, Claim))
+    known = {claim.row for claim in claims.values() if claim.set in sets}
+    if unknown := [name for name in options.only or [] if name not in known]:
+        raise SystemExit(
+            f"--only {unknown[0]}: no claim of the sets {', '.join(sets)} is so called"
+        )
     found: list[Claim] = []
     for claim in claims.values():
         if claim.set not in sets or (options.only and claim.row not in options.only):

@@ -133,3 +133,8 @@ def test_rows_that_once_hung_run_last_and_ablations_alone() -> None:
     assert rows[:3] == ["1f1b-n1", "1f1b-n4-L2", "1f1b-n4-L2-none"]
     options.only = ["ep2-n4-post-high", "zb1p-n2-L4", "1f1b-n1"]
     assert [claim.row for claim in closed_loop.wanted_claims(options)] == options.only
+    options.only = ["ctas-eager-4", "1f1b-n1"]  # a row of a set that does not run by itself
+    assert [claim.row for claim in closed_loop.wanted_claims(options)] == options.only
+    options.only = ["1f1b-n1", "1f1b-n7"]
+    with pytest.raises(SystemExit, match="--only 1f1b-n7: no claim of the sets"):
+        closed_loop.wanted_claims(options)
