@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import numpy as np
 
-from mhcplan.sim import device, device_sms
+from mhcplan.sim import device, device_state
 from mhcplan.sim.causes import timeline_of
 from mhcplan.sim.compiled_loop import FAR, NEVER, NOBODY, play
 from mhcplan.sim.compiled_state import Loop, Physics, Step, Times
@@ -158,12 +158,12 @@ def _physics(program: Program, costs: CostTable, room: _Room) -> Physics:
     members = transfer_columns(program, costs, room.members.values)
     return Physics(
         device.Traits(number, priority, is_transfer),
-        device_sms.Gpu(
+        device_state.Gpu(
             number, priority, cost, waits, ctas, burden, out_link, in_link, *tables_of(costs)
         ),
-        device_sms.State(
-            *_rows(len(device_sms.State._fields) - 1, num_places),
-            known=np.full(2 * device_sms.KNOWN, NEVER),
+        device_state.State(
+            *_rows(len(device_state.State._fields) - 1, num_places),
+            known=np.full(2 * device_state.KNOWN, NEVER),
         ),
         *members,
     )

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mhcplan.sim import device, device_sms
+from mhcplan.sim import device, device_sms, device_state
 from mhcplan.sim.jit import compiled, usable_in_compiled
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 NEVER = -1
 NOBODY = -1
-FAR = device_sms.FAR
+FAR = device_state.FAR
 # Places in ``Loop.counts``.
 _NUM_AWAKE, _NUM_CANDIDATES, _NUM_CHANGED, _NUM_MOVED, _NUM_STALE = range(5)
 
@@ -200,7 +200,7 @@ def _take_place(step: Step, loop: Loop, physics: Physics, place: int, op: int) -
     """From now on a place is an op's: what is known of the op is to be found there."""
     traits, gpu, state = physics.traits, physics.gpu, physics.state
     loop.op[place] = op
-    loop.given_rate[place], loop.watched[place] = device_sms.NOT_PLACED, FAR
+    loop.given_rate[place], loop.watched[place] = device_state.NOT_PLACED, FAR
     loop.due[place] = FAR
     traits.number[place], traits.is_transfer[place] = op, 0
     gpu.cost[place], gpu.ctas[place] = step.cost[op], -1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from mhcplan.sim import device, device_sms
+    from mhcplan.sim import device, device_state
     from mhcplan.sim.jit import Ints
 
 
@@ -69,12 +69,12 @@ class Physics(NamedTuple):
     Attributes:
         traits, gpu, state: by place, those of the op that has it; ``gpu.machine`` is empty where
             there is no contention.
-        ctas, burden, out_link, in_link: of a member, see :class:`mhcplan.sim.device_sms.Gpu`.
+        ctas, burden, out_link, in_link: of a member, see :class:`mhcplan.sim.device_state.Gpu`.
     """
 
     traits: device.Traits
-    gpu: device_sms.Gpu
-    state: device_sms.State
+    gpu: device_state.Gpu
+    state: device_state.State
     ctas: Ints
     burden: Ints
     out_link: Ints

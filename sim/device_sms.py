@@ -39,9 +39,24 @@ work and rates are those of :mod:`mhcplan.sim.device`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from mhcplan.sim.device import FULL_RATE, work_left
+from mhcplan.sim.device_state import (
+    BESIDE,
+    COMPUTE_DELAY,
+    COMPUTE_SMS,
+    CROWDING,
+    FAR,
+    HAS_SMS,
+    KNOWN,
+    LATENCY_DELAY,
+    LEAST_LIFE,
+    NOT_PLACED,
+    SHARE,
+    SMS,
+    TOGETHER,
+    Gpu,
+    State,
+)
 from mhcplan.sim.jit import Ints, usable_in_compiled
 
 NOT_MODELLED: tuple[str, ...] = (
@@ -51,117 +66,7 @@ NOT_MODELLED: tuple[str, ...] = (
     "the queue of launched kernels has no limit, so the host never waits for room in it",
 )
 
-SHARE = 1 << 12
-FAR = (1 << 63) - 1  # no time comes after it
-NOT_PLACED = -1  # the rate of a transfer that has no SM yet
 _MOST_BURDEN = SHARE * 9 // 10  # of memory bandwidth that traffic may take
-
-
-class Gpu(NamedTuple):
-    """What the physics knows of ops, kernels and machine.
-
-    Attributes:
-        number: of each op in the order of issue; engines may index ops in another way.
-        priority: of each op's stream; lower is more urgent.
-        cost: cost key of each op.
-        waits: 1 where an op's stream waits for events of others before it.
-        ctas: of each op's transfer on its rank; -1 for a compute op.
-        burden: of each op's transfer, share of the memory bandwidth it takes alone.
-        out_link, in_link: of each op's transfer, the link that it sends or receives over, or -1.
-        begin: kernels of cost key k are ``begin[k] : begin[k + 1]`` of the columns from ``like``
-            on.
-        like: the first kernel that differs from it in its duration at most.
-        end: work of the op done at the kernel's end.
-        life: work done in one wave; 0: none of its CTAs ends before the kernel does.
-        tail: work before the end of the kernel from which on ``idle`` SMs have nothing to do.
-        idle: see tail; -1: they fall idle one after another.
-        used: SMs it uses outside of its tail.
-        units, usual, fit, waves: CTAs or pieces, of which an SM takes ``usual`` and could take
-            ``fit``; alone they take ``waves`` (:func:`waves_of`). units 0: any number of them.
-        most: SMs that it finds places on where none is held: those that make whole clusters.
-        less: share of a CTA's work that the last ones do not have, as many as SMs are ``idle``.
-        fluid: share of its time that fewer SMs take longer for, any number of them; 0: it comes in
-            waves.
-        lone: life of a CTA in a last wave that is nearly empty, of its life in a full one.
-        own: CTAs that have a first piece of their own, and fetch others: those that come late do it
-            when the others have ended.
-        bound: how far it is bound by memory.
-        loose: 1 where CTAs end all the time, not in waves.
-        drain_ns: what an urgent communication CTA waits for a whole SM.
-        delay: of cost key k, how much longer chains of transfers take beside it.
-        alone, fixed, chain: of cost key k, ns of a transfer; see
-            :class:`mhcplan.sim.device_kernels.Traffic`.
-        link: of cost key k, share of a link that a transfer takes alone.
-        memory: of cost key k, how far it is bound by memory, mean over its kernels.
-        machine: num_sms, SMs for compute, compute_delay, crowding, least_life, together,
-            latency_delay.
-    """
-
-    number: Ints
-    priority: Ints
-    cost: Ints
-    waits: Ints
-    ctas: Ints
-    burden: Ints
-    out_link: Ints
-    in_link: Ints
-    begin: Ints
-    like: Ints
-    end: Ints
-    life: Ints
-    tail: Ints
-    idle: Ints
-    used: Ints
-    units: Ints
-    usual: Ints
-    fit: Ints
-    most: Ints
-    waves: Ints
-    less: Ints
-    fluid: Ints
-    lone: Ints
-    own: Ints
-    bound: Ints
-    loose: Ints
-    drain_ns: Ints
-    delay: Ints
-    alone: Ints
-    fixed: Ints
-    chain: Ints
-    link: Ints
-    memory: Ints
-    machine: Ints
-
-
-# Places in ``Gpu.machine``.
-_SMS, _COMPUTE_SMS, _COMPUTE_DELAY, _CROWDING, _LEAST_LIFE, _TOGETHER, _LATENCY_DELAY = range(7)
-_HAS_SMS, _BESIDE = 1, 0  # ``State.placed`` of a compute op
-KNOWN = 1 << 12  # more than any step was seen to ask
-
-
-class State(NamedTuple):
-    """What an engine knows of each op; from ``placed`` on it is kept by the physics.
-
-    Attributes:
-        start_ns: when it has begun, a transfer to move; or a negative number.
-        work, rate, rated_at: work left at ``rated_at``, and the rate since; of compute ops.
-        here_ns: when a transfer's member came to wait for SMs.
-        placed, placed_ns: SMs that it holds there, and since when; negative before. Of a compute op
-            ``placed`` is 1 while the SMs are its, 0 or less while it waits or goes on beside.
-        spread: of a compute op, SMs that it had when a kernel of it was last seen to begin, without
-            those that more urgent transfers have taken since.
-        known: KNOWN slots of two, a question and its answer: a step asks few things many times.
-    """
-
-    start_ns: Ints
-    work: Ints
-    rate: Ints
-    rated_at: Ints
-    here_ns: Ints
-    placed: Ints
-    placed_ns: Ints
-    spread: Ints
-    known: Ints
 
 
 # -- the rank
@@ -194,7 +99,7 @@ def share_gpu(
             waits |= state.placed[op] < gpu.ctas[op]
             transfers += 1
             continue
-        if state.rate[op] > 0 and state.placed[op] == _HAS_SMS:
+        if state.rate[op] > 0 and state.placed[op] == HAS_SMS:
             current = i
         if chosen < 0 or _goes_first(op, running[chosen], state, gpu):
             chosen = i
@@ -222,7 +127,7 @@ def share_gpu(
     if chosen < 0:
         return
     op = running[chosen]
-    state.placed[op] = _HAS_SMS
+    state.placed[op] = HAS_SMS
     rate[chosen] = _compute_rate(op, kernel, left, until, held, burden, gpu, state)
     beside = -1
     if end - begin - transfers > 1:
@@ -230,9 +135,9 @@ def share_gpu(
     if beside >= 0 and gpu.priority[running[beside]] >= gpu.priority[op]:
         op = running[beside]
         kernel_beside, left_beside = _kernel_at(op, now, gpu, state), _left(op, now, state)
-        state.placed[op] = _BESIDE
+        state.placed[op] = BESIDE
         if _begins(kernel_beside, op, left_beside, gpu):
-            state.spread[op] = gpu.machine[_SMS] - held
+            state.spread[op] = gpu.machine[SMS] - held
         alone = _compute_rate(op, kernel_beside, left_beside, 0, held, burden, gpu, state)
         halved, fits = _both(running[chosen], op, gpu)
         rate[chosen] = max(rate[chosen] * (SHARE - halved) // SHARE, 1)
@@ -350,7 +255,7 @@ def _place_all(
         in_use = 0
         if chosen >= 0:
             in_use = _in_use(member, now, running[chosen], kernel, left, blocked, gpu, state)
-        take = min(lacks, max(gpu.machine[_SMS] - in_use - held, 0))
+        take = min(lacks, max(gpu.machine[SMS] - in_use - held, 0))
         if chosen >= 0 and in_use == 0:
             state.spread[running[chosen]] -= take
         if take > 0 or gpu.ctas[member] == 0:
@@ -378,17 +283,17 @@ def _in_use(
     if _begins(kernel, op, left, gpu):
         if _comes_after(member, op, now, gpu, state):
             return gpu.used[kernel]
-        return gpu.machine[_SMS] if blocked else 0
+        return gpu.machine[SMS] if blocked else 0
     rest = left - _after(kernel, op, gpu)
     if rest <= gpu.tail[kernel] + FULL_RATE and not blocked:
         if gpu.idle[kernel] >= 0:
             placed = _used(kernel, state.spread[op], gpu)
-            return min(gpu.machine[_SMS] - gpu.idle[kernel], placed)
-        return gpu.machine[_SMS] * rest // max(gpu.tail[kernel], 1)
+            return min(gpu.machine[SMS] - gpu.idle[kernel], placed)
+        return gpu.machine[SMS] * rest // max(gpu.tail[kernel], 1)
     drained = now >= state.here_ns[member] + gpu.drain_ns[kernel]
     if ahead and drained and _gives_way(kernel, op, left, gpu):
         return 0
-    return gpu.machine[_SMS] if blocked else _used(kernel, state.spread[op], gpu)
+    return gpu.machine[SMS] if blocked else _used(kernel, state.spread[op], gpu)
 
 
 @usable_in_compiled
@@ -409,7 +314,7 @@ def _sms_at_begin(
         member = running[i]
         if state.placed_ns[member] == now and _comes_after(member, op, now, gpu, state):
             held -= state.placed[member]
-    return gpu.machine[_SMS] - held
+    return gpu.machine[SMS] - held
 
 
 @usable_in_compiled
@@ -428,7 +333,7 @@ def _next_room(lacks: int, urgent: bool, op: int, kernel: int, left: int, gpu: G
         return _next_wave(kernel, op, left, gpu)
     tail = gpu.tail[kernel]
     if gpu.idle[kernel] < 0:  # as many as are lacking have fallen idle
-        tail -= tail * min(lacks, gpu.machine[_SMS]) // gpu.machine[_SMS]
+        tail -= tail * min(lacks, gpu.machine[SMS]) // gpu.machine[SMS]
     if gpu.idle[kernel] != 0 and left - after > tail + FULL_RATE:
         return after + tail
     return after
@@ -485,7 +390,7 @@ def _transfer_rate(key: int, ctas: int, placed: int, delay: int, crowd: int, gpu
     if 0 < placed < ctas:
         rounds = (ctas + placed - 1) // placed
     alone, fixed, chain = gpu.alone[key], gpu.fixed[key], gpu.chain[key]
-    handshake = SHARE + (delay - SHARE) * gpu.machine[_LATENCY_DELAY] // SHARE
+    handshake = SHARE + (delay - SHARE) * gpu.machine[LATENCY_DELAY] // SHARE
     body = alone - fixed
     parts = max(body * crowd, body * SHARE + chain * (rounds * delay - SHARE))
     beside = fixed * rounds * handshake + parts
@@ -515,7 +420,7 @@ def _both(op: int, other: int, gpu: Gpu) -> tuple[int, int]:
     """What ``other`` gets beside ``op``: half of the memory that both want, and what fits into the
     rest; shares of its rate."""
     first, second = gpu.memory[gpu.cost[op]], gpu.memory[gpu.cost[other]]
-    return min(first, second) // 2, abs(first - second) * gpu.machine[_TOGETHER] // SHARE
+    return min(first, second) // 2, abs(first - second) * gpu.machine[TOGETHER] // SHARE
 
 
 @usable_in_compiled
@@ -524,8 +429,8 @@ def _compute_rate(
 ) -> int:
     """Rate of an op while traffic goes on as it does now: that of its kernel where it is looked at
     again before that ends (``until``), else the mean over what is left."""
-    sms = max(min(gpu.machine[_COMPUTE_SMS], gpu.machine[_SMS] - held), 1)
-    if sms == gpu.machine[_SMS] and burden == 0:
+    sms = max(min(gpu.machine[COMPUTE_SMS], gpu.machine[SMS] - held), 1)
+    if sms == gpu.machine[SMS] and burden == 0:
         return FULL_RATE
     after = _after(kernel, op, gpu)
     part = left - after
@@ -548,18 +453,18 @@ def _has_places(kernel: int, op: int, held: int, gpu: Gpu, state: State) -> bool
     if held > gpu.idle[kernel]:
         return False
     # clusters need more than SMs that are idle now: had they enough when they began?
-    missing = gpu.machine[_SMS] - state.spread[op]
-    return gpu.most[kernel] == gpu.machine[_SMS] or missing <= gpu.most[kernel] - gpu.used[kernel]
+    missing = gpu.machine[SMS] - state.spread[op]
+    return gpu.most[kernel] == gpu.machine[SMS] or missing <= gpu.most[kernel] - gpu.used[kernel]
 
 
 @usable_in_compiled
 def _slowdown(kernel: int, is_placed: bool, sms: int, burden: int, gpu: Gpu, state: State) -> int:
     """Time of a kernel on ``sms`` SMs over its time alone; its CTAs may all be placed already."""
     like = gpu.like[kernel]
-    question = ((2 * like + is_placed) * (gpu.machine[_SMS] + 1) + sms) * SHARE + burden
+    question = ((2 * like + is_placed) * (gpu.machine[SMS] + 1) + sms) * SHARE + burden
     slot = 2 * ((97 * like + 31 * sms + burden) % KNOWN)
     if state.known[slot] != question:
-        waves = _more_waves(kernel, gpu.machine[_COMPUTE_SMS] if is_placed else sms, gpu)
+        waves = _more_waves(kernel, gpu.machine[COMPUTE_SMS] if is_placed else sms, gpu)
         state.known[slot] = question
         state.known[slot + 1] = _slowdown_in(waves, kernel, sms, burden, gpu)
     return state.known[slot + 1]
@@ -569,8 +474,8 @@ def _slowdown(kernel: int, is_placed: bool, sms: int, burden: int, gpu: Gpu, sta
 def _slowdown_in(waves: int, kernel: int, sms: int, burden: int, gpu: Gpu) -> int:
     """The same where it takes ``waves`` as many waves."""
     bound = gpu.bound[kernel]
-    by_sm = waves * (SHARE + gpu.machine[_COMPUTE_DELAY] * burden // SHARE) // SHARE
-    share = max(SHARE * sms // gpu.machine[_SMS], gpu.machine[_LEAST_LIFE])
+    by_sm = waves * (SHARE + gpu.machine[COMPUTE_DELAY] * burden // SHARE) // SHARE
+    share = max(SHARE * sms // gpu.machine[SMS], gpu.machine[LEAST_LIFE])
     by_memory = max(waves * share // SHARE, SHARE) * SHARE // (SHARE - burden)
     return max(((SHARE - bound) * by_sm + bound * by_memory) // SHARE, SHARE)
 
@@ -578,17 +483,17 @@ def _slowdown_in(waves: int, kernel: int, sms: int, burden: int, gpu: Gpu) -> in
 @usable_in_compiled
 def _more_waves(kernel: int, sms: int, gpu: Gpu) -> int:
     """Waves of a kernel on ``sms`` SMs over waves on all of them."""
-    if sms == gpu.machine[_SMS]:
+    if sms == gpu.machine[SMS]:
         return SHARE
     all_sms, count = gpu.most[kernel], gpu.units[kernel]
-    most = min(all_sms, gpu.machine[_COMPUTE_SMS])  # a green context's SMs make whole clusters
-    sms = max(most - (gpu.machine[_COMPUTE_SMS] - sms), 1)  # each that is held is one of those
+    most = min(all_sms, gpu.machine[COMPUTE_SMS])  # a green context's SMs make whole clusters
+    sms = max(most - (gpu.machine[COMPUTE_SMS] - sms), 1)  # each that is held is one of those
     if gpu.fluid[kernel]:
         return SHARE + gpu.fluid[kernel] * (all_sms - sms) // sms
     usual, fit = gpu.usual[kernel], gpu.fit[kernel]
     if usual < fit and count <= sms * fit:  # they crowd together instead
         each = (count + sms - 1) // sms
-        return max(SHARE + gpu.machine[_CROWDING] * (each - usual) // usual, SHARE)
+        return max(SHARE + gpu.machine[CROWDING] * (each - usual) // usual, SHARE)
     late = max(gpu.own[kernel] - usual * sms, 0)
     waves = waves_of(count - late, usual * sms, gpu.lone[kernel])
     if gpu.life[kernel] and not gpu.loose[kernel]:  # fewer CTAs at a time wait for the same memory
@@ -596,7 +501,7 @@ def _more_waves(kernel: int, sms: int, gpu: Gpu) -> int:
         waves -= full * (SHARE - gpu.lone[kernel]) * (all_sms - sms) // all_sms
     if late:
         waves += gpu.lone[kernel]
-    if all_sms - sms <= gpu.idle[kernel] - (gpu.machine[_SMS] - most):  # the last CTAs come late
+    if all_sms - sms <= gpu.idle[kernel] - (gpu.machine[SMS] - most):  # the last CTAs come late
         waves -= gpu.less[kernel] * gpu.lone[kernel] // SHARE
     return max(SHARE * waves // gpu.waves[kernel], SHARE)
 

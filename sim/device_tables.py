@@ -9,7 +9,8 @@ import numpy as np
 
 from mhcplan.sim.device import FULL_RATE
 from mhcplan.sim.device_kernels import hbm_share, units
-from mhcplan.sim.device_sms import SHARE, Gpu, waves_of
+from mhcplan.sim.device_sms import waves_of
+from mhcplan.sim.device_state import SHARE, Gpu
 from mhcplan.sim.jit import ints
 from mhcplan.sim.order import order_of
 

@@ -24,7 +24,7 @@ import numpy as np
 import simpy
 from simpy.events import EventPriority
 
-from mhcplan.sim import device, device_sms
+from mhcplan.sim import device, device_sms, device_state
 from mhcplan.sim.causes import timeline_of
 from mhcplan.sim.device_tables import gpu_of, queued_behind
 from mhcplan.sim.order import NO_OP, describe, order_of
@@ -137,9 +137,9 @@ class _Step:
         traits = device.traits_of(self.program)
         self._traits = device.Traits(*(column.tolist() for column in map(np.asarray, traits)))
         gpu = gpu_of(self.program, costs)
-        self._gpu = device_sms.Gpu(*(column.tolist() for column in map(np.asarray, gpu)))
+        self._gpu = device_state.Gpu(*(column.tolist() for column in map(np.asarray, gpu)))
         self._has_contention = costs.loads is not None
-        self._state = device_sms.State(
+        self._state = device_state.State(
             self.start,
             self._work,
             self._rate,
@@ -148,11 +148,11 @@ class _Step:
             [NEVER] * n,
             self.placed,
             [0] * n,
-            [NEVER] * (2 * device_sms.KNOWN),
+            [NEVER] * (2 * device_state.KNOWN),
         )
-        self._watch = [device_sms.FAR] * n  # when the op's rank is to be looked at again
+        self._watch = [device_state.FAR] * n  # when the op's rank is to be looked at again
         self._running: list[list[int]] = [[] for _ in range(self.program.num_ranks)]
-        self._given_rate = [device_sms.NOT_PLACED] * n  # by the op's rank
+        self._given_rate = [device_state.NOT_PLACED] * n  # by the op's rank
         self._changed_ranks: set[int] = set()
 
     def _prepare_transfers(self) -> None:
@@ -276,7 +276,7 @@ class _Step:
 
     def _share(self, rank: int) -> None:
         running = self._running[rank]
-        end, rates, watch = len(running), [0] * len(running), [device_sms.FAR] * len(running)
+        end, rates, watch = len(running), [0] * len(running), [device_state.FAR] * len(running)
         if self._has_contention:
             now = self.env.now
             device_sms.share_gpu(0, end, running, now, self._gpu, self._state, rates, watch)
