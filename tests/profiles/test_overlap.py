@@ -64,12 +64,13 @@ def test_nothing_is_faster_beside_something_else(
 def test_the_price_is_what_the_engines_give(op: OpKey, urgent: bool, engine: Engine) -> None:
     """Two streams of two ranks, written down here, with the tables of a prediction.
 
-    What a message waits for depends on how far the second rank is behind: a price lies between."""
+    What a message waits for depends on how far the second rank is behind, and on how many of them
+    were sent: a price lies about between."""
     price = MODEL.price(op, SEND, high_priority=urgent)
     lags_ns = [price.compute_ns * third // 3 for third in range(3)]
     found = [played(price, op, urgent, engine, lag_ns) for lag_ns in lags_ns]
     compute, traffic = zip(*found, strict=True)
-    assert 0.95 * min(traffic) < price.traffic_slowdown < 1.05 * max(traffic)
+    assert 0.9 * min(traffic) < price.traffic_slowdown < 1.1 * max(traffic)
     assert 0.98 * min(compute) < price.compute_slowdown < 1.02 * max(compute)
 
 
