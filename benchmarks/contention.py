@@ -27,8 +27,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mhcplan.profiles.contention import PHASES
 from mhcplan.profiles.contention_fit import (
-    RUNS,
     TRAITS,
     Pair,
     Pairs,
@@ -75,7 +75,7 @@ def show_by(found: list[Error], key: Callable[[Pair], object]) -> None:
 
 def runs_differ(pair: Pair, source: Pairs) -> float | None:
     """Standard error of the mean of a pair's traffic over its runs; None for one run."""
-    runs = (source.measured(source.rows[pair.name], run) for run in RUNS)
+    runs = (source.measured(source.rows[pair.name], run) for run in PHASES)
     found = [run[1] for run in runs if run]
     if len(found) < 2:
         return None

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 
 from mhcplan.sim.device_kernels import Kernel, Parameters, hbm_share, units
 
+# the runs of a measured pair, and by how much of an op the second rank lags in each
+PHASES = {"A": 0.0, "B": 1 / 3, "C": 2 / 3}
 _TAIL_STEPS = 7
 
 

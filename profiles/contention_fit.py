@@ -16,7 +16,7 @@ from itertools import chain, repeat
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
-from mhcplan.profiles.contention import Message, chain_ns
+from mhcplan.profiles.contention import PHASES, Message, chain_ns
 from mhcplan.profiles.contention_replay import replay
 from mhcplan.profiles.products import cluster_of
 from mhcplan.sim.device_kernels import Kernel, Parameters
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 HOLDOUT = 5  # one pair in so many
-RUNS = "ABC"  # of a pair; :data:`mhcplan.profiles.capture.overlap_pairs.PHASES`
 _SHORT_NS = 3_000  # memsets and the like: counted as gaps
 _LONG_CTA_NS = 20_000
 FIXED_NS = 8_000  # of a message alone: what 1 MiB takes beyond its bytes
@@ -186,7 +185,7 @@ class Pairs:
             traffic["busy"] == "all" and pattern != "copy_engine",
         )  # fmt: skip
 
-    def measured(self, row: Row, runs: str = RUNS) -> tuple[float, float] | None:
+    def measured(self, row: Row, runs: Iterable[str] = PHASES) -> tuple[float, float] | None:
         """Mean slowdown of compute and of traffic over those of ``runs`` that went as planned and
         the ranks that had both; None where there is none. An op's time alone is that of the same
         run, where it is known: the clock is another one a second later."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from mhcplan.profiles.contention import PHASES
 from mhcplan.sim.compiled import simulate_compiled
 from mhcplan.sim.device_kernels import Loads, Traffic
 from mhcplan.sim.program import (
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
     Ints = NDArray[np.int64]
 
-_PHASES = (0.0, 1 / 3, 2 / 3)  # by how much of an op the second rank lags, as it was measured
 _SKEW = 1.01  # the second rank is that much slower: no two GPUs are equal
 _MESSAGES, _FEWEST_MESSAGES = 14, 6
 _MOST_MESSAGES = 2_000
@@ -89,7 +89,7 @@ def play(
     if not 0 <= message.ctas <= parameters.num_sms:
         raise ValueError(f"ctas={message.ctas} must be 0 .. {parameters.num_sms}, the SMs")
     pair = _Pair(kernels, message, parameters, op_ns)
-    found = [_play_from(pair, round(phase * op_ns), engine) for phase in _PHASES]
+    found = [_play_from(pair, round(phase * op_ns), engine) for phase in PHASES.values()]
     return Played(*(sum(values) / len(found) for values in zip(*found, strict=True)))
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import statistics
 from typing import TYPE_CHECKING, Any
 
+from mhcplan.profiles.contention import PHASES
 from mhcplan.profiles.contention_fit import (
     CTA_BYTES_PER_NS,
     FIXED_NS,
     HBM_FACTOR,
-    RUNS,
     Pairs,
     Trait,
     kernels_of,
@@ -75,7 +75,7 @@ def contention_pairs(source: Pairs) -> list[ContentionPair]:
         measured = source.measured(row)
         if measured is None:
             continue
-        runs = (row[name] for name in RUNS if name in row)
+        runs = (row[name] for name in PHASES if name in row)
         sides = [s for run in runs for s in run["traffic"] if s["ops"]]
         messages = sum(s["ops"] for s in sides)
         queue, kernel = (

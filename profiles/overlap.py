@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from mhcplan.profiles.contention import Message
+from mhcplan.profiles.contention import PHASES, Message
 from mhcplan.profiles.contention_fit import (
     BUFFER_BYTES,
-    RUNS,
     TRAITS,
     Pair,
     Pairs,
@@ -300,7 +299,7 @@ class OverlapModel:
         if pair is None:
             return None
         row = self._source.rows[pair.name]
-        runs = (row[name] for name in RUNS if name in row)
+        runs = (row[name] for name in PHASES if name in row)
         sides = [side for run in runs for side in run["traffic"] if side["ops"]]
         count = sum(side["ops"] for side in sides)
         queue_ns, kernel_ns = (
@@ -319,23 +318,24 @@ class OverlapModel:
             found = (pair, abs(priced.compute / compute - 1), abs(priced.traffic / traffic - 1))
             return _mean_error("measured", f"this very pair, {seen}", [found])
         pattern, eager = theirs.key.pattern, theirs.message.eager
-        alike = [
-            other for other in self._measured_pairs
-            if (other.pattern, other.message.eager) == (pattern, eager)
-            and (
-                other.compute == ours.name if priced.neighbours
-                else self._source.rows[f"{other.compute}|-"]["family"] == ours.family
+        alike = (pattern, eager)
+        if priced.neighbours:  # held-out ones were priced as this one is
+            whose = ours.name
+            found = price_errors(
+                [p for p in self._measured_pairs if p.compute == ours.name], self.parameters
             )
-        ]  # fmt: skip
-        held = [other for other in alike if other.held_out]
-        if len(held) >= _ENOUGH_PAIRS:
-            sent_ahead = " sent ahead" if eager else ""
-            whose = ours.name if priced.neighbours else ours.family
-            find = price_errors if priced.neighbours else errors
-            return _mean_error(
-                "held out", f"{whose} beside {pattern}{sent_ahead}",
-                find(alike if priced.neighbours else held, self.parameters),
+            found = [e for e in found if (e[0].pattern, e[0].message.eager) == alike]
+        else:
+            whose = ours.family
+            held = (
+                p for p in self._measured_pairs
+                if p.held_out and (p.pattern, p.message.eager) == alike
+                and self._source.rows[f"{p.compute}|-"]["family"] == ours.family
             )  # fmt: skip
+            found = errors(held, self.parameters)
+        if len(found) >= _ENOUGH_PAIRS:
+            sent_ahead = " sent ahead" if eager else ""
+            return _mean_error("held out", f"{whose} beside {pattern}{sent_ahead}", found)
         count = self._model.held_out_pairs
         return OverlapError(
             "all pairs" if count else "unknown",

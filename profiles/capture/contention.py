@@ -33,7 +33,6 @@ from mhcplan.profiles.capture.overlap_kernels import Compute, makers
 from mhcplan.profiles.capture.overlap_pairs import (
     COPY,
     CTAS,
-    PHASES,
     SIZES,
     Traffic,
     all_reductions,
@@ -43,6 +42,7 @@ from mhcplan.profiles.capture.overlap_pairs import (
     row_of,
 )
 from mhcplan.profiles.capture.overlap_trace import Run, split_runs, trace_events
+from mhcplan.profiles.contention import PHASES
 from mhcplan.profiles.logs import read_log
 from mhcplan.profiles.overlap import rows_of
 from mhcplan.profiles.transfer_costs import REDUCTIONS

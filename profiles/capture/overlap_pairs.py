@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 MIB = 1024**2
 Busy = Literal["all", "first"]
-# by how much of an op the second rank lags in each run
-PHASES = {"A": 0.0, "B": 1 / 3, "C": 2 / 3}
 PATTERNS = ("send_recv", "send_recv_both", "all_to_all")
 COPY = "copy_engine"
 CTAS = (0, 8, 16, 4, 2)  # 0: what the library takes by itself
@@ -205,7 +203,7 @@ def meetings(first: Sequence[Sequence[int]], second: Sequence[Sequence[int]]) ->
 def row_of(
     compute: str, traffic: Traffic | None, per_op: int, runs: dict[str, list[Run]], late: list[str]
 ) -> dict[str, Any]:
-    """The row of a pair from its runs {name of :data:`PHASES`: one of each rank}."""
+    """The row of a pair from its runs {run of ``PHASES``: one of each rank}."""
     row: dict[str, Any] = {
         "pair": pair_key(compute, traffic), "compute": compute,
         "traffic": None if traffic is None else asdict(traffic), "late": late,
